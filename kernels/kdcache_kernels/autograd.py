@@ -28,12 +28,16 @@ _NEED_GRADIENT = _OTHERS.index(LOSS_ARGUMENTS.index("need_gradient"))
 
 
 def call_distill_loss(problem: LossProblem, family: str, *, traced: bool) -> LossParts:
-    """Compute a problem's loss and terms, all differentiable. Autocast has no effect on the kernels' precision.
+    """Compute the loss of checked arguments and its two terms, all three differentiable.
+
+    The kernels compute in float32, also under autocast.
 
     Args:
         problem: the checked arguments.
-        family: "numba" or "triton".
-        traced: whether to call the registered operator, from `library.is_traced`. It slows small problems down.
+        family: "numba" or "triton", the implementation to use.
+        traced: True to call the registered PyTorch operator, which `torch.compile` and `torch.func` need. False calls
+            the implementation directly, which is faster. Pass the result of `library.is_traced`.
+    Returns: loss, CE and KL, 0-dimensional float32.
     """
     if traced:
         kind = problem.student.device.type
@@ -59,12 +63,12 @@ def _operator() -> Callable[..., Any]:
 
 
 def _each(function: Callable[..., Any], info: Any, in_dims: Any, arguments: tuple[Any, ...]) -> tuple[Any, Any]:
-    """Return the rule of vmap for `function`: sample by sample."""
+    """Return the result of vmap for `function`, computed sample by sample."""
     results = []
     for n in range(info.batch_size):
         pairs = zip(arguments, in_dims, strict=True)
-        own = (x.select(dim, n) if isinstance(x, Tensor) and dim is not None else x for x, dim in pairs)
-        results.append(function(*own))
+        selected = (x.select(dim, n) if isinstance(x, Tensor) and dim is not None else x for x, dim in pairs)
+        results.append(function(*selected))
     if isinstance(results[0], Tensor):
         return torch.stack(results), 0
     return tuple(torch.stack(each) for each in zip(*results, strict=True)), (0,) * len(results[0])

@@ -30,9 +30,10 @@ def debugging() -> bool:
 
 
 def may_read(tensor: Tensor) -> bool:
-    """Return True if checks may read a tensor's values: on the CPU, or on any device with KDCACHE_DEBUG=1.
+    """Return True if checks may read the values of a tensor.
 
-    Never read while PyTorch traces, or under `torch.func`, where a tensor may stand for a batch.
+    They may on the CPU, and on any device with KDCACHE_DEBUG=1 in the environment. They may not while `torch.compile`
+    traces or inside a `torch.func` transform.
     """
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
@@ -48,16 +49,19 @@ def is_finite(value: Any) -> bool:
 
 
 def check_number(name: str, value: Any, *, above_zero: bool = False) -> None:
-    """Raise ValueRangeError unless a value is a finite number of at least 0, or with `above_zero` greater than 0."""
+    """Raise ValueRangeError unless a value is a finite number of at least 0, or above 0 if `above_zero`.
+
+    `name` is the argument's name in the message.
+    """
     if not is_finite(value) or value < 0 or (above_zero and value == 0):
-        wanted = (
+        kinds = (
             "above 0. 1 leaves the distributions as they are." if above_zero else "from 0 on. 0 leaves its term out."
         )
-        raise ValueRangeError(f"Invalid {name}: {value!r}", fix=f"Pass a finite number {wanted}")
+        raise ValueRangeError(f"Invalid {name}: {value!r}", fix=f"Pass a finite number {kinds}")
 
 
 def check_label_terms(label_smoothing: float, focal_gamma: float) -> None:
-    """Raise ValueRangeError for a smoothing outside [0, 1), a negative gamma, or both of them above 0."""
+    """Raise ValueRangeError if label smoothing is outside [0, 1), if gamma is negative, or if both are above 0."""
     if not (is_finite(label_smoothing) and 0 <= label_smoothing < 1):
         raise ValueRangeError(
             f"Invalid label_smoothing: {label_smoothing!r}",
@@ -76,7 +80,7 @@ def check_label_terms(label_smoothing: float, focal_gamma: float) -> None:
 
 
 def check_ignore_index(ignore_index: int) -> None:
-    """Raise ValueRangeError unless the void id is an integer."""
+    """Raise ValueRangeError unless the label of void pixels is an integer."""
     if not hasattr(ignore_index, "__index__"):
         raise ValueRangeError(
             f"Invalid ignore_index: {ignore_index!r}", fix="Pass an integer, such as -1 if no pixel is void."
@@ -91,9 +95,10 @@ def check_tensor(
     device: torch.device,
     fix: str,
 ) -> None:
-    """Raise ShapeError unless a tensor is dense and has this shape, device and one of `dtypes`. None passes.
+    """Raise ShapeError unless a tensor is dense and has the given shape, one of `dtypes`, and the given device.
 
-    If `dtypes` is empty, every real dtype passes. `name` and `fix` (the step to take) are for the message.
+    None as `tensor` passes. If `dtypes` is empty, every dtype except complex ones passes. The message contains `name`,
+    the argument's name, and `fix`, the step to take.
     """
     if tensor is None:
         return
@@ -142,18 +147,21 @@ def check_size(labels: Tensor | None, size: tuple[int, int] | None) -> tuple[int
     if size is not None and (not hasattr(size, "__len__") or len(size) != 2):
         raise ShapeError(f"Invalid size: {size!r}", fix="Pass a pair (H, W) in pixels, such as labels.shape[1:].")
     label_size = None if labels is None else (labels.shape[1], labels.shape[2])
-    wanted = label_size if size is None else (int(size[0]), int(size[1]))
-    assert wanted is not None
-    if (label_size is not None and label_size != wanted) or min(wanted) < 1:
+    final_size = label_size if size is None else (int(size[0]), int(size[1]))
+    assert final_size is not None
+    if (label_size is not None and label_size != final_size) or min(final_size) < 1:
         raise ShapeError(
-            f"Invalid size: {wanted}" + ("" if label_size is None else f" for labels of {label_size}"),
+            f"Invalid size: {final_size}" + ("" if label_size is None else f" for labels of {label_size}"),
             fix="Leave size out if there are labels. Otherwise pass (H, W), each at least 1.",
         )
-    return wanted
+    return final_size
 
 
 def check_class_ids(labels: Tensor, num_classes: int, ignore_index: int) -> None:
-    """Raise ValueRangeError for a label that is neither in 0 to num_classes - 1 nor `ignore_index`."""
+    """Raise ValueRangeError for a label that is neither a class id (0 to num_classes - 1) nor `ignore_index`.
+
+    Does nothing if `may_read` does not allow reading the labels.
+    """
     if not may_read(labels):
         return
     wrong = (labels < 0) | (labels >= num_classes) if labels.dtype.is_signed else labels >= num_classes
@@ -168,14 +176,17 @@ def check_class_ids(labels: Tensor, num_classes: int, ignore_index: int) -> None
 
 
 def check_class_weight(class_weight: Tensor | None, num_classes: int, device: torch.device) -> None:
-    """Raise ShapeError unless class weights are (C,) floats on `device`. None passes."""
+    """Raise ShapeError unless class weights are (C,) floats on `device`. None as `class_weight` passes."""
     dtypes = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
     fix = "Pass one weight for each of the student's classes."
     check_tensor("class_weight", class_weight, (num_classes,), dtypes, device, fix)
 
 
 def check_class_weight_values(class_weight: Tensor | None) -> None:
-    """Raise ValueRangeError for class weights that are negative or not finite."""
+    """Raise ValueRangeError for class weights that are negative or not finite.
+
+    Does nothing for None, or if `may_read` does not allow reading the weights.
+    """
     if class_weight is None or not may_read(class_weight):
         return
     wrong = ~((class_weight >= 0) & class_weight.isfinite())
@@ -187,14 +198,24 @@ def check_class_weight_values(class_weight: Tensor | None) -> None:
 
 
 def check_window(window: Tensor | None, flip: Tensor | None, batch: int, device: torch.device) -> None:
-    """Raise ShapeError unless windows are (B, 4) float64 and flips (B,) bool, on `device`. None passes."""
+    """Raise ShapeError unless windows are (B, 4) float64 and flips are (B,) bool, both on `device`.
+
+    None as `window` or `flip` passes. `batch` is B.
+    """
     fix = "Pass (y0, x0, y1, x1) per sample, edges in pixels of the view."
     check_tensor("window_B4", window, (batch, 4), (torch.float64,), device, fix)
     check_tensor("flip_B", flip, (batch,), (torch.bool,), device, "Pass one bool per sample.")
 
 
 def check_window_values(window: Tensor | None, view_size: tuple[int, int] | None) -> None:
-    """Raise ValueRangeError for windows that are empty, reversed, not finite, or outside a view of `view_size`."""
+    """Raise ValueRangeError for windows that are empty, reversed, not finite, or completely outside the view.
+
+    Does nothing for None, or if `may_read` does not allow reading the windows.
+
+    Args:
+        window: (B, 4) edges y0, x0, y1, x1 in pixels of the view, or None.
+        view_size: (height, width) of the view in pixels. None skips the check against the view.
+    """
     if window is None or not may_read(window):
         return
     good = window.isfinite().all(1) & (window[:, 2:] > window[:, :2]).all(1)
@@ -216,7 +237,7 @@ def check_window_values(window: Tensor | None, view_size: tuple[int, int] | None
 
 
 def check_packed_target(target: PackedTarget) -> None:
-    """Raise ShapeError unless the target is a `PackedTarget`. The message for raw logits says how to pack them."""
+    """Raise ShapeError unless the target is a `PackedTarget`. For raw logits, the message says how to pack them."""
     if not isinstance(target, PackedTarget):
         raise misfit(
             "target",
@@ -227,7 +248,10 @@ def check_packed_target(target: PackedTarget) -> None:
 
 
 def check_target(target: PackedTarget, num_classes: int, batch: int, device: torch.device) -> None:
-    """Raise ShapeError unless a target is packed and has `num_classes` classes, `batch` images and this device."""
+    """Raise ShapeError unless a target is a `PackedTarget` with the given classes, images and device.
+
+    `num_classes` and `batch` are the numbers of classes and images.
+    """
     check_packed_target(target)
     if (target.num_classes, target.batch_size) != (num_classes, batch):
         raise ShapeError(
@@ -247,9 +271,10 @@ def check_scalar(
 ) -> None:
     """Check that a value is a finite number of at least 0, or a 0-dimensional tensor on `device`.
 
-    With `optional`, None also passes. `name` and `example` are for the message.
+    If `optional`, None also passes. The message contains `name`, the argument's name, and `example`, a use of such a
+    tensor.
 
-    Raises: ShapeError for a tensor, ValueRangeError for another value.
+    Raises: ShapeError for another tensor, ValueRangeError for another value.
     """
     if isinstance(value, Tensor):
         check_tensor(name, value, (), (), device, f"Pass a 0-dimensional tensor, such as {example}.")
@@ -258,9 +283,10 @@ def check_scalar(
 
 
 def check_values(problem: LossProblem, *, ids: bool = True) -> None:
-    """Raise ValueRangeError for values inside tensors that the loss cannot use, if `may_read` allows reading them.
+    """Raise ValueRangeError for values inside tensors that the loss cannot use.
 
-    With `ids`, check class ids of labels and targets also. The numba kernels check these themselves.
+    These are negative or non-finite class weights, wrong windows and, if `ids`, class ids out of range. Tensors that
+    `may_read` excludes are not checked.
     """
     check_class_weight_values(problem.class_weight)
     if problem.use_ce and ids:
@@ -274,9 +300,9 @@ def check_values(problem: LossProblem, *, ids: bool = True) -> None:
 
 
 def explain_non_finite(problem: LossProblem, loss: Tensor) -> None:
-    """With KDCACHE_DEBUG=1, raise for a loss that is not finite.
+    """Raise ValueRangeError if KDCACHE_DEBUG=1 is set and the loss is not finite.
 
-    Raises: ValueRangeError with the position of the first value that caused it.
+    The message names the tensors that are not finite, each with the position of its first wrong value.
     """
     if not debugging() or not may_read(loss) or bool(loss.isfinite()):
         return

@@ -35,19 +35,20 @@ def gradient_error(
     >>> kdcache_kernels.gradient_error(logits, 21, 1.0, (16, 16)) < 0.01
     True
 
-    The gradient of KL by the upsampled student logits is p_s - p_t, up to a factor. The teacher plus unit Gaussian
-    noise (a fixed seed) stands for a student that has learnt most of it. The result is ||p_t' - p_t|| / ||p_s - p_t||
-    over every pixel at label resolution, with t' the target packed and densified, including the rounding to float16.
+    The gradient of KL by the student's logits is proportional to p_s - p_t, the student's minus the teacher's
+    probabilities. With top-k logits, p_t becomes p_k. The error is ||p_k - p_t|| / ||p_s - p_t|| over all label pixels.
+    It includes the rounding to float16. The student is simulated by the teacher's logits plus unit Gaussian noise
+    (fixed seed).
 
     Args:
         logits_BChw: raw teacher logits, any floating dtype and device.
-        k: 1 to C.
+        k: number of kept classes, 1 to C.
         temperature: > 0, dimensionless.
         size: (H, W) of the labels in pixels.
-        align_corners: whether the head's resize aligns corners.
+        align_corners: whether the last resize of the teacher's head aligns corners.
     Returns: a dimensionless number, 0 for one class. Waits for the device.
     Raises: ShapeError for the logits, ValueRangeError for k or temperature.
-    Memory: O(C*H*W): one image at a time.
+    Memory: O(C*H*W), because it computes one image at a time.
     Source: T * (p_s - p_t) is the gradient in Hinton et al. 2015, section 2.1.
     """
     if not (is_finite(temperature) and temperature > 0):
@@ -81,19 +82,22 @@ def gradient_error(
 def choose_k(
     logits_BChw: Tensor, size: tuple[int, int], num_classes: int, *, align_corners: bool = False
 ) -> tuple[int, dict[int, dict[float, float]]]:
-    """Choose k as `--top-k auto` does: dense up to 32 classes, else the smallest k that preserves the gradient.
+    """Choose how many classes per pixel a cache must keep, as `--top-k auto` does.
 
     >>> import kdcache_kernels
     >>> kdcache_kernels.choose_k(torch.randn(1, 21, 8, 8), (16, 16), num_classes=21)
     (21, {})
 
+    With at most 32 classes, keep all. Otherwise choose the smallest k of 8, 16, 32, 64 whose `gradient_error` is at
+    most 0.05 at T = 1 and at T = 2, or C if none is.
+
     Args:
-        logits_BChw: raw logits of the teacher itself, usually of 16 records.
+        logits_BChw: raw logits of the teacher, usually of 16 records.
         size: (H, W) of the labels in pixels.
         num_classes: C, which the logits must have.
-        align_corners: whether the head's resize aligns corners.
-    Returns: (k, table): the smallest k of 8, 16, 32, 64, C whose gradient error is at most 0.05 at T = 1 and T = 2 (C,
-        if no smaller one is), and `table[k][temperature]` for every measured k. The table is empty up to 32 classes.
+        align_corners: whether the last resize of the teacher's head aligns corners.
+    Returns: (k, table). `table[k][temperature]` is the measured error for every k that was tried. The table is empty
+        with at most 32 classes.
     Raises: ShapeError if the logits do not have num_classes classes.
     """
     if not is_logits(logits_BChw) or logits_BChw.shape[1] != num_classes:

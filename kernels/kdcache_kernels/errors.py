@@ -15,12 +15,12 @@ from torch import Tensor
 
 
 class KernelError(ValueError):
-    """Base of every error that kdcache_kernels raises on purpose.
+    """Base class of all errors that kdcache_kernels raises on purpose.
 
     Args:
-        problem: what is wrong, naming the argument with its value, in one sentence.
+        problem: one sentence that says what is wrong and names the argument with its value.
         fix: a step that the caller can take.
-        rule: what must hold, if it adds something.
+        rule: the rule that the value breaks, or "" if the problem already says it.
     """
 
     def __init__(self, problem: str, *, fix: str, rule: str = "") -> None:
@@ -44,12 +44,23 @@ class ValueRangeError(KernelError):
 
 
 def misfit(name: str, value: Any, wanted: str, fix: str) -> ShapeError:
-    """Return the error for an argument that is not a tensor of the `wanted` shape and dtype."""
+    """Return a ShapeError that says that an argument is not a tensor of the expected shape and dtype.
+
+    Args:
+        name: the argument's name.
+        value: the argument's value.
+        wanted: the expected shape and dtype as text, such as "a dense (B, H, W)".
+        fix: a step that the caller can take.
+    """
     return ShapeError(f"Invalid {name}: {describe(value)}, not {wanted}", fix=fix)
 
 
 def describe(value: Any) -> str:
-    """Return a tensor's shape, dtype, strides and device (unless CPU) as text, or the type's name of another value."""
+    """Return a value as text for an error message.
+
+    For a tensor, the text has its shape, dtype, strides and device (unless CPU). For another value, it is "None" or the
+    name of its type.
+    """
     if not isinstance(value, Tensor):
         return "None" if value is None else f"a {type(value).__module__}.{type(value).__qualname__}"
     strides = f"strides {value.stride()}" if value.layout == torch.strided else str(value.layout)

@@ -41,7 +41,10 @@ PLAIN_TENSORS = frozenset((Tensor, torch.nn.Parameter))
 
 @cache
 def module_of(family: str, operation: str) -> Any:
-    """Return the module of a family ("numba", "triton", "torch") for "loss", "counts", "topk" or "argmax"."""
+    """Import and return the module of an implementation for one operation. Results are cached.
+
+    `family` is "numba", "triton" or "torch". `operation` is "loss", "counts", "topk" or "argmax".
+    """
     return importlib.import_module(f"{FAMILIES[family]}.{operation}", __package__)
 
 
@@ -80,13 +83,13 @@ _ARGMAX_SCHEMA = f"(str family, {_TARGET_SCHEMA}, Tensor? window, Tensor? flip, 
 
 
 def is_traced(*tensors: Any) -> bool:
-    """Return True if PyTorch records or transforms the operations of a call, so that it must use registered operators.
+    """Return True if PyTorch records or transforms a call, so that the call must use registered operators.
 
     This is so under `torch.compile`, `torch.export`, `make_fx`, fake tensors and other dispatch modes, `torch.func` and
-    forward-mode derivatives. Otherwise a family can be called directly, which saves 0.1 ms per call.
+    forward-mode derivatives. Otherwise the kernels can be called directly, which saves 0.1 ms per call.
 
     Args:
-        tensors: the tensors of the call. A tensor of a subclass counts as recorded.
+        tensors: the arguments of the call. The result is True if any is an instance of a subclass of Tensor.
     """
     return (
         torch.compiler.is_compiling()
@@ -98,7 +101,10 @@ def is_traced(*tensors: Any) -> bool:
 
 
 def target_arguments(target: PackedTarget | None) -> tuple[Any, ...]:
-    """Return the values of a target's fields in order, detached, or None for each field without a target."""
+    """Return the values of a target's fields in order, with tensors detached.
+
+    For None as target, return a tuple of as many Nones.
+    """
     if target is None:
         return _NO_TARGET
     values = [getattr(target, name) for name in _TARGET_TYPES]
@@ -106,7 +112,7 @@ def target_arguments(target: PackedTarget | None) -> tuple[Any, ...]:
 
 
 def loss_arguments(problem: LossProblem) -> tuple[Any, ...]:
-    """Return a problem's values for the operator, in the order of `LOSS_ARGUMENTS`."""
+    """Return a problem's fields as a flat tuple for the registered operator, in the order of `LOSS_ARGUMENTS`."""
     return (*[getattr(problem, name) for name in _PROBLEM_TYPES], *target_arguments(problem.target))
 
 
@@ -116,7 +122,7 @@ def _with_tuples(arguments: Iterable[Any]) -> list[Any]:
 
 
 def loss_problem(arguments: tuple[Any, ...]) -> LossProblem:
-    """Rebuild the problem from the arguments of an operator, the inverse of `loss_arguments`."""
+    """Rebuild a problem from the flat arguments of the registered operator. This is the inverse of `loss_arguments`."""
     values = _with_tuples(arguments)
     fields = dict(zip(_PROBLEM_TYPES, values, strict=False))
     target = dict(zip(_TARGET_TYPES, values[len(fields) :], strict=True))
@@ -125,14 +131,26 @@ def loss_problem(arguments: tuple[Any, ...]) -> LossProblem:
 
 @torch.library.custom_op("kdcache::distill_loss", mutates_args=(), schema=_LOSS_SCHEMA)
 def distill_loss(family: str, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Compute (loss, ce, kl, gradient), see `LossResult`, from the family's name and `loss_arguments`."""
+    """Compute (loss, ce, kl, gradient) as the registered operator `kdcache::distill_loss`.
+
+    Args:
+        family: "numba" or "triton", the implementation.
+        arguments: the flattened problem, from `loss_arguments`.
+    Returns: the fields of `LossResult`.
+    Raises: ValueRangeError for values that the loss cannot use.
+    """
     # The values are checked within the operator: a compiled program does not run what stands around it.
     result = checked_loss(loss_problem(arguments), family)
     return result.loss, result.ce, result.kl, result.gradient
 
 
 def checked_loss(problem: LossProblem, family: str) -> LossResult:
-    """Check the values of a problem, then compute it with a family. Raises: ValueRangeError."""
+    """Check the values inside a problem's tensors, then compute its loss with an implementation.
+
+    `family` is "numba" or "triton".
+
+    Raises: ValueRangeError for values that the loss cannot use, see `checks.check_values`.
+    """
     checks.check_values(problem, ids=family != "numba")
     result = computed(problem, family)
     if result.loss.device.type != "cpu" or not math.isfinite(result.loss.item()):
@@ -141,7 +159,10 @@ def checked_loss(problem: LossProblem, family: str) -> LossResult:
 
 
 def computed(problem: LossProblem, family: str) -> LossResult:
-    """Compute a problem with a family. If there is only one class, set loss and gradient to exactly 0 (or NaN)."""
+    """Compute the loss of a problem with an implementation, "numba", "triton" or "torch", without checks.
+
+    With only one class, loss and gradient are exactly 0, or NaN.
+    """
     result: LossResult = module_of(family, "loss").distill_loss(problem)
     if problem.student.shape[1] > 1:
         return result
@@ -162,17 +183,18 @@ def _(family: str, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 @torch.library.custom_op("kdcache::distill_gradient", mutates_args=(), schema=_GRADIENT_SCHEMA)
 def distill_gradient(family: str, *arguments: Any) -> Tensor:
-    """Compute the gradient by the student in its dtype, contiguous. It is NaN everywhere if the loss is not finite.
+    """Compute the gradient of a problem's loss by the student's logits, as a registered operator.
 
     Args:
-        family: "numba" or "triton".
-        arguments: the problem, as `loss_arguments` returns it.
+        family: "numba" or "triton", the implementation.
+        arguments: the flattened problem, from `loss_arguments`.
+    Returns: the contiguous gradient in the student's dtype, NaN everywhere if the loss is not finite.
     """
     return direct_gradient(family, *arguments)
 
 
 def direct_gradient(family: str, *arguments: Any) -> Tensor:
-    """Compute the result of `distill_gradient` without calling the registered operator."""
+    """Compute the same gradient as `distill_gradient` without PyTorch's operator registry, which is faster."""
     problem = loss_problem(arguments)
     result = computed(problem, family)
     return scaled(result.gradient, torch.ones_like(result.loss), result.loss, problem.student.dtype)
@@ -186,16 +208,16 @@ def _(family: str, *arguments: Any) -> Tensor:
 
 @torch.library.custom_op("kdcache::scale_gradient", mutates_args=())
 def scale_gradient(gradient: Tensor, factor: Tensor, loss: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return gradient * factor in `dtype`, contiguous, or NaN everywhere if the loss is not finite.
+    """Return gradient * factor in `dtype`, contiguous, as a registered operator.
 
-    The product is computed in float32, because a factor rounded to bfloat16 would bias it. `factor` and `loss` are
+    The result is NaN everywhere if the loss is not finite. The product is computed in float32. `factor` and `loss` are
     0-dimensional.
     """
     return scaled(gradient, factor, loss, dtype)
 
 
 def scaled(gradient: Tensor, factor: Tensor, loss: Tensor, dtype: torch.dtype) -> Tensor:
-    """Compute the result of `scale_gradient` without calling the registered operator."""
+    """Compute the same product as `scale_gradient` without PyTorch's operator registry, which is faster."""
     if gradient.device.type != "cpu":
         result: Tensor = module_of("triton", "loss").scale_gradient(gradient, factor, loss, dtype)
         return result
@@ -227,10 +249,21 @@ def denominators(
     flip: Tensor | None,
     anchor: Tensor,
 ) -> Tensor:
-    """Compute `kdcache_kernels.distill_denominators`, (CE, KL) as (2,) float64, on the device of `anchor`.
+    """Compute the denominators of CE and KL as a registered operator, see `kdcache_kernels.distill_denominators`.
 
-    `family` is "numba" or "triton". `size` is (H, W) of the labels in pixels. `view_size` is (height, width) of the
-    target's view in pixels, or None without a target. `anchor` is a tensor with B rows.
+    Args:
+        family: "numba" or "triton", the implementation.
+        labels: (B, H, W) integers, or None.
+        class_weight: (C,) floats, or None for ones.
+        num_classes: C.
+        ignore_index: the label of void pixels.
+        distill_void: whether KL counts void pixels.
+        size: (H, W) of the labels in pixels.
+        view_size: (height, width) of the target's view in pixels, or None without a target.
+        window: (B, 4) float64 edges in pixels of the view, or None for the whole view.
+        flip: (B,) bool, or None.
+        anchor: any tensor with a first axis of B on the device of the result.
+    Returns: (2,) float64, for CE and KL.
     """
     view = None if view_size is None else tuple(view_size)
     counted = Counted(
@@ -248,9 +281,9 @@ def _(family: str, *arguments: Any) -> Tensor:
 
 @torch.library.custom_op("kdcache::pack", mutates_args=())
 def pack(logits: Tensor, k: int, family: str) -> list[Tensor]:
-    """Return [values, indices, tail] of `kdcache_kernels.pack`, or [values] for k = C.
+    """Return [values, indices, tail] of `kdcache_kernels.pack`, or [values] for k = C, as a registered operator.
 
-    A registered operator cannot return None.
+    `family` is "numba" or "triton". The result is a list because registered operators cannot return None.
     """
     return [part for part in module_of(family, "topk").pack(logits, k) if part is not None]
 
@@ -267,7 +300,10 @@ def _(logits: Tensor, k: int, family: str) -> list[Tensor]:
 
 @torch.library.custom_op("kdcache::densify", mutates_args=())
 def densify(values: Tensor, indices: Tensor, tail: Tensor, num_classes: int, family: str) -> Tensor:
-    """Return the (B, C, h, w) float32 logits of `kdcache_kernels.densify`, for k < C."""
+    """Return the (B, C, h, w) float32 logits of `kdcache_kernels.densify` for k < C, as a registered operator.
+
+    `family` is "numba" or "triton".
+    """
     dense: Tensor = module_of(family, "topk").densify(values, indices, tail, num_classes)
     return dense
 
@@ -280,11 +316,12 @@ def _(values: Tensor, indices: Tensor, tail: Tensor, num_classes: int, family: s
 
 @torch.library.custom_op("kdcache::argmax_confidence", mutates_args=(), schema=_ARGMAX_SCHEMA)
 def argmax_confidence(family: str, *arguments: Any) -> tuple[Tensor, Tensor]:
-    """Return (argmax, confidence) of `kdcache_kernels.target_argmax_confidence`.
+    """Compute `kdcache_kernels.target_argmax_confidence` as a registered operator.
 
     Args:
-        family: "numba" or "triton".
-        arguments: the target's fields, window, flip and size (H, W), in order.
+        family: "numba" or "triton", the implementation.
+        arguments: the fields of the `PackedTarget` in order, then window, flip and size (H, W).
+    Returns: (class ids, float16 probabilities), (B, H, W) each.
     """
     *fields, window, flip, size = _with_tuples(arguments)
     ids, confidence = module_of(family, "argmax").argmax_confidence(PackedTarget(*fields), size, window, flip)

@@ -44,7 +44,7 @@ INSTALLED = {name: importlib.util.find_spec(name) is not None for name in _DEVIC
 
 
 class ReferenceWarning(UserWarning):
-    """Warn that `impl="auto"` computes with the slow reference, for the reason in the message."""
+    """A warning that `impl="auto"` uses the slow reference implementation, with the reason."""
 
 
 def distill_loss(
@@ -76,58 +76,63 @@ def distill_loss(
     >>> parts = kdcache_kernels.distill_loss(logits, torch.zeros(1, 8, 8, dtype=torch.uint8))
     >>> parts.loss.backward()
 
-    Computes `ce_weight * CE(up(z), y) + kl_weight * T^2 * KL(softmax(up(t) / T) || softmax(up(z) / T))`. CE counts the
-    pixels with a label other than `ignore_index` and divides by the sum of their class weights. KL counts the pixels
-    whose centre lies in the target's view and divides by their number. A term of weight 0, or without labels or target,
-    is not computed and is 0. A term without counted pixels is 0 with gradient 0, and so is the loss with one class. A
-    non-finite logit (or one so large that logits / T overflow) whose interpolation touches a counted pixel makes the
-    term and the loss NaN. Elsewhere it changes nothing. A loss that is not finite has a gradient of NaN at every logit
-    of the batch. The classes that a target does not keep share one value, and its rounding to float32: at 8 of 171
-    classes and T = 4 the KL is within 2e-6 of itself plus 2e-6 T^2 of exact arithmetic. Logits as low as -6e4, as from
-    a tail without mass, are rounded by up to 2e-3 nats / T between pixels that keep different classes: with k of 2 to 8
-    of 21 classes, the gradient is then within 3e-4 of its largest element.
+    With student logits z, labels y, teacher logits t and the bilinear resize up, it computes `ce_weight * CE(up(z), y)
+    + kl_weight * T^2 * KL(softmax(up(t) / T) || softmax(up(z) / T))`. CE counts the pixels whose label is not
+    `ignore_index`, and divides by the sum of their class weights. KL counts the pixels whose centre lies in the
+    target's view, and divides by their number.
+
+    A term is 0 if its weight is the number 0, or if labels or target are missing. A term without counted pixels is 0
+    with gradient 0, and so is the loss with one class. If a counted pixel is interpolated from a logit that is NaN,
+    infinite, or so large that logits / T overflows, the term and the loss are NaN. The gradient is then NaN at every
+    logit of the batch. Elsewhere such a logit changes nothing.
+
+    Accuracy of top-k targets: the dropped classes share one value and its rounding to float32. At 8 of 171 classes and
+    T = 4, the KL is within a relative 2e-6 plus 2e-6 T^2 of exact arithmetic. Logits as low as -6e4, as from a tail
+    without mass, are rounded by up to 2e-3 nats / T between pixels that keep different classes. With k of 2 to 8 of 21
+    classes, the gradient is then within 3e-4 of its largest element.
 
     Args:
         student_logits_BChw: raw logits, float32, float16, bfloat16 or float64, any strides. Only they and the weights
-            get gradients. Computed in float32 (float64 in the reference if it is float64), also under autocast.
+            get gradients. Computed in float32 even under autocast (float64 logits: in float64 by the reference).
         labels_BHW: class ids, uint8 or a signed integer, or None for an unlabelled batch.
         target: packed teacher logits of the same batch, or None for CE only.
         size: (H, W) in pixels. Needed without labels.
-        ce_weight: >= 0, dimensionless. A number of 0 leaves the term out. The host never reads a 0-dimensional tensor
-            on the device, so a schedule can fill it under a CUDA graph. A learnt weight gets the term as its gradient.
+        ce_weight: >= 0, dimensionless. A number of 0 leaves the term out. A 0-dimensional tensor on the device is never
+            read by the host, so a schedule can fill it under a CUDA graph. A learnt weight gets the term as its
+            gradient.
         kl_weight: >= 0, dimensionless, as `ce_weight`.
         temperature: > 0, dimensionless.
         class_weight: (C,) floats >= 0, for CE. None weighs every class 1.
         ce_pixel_weight_BHW: weight of every pixel in CE, any dtype, such as a gate. It does not shrink the denominator:
-            for a weighted mean pass `ce_denominator`. A non-finite weight of a labelled pixel makes CE NaN.
+            for a weighted mean, pass `ce_denominator`. A non-finite weight of a labelled pixel makes CE NaN.
         label_smoothing: share of every label, in [0, 1), that is spread over all classes, as in `F.cross_entropy`.
-        focal_gamma: >= 0. It multiplies a pixel's cross-entropy by (1 - p)^gamma of its label's probability p. Not with
-            label smoothing. On CUDA, at strides above 1, it uses the slower kernel.
-        ignore_index: the void id, even one that the labels' dtype cannot hold.
-        window_B4: (B, 4) float64 (y0, x0, y1, x1), half-open edges of what the image shows, in pixels of the target's
-            view.
-            It may reach beyond the view, but must overlap it. None is the whole view.
+        focal_gamma: >= 0. It multiplies a pixel's cross-entropy by (1 - p)^gamma, with p the probability of its label.
+            It excludes label smoothing. On CUDA, at strides above 1, it uses the slower kernel.
+        ignore_index: the label of void pixels. It may be outside the range of the labels' dtype.
+        window_B4: (B, 4) float64 edges (y0, x0, y1, x1), half-open, of what the image shows, in pixels of the target's
+            view. It may reach beyond the view, but must overlap it. None is the whole view.
         flip_B: (B,) bool, whether the window is mirrored left to right. None mirrors nothing.
         pixel_weight_BHW: gate of the KL term, any dtype, taken as a number (uint8: 0 or 1, not 0 to 255). It multiplies
             a pixel's KL and does not shrink the denominator. A non-finite weight of a counted pixel makes KL NaN.
-        distill_void: whether KL also counts void pixels. False needs labels. A batch without labels counts all.
-        align_corners: whether the student's resize aligns corners. The target carries its own.
-        ce_denominator: replaces the count of this batch, a 0-dimensional tensor on the device or a number: the global
-            batch's, from `distill_denominators`, summed over ranks and accumulation steps.
-        kl_denominator: as `ce_denominator`.
-        impl: "auto", "triton", "numba", "torch" or "reference", see the module's docstring. On a CPU, auto depends on
-            the sizes of a problem. Windows, flips and compiled programs use numba.
-    Returns: (loss, ce, kl), 0-dimensional float32 (float64), nats per pixel, with T^2 in kl. Each is differentiable
-        once, with the reference several times. The gradient of ce or kl takes the time of the call again, so detach
-        logged values that a compiled function returns. `torch.func.grad` and `vmap` work, forward mode raises.
+        distill_void: whether KL also counts void pixels. A batch without labels counts all pixels.
+        align_corners: whether the student's resize aligns corners. For the teacher, see `PackedTarget.align_corners`.
+        ce_denominator: a number or a 0-dimensional tensor on the device that replaces this batch's denominator of CE.
+            Pass the sum of `distill_denominators` over ranks and accumulation steps.
+        kl_denominator: the same for KL.
+        impl: "auto" (the fastest for the device), "triton" (CUDA), "numba" (CPU), "torch" (small problems on the CPU)
+            or "reference" (anything, slow).
+    Returns: (loss, ce, kl), 0-dimensional float32 (float64 for float64 logits), nats per pixel, with T^2 in kl. Each is
+        differentiable once, or several times with the reference. The gradient of ce or kl takes the time of the call
+        again, so detach logged values that a compiled function returns. `torch.func.grad` and `vmap` work, forward mode
+        raises.
     Raises: ShapeError, ValueRangeError naming the argument. A wrong value inside a tensor is an error on the CPU. On
         CUDA, where nothing waits for the device, a class id out of range or a window that is NaN or outside the view
-        makes the loss NaN. KDCACHE_DEBUG=1 in the environment checks on every device, and raises for a loss that is not
-        finite with the position of its cause.
+        makes the loss NaN. KDCACHE_DEBUG=1 in the environment checks on every device. It also raises for a loss that is
+        not finite, with the position of its cause.
     Memory: fused, the gradient and float32 copies of the low-resolution logits (on CUDA not of a dense, whole target),
         never anything of label size times classes. The reference has up to eight (B, C, H, W) tensors.
-    Source: Hinton et al. 2015, section 2; smoothing Szegedy et al. 2016, arXiv 1512.00567, section 7; focal Lin et al.
-        2017, arXiv 1708.02002. Oracle: kdcache_kernels.reference.
+    Source: Hinton et al. 2015, section 2. Smoothing: Szegedy et al. 2016, arXiv 1512.00567, section 7. Focal: Lin et
+        al. 2017, arXiv 1708.02002. Oracle: kdcache_kernels.reference.
     """
     checks.check_student(student_logits_BChw)
     B, num_classes = student_logits_BChw.shape[:2]
@@ -209,14 +214,14 @@ def distill_denominators(
     distill_void: bool = True,
     impl: str = "auto",
 ) -> Denominators:
-    """Count the denominators of `distill_loss`, so ranks and accumulation steps can share the sums.
+    """Count the denominators of `distill_loss`, so that ranks and accumulation steps can share their sums.
 
     >>> labels = torch.tensor([[[0, 1], [1, 255]]], dtype=torch.uint8)
     >>> kdcache_kernels.distill_denominators(labels, num_classes=2).ce.item()
     3.0
 
-    If each part's `distill_loss` gets the sums over all parts of a batch, the parts' losses add up to the loss of the
-    whole batch. (DistributedDataParallel averages gradients: multiply the loss by the number of ranks.)
+    Pass the sums over all parts of a batch to each part's `distill_loss`. The parts' losses then add up to the loss of
+    the whole batch. (DistributedDataParallel averages gradients, so multiply the loss by the number of ranks.)
 
     The arguments are as in `distill_loss`. `num_classes` is the student's. Pass labels_BHW, target or both.
 
@@ -272,13 +277,14 @@ def target_argmax_confidence(
     >>> argmax.shape, argmax.dtype
     (torch.Size([1, 16, 16]), torch.uint8)
 
-    `size` is (H, W) of the result in pixels. `window_B4` and `flip_B` are as in `distill_loss`.
+    `size` is (H, W) of the result in pixels. `window_B4`, `flip_B` and `impl` are as in `distill_loss`.
 
-    Returns: (argmax, confidence), (B, H, W) each: uint8 (int16 above 256 classes, int32 above 32,768), the lowest id of
-        equal ones; and float16. Outside the view the argmax is the nearest edge's and the confidence 0. If a NaN of the
-        target enters a pixel, its confidence is NaN.
+    Returns: (argmax, confidence), (B, H, W) each. argmax is uint8, int16 above 256 classes, or int32 above 32,768, and
+        the lowest id of equal classes. confidence is float16, 0 to 1. Outside the view, argmax is from the nearest
+        edge, and confidence is 0. If a NaN of the target enters a pixel, its confidence is NaN.
     Raises: ShapeError, ValueRangeError naming the argument.
-    Memory: the results, and the target once in float32; the reference O(C*H*W): one image at a time.
+    Memory: the results, and the target once in float32. The reference needs O(C*H*W), because it computes one image at
+        a time.
     """
     checks.check_packed_target(target)
     size = checks.check_size(None, size)
@@ -296,24 +302,24 @@ def target_argmax_confidence(
 
 @torch.no_grad()
 def pack(logits_BChw: Tensor, k: int, *, impl: str = "auto") -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Keep the k largest classes of every pixel, and the log-odds of the others' mass.
+    """Keep the k largest logits of every pixel, and summarise the other classes in one number.
 
     >>> values, indices, tail = kdcache_kernels.pack(torch.tensor([1.0, 3.0, 2.0]).view(1, 3, 1, 1), 2)
     >>> indices.flatten().tolist(), values.flatten().tolist()
     ([1, 2], [0.0, -1.0])
 
-    Of equal logits the lowest class id is kept. A pixel with NaN, +inf or nothing but -inf gets NaN in every value and
-    in the tail. Checking for it here would synchronise with the device, so the caller checks the values before writing
-    them. A single -inf becomes the finite -6e4.
+    That number is the log-odds of the other classes' probability mass. Of equal logits, the lowest class ids are kept.
+    A pixel with NaN, +inf or only -inf gets NaN in every value and in the tail. This is not an error, because checking
+    would wait for the device. Other -inf become -6e4.
 
     Args:
-        logits_BChw: any floating dtype, any strides. Computed in float32, in float64 if it is float64.
-        k: 1 to C. C keeps everything in class order.
-        impl: one of IMPLEMENTATIONS.
+        logits_BChw: any floating dtype, any strides. Computed in float32, or in float64 if it is float64.
+        k: 1 to C. C keeps every class in class order.
+        impl: "auto", "triton", "numba", "torch" or "reference". "torch" is the reference here.
     Returns: (values, indices, tail) as in `PackedTarget`. indices and tail are None for k = C. For k < C, the classes
-        are sorted from the largest to the smallest.
+        are sorted from the largest to the smallest logit.
     Raises: ShapeError for a tensor that is not (B, C, h, w) of floats, ValueRangeError for k.
-    Memory: the result; the reference O(B*C*h*w), 12 bytes per element more for k < C.
+    Memory: the result. The reference needs O(B*C*h*w), 12 bytes per element more for k < C.
     """
     topk.check_logits(logits_BChw, k)
     family = choose_implementation(impl, logits_BChw.device, logits_BChw.dtype, logits_BChw=logits_BChw)
@@ -334,21 +340,21 @@ def densify(
     *,
     impl: str = "auto",
 ) -> Tensor:
-    """Return logits of every class, up to a constant per pixel.
+    """Return logits of every class from packed logits, up to a constant per pixel. The inverse of `pack`.
 
     >>> values, indices, tail = kdcache_kernels.pack(torch.randn(1, 5, 4, 4), 2)
     >>> kdcache_kernels.densify(values, indices, tail, num_classes=5).shape
     torch.Size([1, 5, 4, 4])
 
-    The classes that were not kept share the tail's mass evenly. Each gets LSE(kept) + tail - log(C - k), clamped to
-    +-6e4, computed in float64 and rounded once (except for the sum of exponentials, 3e-7).
+    The dropped classes share the tail's mass evenly. Each gets logsumexp(kept logits) + tail - log(C - k), clamped to
+    -6e4 to 6e4. This is computed in float64 and rounded once, except for the sum of exponentials (3e-7).
 
-    `values`, `indices` and `tail` are as in `PackedTarget`, and `num_classes` is C. float32 uses the fused kernels,
-    another `dtype` the reference.
+    `values`, `indices` and `tail` are as in `PackedTarget`, and `num_classes` is C. Only float32 uses the fused
+    kernels. For another `dtype`, the reference computes.
 
-    Returns: (B, C, h, w), contiguous for k < C.
+    Returns: (B, C, h, w) in `dtype`, contiguous for k < C.
     Raises: ShapeError, ValueRangeError naming the argument. A class id of C or more is an error on the CPU. On CUDA,
-        where checking would synchronise, the pixel is NaN (with KDCACHE_DEBUG=1 also an error).
+        where checking would wait for the device, the pixel is NaN (with KDCACHE_DEBUG=1 also an error).
     """
     topk.check_packed(values, indices, tail, num_classes)
     values = values.detach()
@@ -367,9 +373,8 @@ def densify(
 def constant(value: float, device: torch.device, *, traced: bool) -> Tensor:
     """Return a number as a 0-dimensional float64 tensor on a device. Do not write to it.
 
-    Unless `traced`, the tensors of the first values are cached, because filling one costs more than a small kernel. A
-    cached tensor is valid on the stream that filled it, and in CUDA graphs, because a capture starts when all streams
-    are done.
+    Unless `traced`, up to 256 such tensors are cached, because filling one costs more than a small kernel. A cached
+    tensor is used on the CUDA stream that filled it and in CUDA graphs.
     """
     if traced:
         return torch.full((), value, dtype=torch.float64, device=device)
@@ -390,11 +395,15 @@ def constant(value: float, device: torch.device, *, traced: bool) -> Tensor:
 def choose_implementation(
     impl: str, device: torch.device, dtype: torch.dtype, *, has_torch: bool = False, **arguments: Tensor
 ) -> str:
-    """Return "triton", "numba", "torch" or "reference" for tensors of this device and dtype.
+    """Return "triton", "numba", "torch" or "reference", the implementation for tensors of a device and dtype.
 
-    With "auto", `impl` is the fused family of the device, or the reference with a warning. Without `has_torch`, "torch"
-    selects the reference. `arguments` are tensors to name in an error message.
-
+    Args:
+        impl: "auto" or the name of an implementation. "auto" chooses Triton on CUDA and numba on the CPU, or the
+            reference with a warning if these cannot run.
+        device: device of the tensors.
+        dtype: dtype of the student's logits.
+        has_torch: whether the operation has a "torch" implementation. If not, "torch" means the reference.
+        arguments: tensors by name, for the error message.
     Raises: ValueRangeError for an unknown implementation, or for tensors that it cannot take.
     """
     if impl not in IMPLEMENTATIONS:

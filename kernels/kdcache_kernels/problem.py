@@ -17,27 +17,28 @@ from .topk import PackedTarget
 
 @dataclass(frozen=True, kw_only=True)
 class LossProblem:
-    """The arguments of `kdcache_kernels.distill_loss`, checked.
+    """The checked arguments of `kdcache_kernels.distill_loss`.
 
     Attributes:
-        student: (B, C, h, w) float32, float16 or bfloat16, any strides. Float64 for the reference alone.
-        labels: (B, H, W) uint8 or signed integers, any strides, or None without.
-        target: packed teacher logits. Not None exactly when KL is computed.
-        size: (H, W) in pixels.
-        use_ce: whether CE is computed; labels are then not None. (Without it, they may still mask the KL.)
-        ce_weight, kl_weight: 0-dimensional floats on the device of the student.
-        ce_denominator, kl_denominator: 0-dimensional floats on the device. None counts this batch.
-        temperature: > 0.
+        student: (B, C, h, w) logits, float32, float16 or bfloat16, any strides. float64 only for the reference.
+        labels: (B, H, W) uint8 or signed integers, any strides, or None without labels.
+        target: packed teacher logits. None if KL is not computed.
+        size: (H, W) of the labels in pixels.
+        use_ce: whether CE is computed. Labels are then not None. Without CE, labels may still mask the KL.
+        ce_weight, kl_weight: 0-dimensional floats on the student's device.
+        ce_denominator, kl_denominator: 0-dimensional floats on the student's device. None counts this batch.
+        temperature: > 0, dimensionless.
         class_weight: (C,) floats, any stride. None weighs every class 1.
-        ce_pixel_weight: (B, H, W), any dtype and strides, of CE. None weighs every pixel 1.
+        ce_pixel_weight: (B, H, W) weights of pixels in CE, any dtype and strides. None weighs every pixel 1.
         label_smoothing: the share of a label that all classes get, in [0, 1).
-        focal_gamma: exponent of the focal loss, 0 without. Not next to label smoothing.
-        ignore_index: the void id.
-        window: (B, 4) float64, any strides, pixels of the target's view. None is the whole view.
+        focal_gamma: exponent of the focal loss, 0 without. At least one of it and label_smoothing is 0.
+        ignore_index: the label of void pixels.
+        window: (B, 4) float64 edges (y0, x0, y1, x1) in pixels of the target's view, any strides. None is the whole
+            view.
         flip: (B,) bool, any stride. None mirrors nothing.
-        pixel_weight: (B, H, W), any dtype and strides, of KL. None weighs every pixel 1.
-        distill_void: whether pixels of label `ignore_index` count in the KL.
-        align_corners: whether the student's resize aligns corners. The target carries its own.
+        pixel_weight: (B, H, W) weights of pixels in KL, any dtype and strides. None weighs every pixel 1.
+        distill_void: whether KL counts void pixels.
+        align_corners: whether the student's resize aligns corners. For the teacher, see `PackedTarget.align_corners`.
         need_gradient: whether to compute the gradient.
     """
 
@@ -65,12 +66,12 @@ class LossProblem:
 
     @property
     def use_kl(self) -> bool:
-        """Return True if KL is computed, which needs a target."""
+        """Return True if KL is computed, that is, if there is a target."""
         return self.target is not None
 
     @property
     def gradient_dtype(self) -> torch.dtype:
-        """Return the dtype of a family's gradient: bfloat16 for a bfloat16 student, else float32.
+        """Return the dtype in which the kernels write the gradient: bfloat16 for bfloat16 logits, else float32.
 
         It is never float16, in which small gradients would become 0.
         """
@@ -78,7 +79,7 @@ class LossProblem:
 
 
 class Counted(NamedTuple):
-    """The labels and the geometry of a batch whose denominators are to be counted.
+    """The labels, class weights and windows of a batch whose denominators are counted.
 
     Attributes:
         labels, class_weight, num_classes, ignore_index, distill_void, size, window, flip: as in `LossProblem`.
@@ -99,17 +100,17 @@ class Counted(NamedTuple):
 
 
 def gradient_dtype(student: Tensor) -> torch.dtype:
-    """Return the dtype of a family's gradient: bfloat16 for a bfloat16 student, else float32."""
+    """Return the dtype in which the kernels write the gradient by `student`: bfloat16 for bfloat16, else float32."""
     return torch.bfloat16 if student.dtype == torch.bfloat16 else torch.float32
 
 
 class LossResult(NamedTuple):
-    """The loss, its terms and its gradient, as a family computes them.
+    """The loss, its terms and its gradient, as the kernels return them.
 
     Attributes:
-        loss, ce, kl: 0-dimensional float32, or NaN if a counted pixel depends on an unusable logit.
-        gradient: (B, C, h, w) contiguous in `gradient_dtype`, the gradient of the loss by the student. It is
-            meaningless if the loss is NaN, and (0,) without `need_gradient`.
+        loss, ce, kl: 0-dimensional float32. NaN if a counted pixel depends on a logit that is not finite or too large.
+        gradient: (B, C, h, w) contiguous, the gradient of the loss by the student's logits, in `gradient_dtype`. Do not
+            use it if the loss is NaN. It is (0,) if `need_gradient` is False.
     """
 
     loss: Tensor

@@ -27,7 +27,7 @@ from .window import Size, ViewPositions, resample, view_positions, window_misses
 
 
 class LossParts(NamedTuple):
-    """The loss and its two terms, 0-dimensional tensors.
+    """The result of `distill_loss`: the loss and its two terms, as 0-dimensional tensors.
 
     >>> import kdcache_kernels
     >>> labels = torch.zeros(1, 8, 8, dtype=torch.uint8)
@@ -65,9 +65,9 @@ class Denominators(NamedTuple):
 
 
 def distill_loss_reference(problem: LossProblem) -> LossParts:
-    """Compute `kdcache_kernels.distill_loss` from checked arguments.
+    """Compute `kdcache_kernels.distill_loss` from checked arguments with plain PyTorch operations.
 
-    Compute in float32 even under autocast, and in float64 for float64 logits. A class id out of range makes CE NaN.
+    The arithmetic is float32 even under autocast, or float64 for float64 logits. A class id out of range makes CE NaN.
     """
     logits_BChw, labels_BHW, target = problem.student, problem.labels, problem.target
     size, temperature = problem.size, problem.temperature
@@ -89,8 +89,8 @@ def distill_loss_reference(problem: LossProblem) -> LossParts:
                 scaled_BCHW = student.logits if temperature == 1 else student.logits / temperature
                 log_p_BCHW = scaled_BCHW.log_softmax(1)
             window_B4 = _nan_where_it_misses(problem.window, target)
-            shown = (labels_BHW, size, problem.ignore_index, window_B4, problem.flip, problem.distill_void)
-            counted_BHW, positions = kl_pixels(target, *shown)
+            options = (labels_BHW, size, problem.ignore_index, window_B4, problem.flip, problem.distill_void)
+            counted_BHW, positions = kl_pixels(target, *options)
             teacher = _Upsampled.of_target(target, positions, size, dtype, temperature)
             kl = zero + temperature**2 * _kl_divergence(log_p_BCHW, student.lost, teacher, counted_BHW, problem)
         loss = problem.ce_weight * ce + problem.kl_weight * kl
@@ -98,35 +98,35 @@ def distill_loss_reference(problem: LossProblem) -> LossParts:
 
 
 class NanReachesAll(torch.autograd.Function):
-    """Return the loss unchanged, and make its gradient NaN at every logit if the loss is not finite.
+    """An autograd function that returns the loss unchanged, and spreads a loss that is not finite to all logits.
 
-    Autograd alone gives 0 at logits that were replaced and in images without counted pixels. An optimiser would then
-    continue with a partial gradient.
+    The gradient at every logit is then NaN. Without it, autograd gives 0 at logits that were replaced and in images
+    without counted pixels. An optimiser would then continue with a partial gradient.
     """
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(loss: Tensor, logits_BChw: Tensor) -> Tensor:
-        """Return a copy of the loss."""
+        """Return a copy of the loss. Both arguments get a gradient in `backward`."""
         return loss.clone()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        """Save the loss, and the shape and dtype of the logits, for the backward."""
+        """Save the loss, and the shape and dtype of the logits, for `backward`."""
         loss, logits_BChw = inputs
         ctx.save_for_backward(loss)
         ctx.shape, ctx.dtype = logits_BChw.shape, logits_BChw.dtype
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the gradient by the loss, and for the logits NaN if the loss is not finite, else 0."""
+        """Return the unchanged gradient for the loss, and for the logits NaN if the loss is not finite, else 0."""
         (loss,) = ctx.saved_tensors
         return gradients[0], (0 * loss.detach()).to(ctx.dtype).expand(ctx.shape)
 
 
 def _nan_where_it_misses(window_B4: Tensor | None, target: PackedTarget) -> Tensor | None:
-    """Return a window next to the view is a mistake that must not pass for a sample without a teacher."""
+    """Return the windows with NaN for those outside the view, so that they make the loss NaN."""
     if window_B4 is None:
         return None
     return window_B4.masked_fill(window_misses_view(window_B4, target.view_size)[:, None], torch.nan)
@@ -178,8 +178,8 @@ def _resize(x_BChw: Tensor, positions: ViewPositions, size: Size, align_corners:
     On CUDA its backward adds atomically, and in float64 the matrices are the oracle, so both use matrices.
     """
     # With aligned corners, F.interpolate takes the pixels of the result to be those of the view.
-    whole = positions.is_whole_view and (not align_corners or positions.view_size == size)
-    if whole and x_BChw.dtype == torch.float32 and x_BChw.device.type == "cpu":
+    is_whole = positions.is_whole_view and (not align_corners or positions.view_size == size)
+    if is_whole and x_BChw.dtype == torch.float32 and x_BChw.device.type == "cpu":
         return F.interpolate(x_BChw, size, mode="bilinear", align_corners=align_corners)
     grid = (x_BChw.shape[2], x_BChw.shape[3])
     return resample(x_BChw, *positions.hat_matrices(grid, align_corners, x_BChw.dtype))
@@ -251,15 +251,15 @@ def argmax_confidence_reference(
     shape = (target.batch_size, *size)
     argmax_BHW = torch.empty(shape, dtype=argmax_dtype(target.num_classes), device=target.device)
     confidence_BHW = torch.empty(shape, dtype=torch.float16, device=target.device)
-    for one in (slice(sample, sample + 1) for sample in range(target.batch_size)):
-        window_14, flip_1 = (None if tensor is None else tensor[one] for tensor in (window_B4, flip_B))
+    for part in (slice(sample, sample + 1) for sample in range(target.batch_size)):
+        window_14, flip_1 = (None if tensor is None else tensor[part] for tensor in (window_B4, flip_B))
         with torch.autocast(target.device.type, enabled=False):
             positions = view_positions(window_14, flip_1, target.view_size, size, target.device)
-            image = target.map(itemgetter(one))
+            image = target.map(itemgetter(part))
             logits_1CHW, lost_1HW = _Upsampled.of_target(image, positions, size, torch.float32, 1.0)
-        largest_1HW, argmax_BHW[one] = logits_1CHW.max(1)
+        largest_1HW, argmax_BHW[part] = logits_1CHW.max(1)
         probability_1HW = (largest_1HW - logits_1CHW.logsumexp(1)).exp()
-        confidence_BHW[one] = probability_1HW.masked_fill(lost_1HW, torch.nan).masked_fill(~positions.inside(), 0)
+        confidence_BHW[part] = probability_1HW.masked_fill(lost_1HW, torch.nan).masked_fill(~positions.inside(), 0)
     return argmax_BHW, confidence_BHW
 
 
@@ -272,7 +272,11 @@ def kl_pixels(
     flip_B: Tensor | None,
     distill_void: bool,
 ) -> tuple[Tensor, ViewPositions]:
-    """Return the (B, H, W) bool mask of pixels that KL counts, and the pixels' positions in the target's view."""
+    """Return the (B, H, W) bool mask of pixels that KL counts, and where the pixels lie in the target's view.
+
+    KL counts the pixels inside the view. If not `distill_void`, it leaves out pixels with label `ignore_index`. `size`
+    is (H, W) in pixels.
+    """
     positions = view_positions(window_B4, flip_B, target.view_size, size, target.device)
     counted_BHW = positions.inside().expand(target.batch_size, *size)
     if not distill_void and labels_BHW is not None:
@@ -281,7 +285,10 @@ def kl_pixels(
 
 
 def ce_weight_sum(labels_BHW: Tensor, class_weight: Tensor | None, ignore_index: int, num_classes: int) -> Tensor:
-    """Return the sum of the labelled pixels' class weights, or their number without class weights, 0-dimensional."""
+    """Return the denominator of CE, 0-dimensional: the sum of the class weights of all labelled pixels.
+
+    Without class weights, it is the number of labelled pixels. Class ids out of range do not count.
+    """
     counted_BHW = (labels_BHW != ignore_index) & (labels_BHW >= 0) & (labels_BHW < num_classes)
     if class_weight is None:
         return counted_BHW.sum()
@@ -290,7 +297,10 @@ def ce_weight_sum(labels_BHW: Tensor, class_weight: Tensor | None, ignore_index:
 
 
 def divide(total: Tensor, denominator: Tensor, spoilt: Tensor) -> Tensor:
-    """Return total / denominator, or 0 if the denominator is 0. If `spoilt` is True, value and gradient are NaN."""
+    """Return total / denominator, or 0 if the denominator is 0. All arguments are 0-dimensional tensors.
+
+    If `spoilt` is True, the result and its gradient are NaN.
+    """
     divisor = denominator.to(torch.float64)
     scale = divisor.reciprocal().masked_fill(divisor == 0, 0).masked_fill(spoilt, torch.nan)
     return total * scale.to(total.dtype)

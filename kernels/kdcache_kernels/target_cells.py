@@ -24,10 +24,12 @@ from .window import resample as resample_eagerly
 
 
 class Cells(NamedTuple):
-    """How much every cell of a grid counts and weighs in a mean over cells.
+    """How much every cell counts and weighs in a mean over cells.
+
+    A cell is the area of the image that one target logit covers.
 
     Attributes:
-        counted: (B, h, w), 0 to 1, the share of the cell's area whose pixels count. Its sum is the denominator of the
+        counted: (B, h, w), the share of the cell's area whose pixels count, 0 to 1. Its sum is the denominator of the
             mean.
         weight: (B, h, w), the same share with every pixel multiplied by its gate.
     """
@@ -48,7 +50,7 @@ def lay_cells(
     grid: Size,
     like: Tensor,
 ) -> Cells:
-    """Compute how much each of the h x w cells that tile the student's image counts and weighs.
+    """Compute how much each of the h x w cells that tile the student's image counts and weighs in a mean over cells.
 
     Args:
         window_B4: (B, 4) float64 edges (y0, x0, y1, x1) in pixels of the view, or None for the whole view.
@@ -58,7 +60,7 @@ def lay_cells(
         batch_size: B.
         view_size: (height, width) of the view in pixels.
         size: (H, W) of the student's image in pixels.
-        grid: (h, w), the number of cells.
+        grid: (h, w), the rows and columns of cells.
         like: a tensor with the device and dtype of the result.
     """
     counts_BHW = view_positions(window_B4, flip_B, view_size, size, like.device).inside().expand(batch_size, *size)
@@ -73,7 +75,10 @@ def lay_cells(
 
 
 def area_mean(map_BcHW: Tensor, grid: Size) -> Tensor:
-    """Return the mean of a map over the area of each of h x w cells that tile it, (B, c, h, w). `grid` is (h, w)."""
+    """Return the mean of a (B, c, H, W) map over the area of each of h x w cells that tile it, (B, c, h, w).
+
+    `grid` is (h, w). Cells need not consist of whole pixels.
+    """
     pixels = map_BcHW.shape[2:]
     return resample(map_BcHW, *(area_matrix(n, of, map_BcHW)[None] for n, of in zip(grid, pixels, strict=True)))
 
@@ -81,9 +86,15 @@ def area_mean(map_BcHW: Tensor, grid: Size) -> Tensor:
 def sample_view(
     map_Bchw: Tensor, window_B4: Tensor | None, flip_B: Tensor | None, view_size: Size, dtype: torch.dtype
 ) -> Tensor:
-    """Interpolate a map of the view at the centres of the window's cells, (B, c, h, w) in `dtype`, without gradient.
+    """Interpolate a (B, c, h, w) map of the view bilinearly at the centres of the h x w cells of a window of the view.
 
-    The window has as many cells as the map. `window_B4`, `flip_B` and `view_size` are as in `lay_cells`.
+    Args:
+        map_Bchw: the map, which covers the whole view.
+        window_B4: (B, 4) float64 edges (y0, x0, y1, x1) in pixels of the view, or None for the whole view.
+        flip_B: (B,) bool, whether to mirror the window left to right, or None.
+        view_size: (height, width) of the view in pixels.
+        dtype: dtype of the result.
+    Returns: (B, c, h, w) without a gradient. Without window and flip, it is the map itself.
     """
     grid = (map_Bchw.shape[2], map_Bchw.shape[3])
     positions = view_positions(window_B4, flip_B, view_size, grid, map_Bchw.device)
@@ -92,20 +103,23 @@ def sample_view(
 
 
 def resize(map_Bchw: Tensor, grid: Size, align_corners: bool = False) -> Tensor:
-    """Resize a student's map bilinearly to `grid` = (h, w), differentiably, in float32 or float64."""
-    own = (map_Bchw.shape[2], map_Bchw.shape[3])
-    if own == grid:
+    """Resize a (B, c, h, w) map bilinearly to `grid`, its new (rows, columns). The result is differentiable.
+
+    The map is float32 or float64. `align_corners` is as in `torch.nn.functional.interpolate`.
+    """
+    own_size = (map_Bchw.shape[2], map_Bchw.shape[3])
+    if own_size == grid:
         return map_Bchw
     # The positions are counted in the grid's own units: with aligned corners these are the pixels of the result.
     positions = view_positions(None, None, grid, grid, map_Bchw.device)
-    return resample(map_Bchw, *positions.hat_matrices(own, align_corners, map_Bchw.dtype))
+    return resample(map_Bchw, *positions.hat_matrices(own_size, align_corners, map_Bchw.dtype))
 
 
 def resample(map_Bchw: Tensor, rows_BHh: Tensor, columns_BWw: Tensor) -> Tensor:
-    """Return `rows @ map @ columns^T`, (B, c, H, W), like `kdcache_kernels.window.resample`.
+    """Return `rows @ map @ columns^T`, (B, c, H, W), also inside `torch.compile`.
 
-    A compiled program multiplies with the precision set for the process (float32 by default), because the change of
-    precision cannot be traced.
+    Eagerly, float32 products never use TF32, as in `kdcache_kernels.window.resample`. A compiled program uses the
+    precision that is set for the process, float32 by default.
     """
     if torch.compiler.is_compiling():
         return torch.einsum("bcij,bhi,bwj->bchw", map_Bchw, rows_BHh, columns_BWw)
@@ -113,7 +127,10 @@ def resample(map_Bchw: Tensor, rows_BHh: Tensor, columns_BWw: Tensor) -> Tensor:
 
 
 def labels_at_centres(labels_BHW: Tensor, grid: Size) -> Tensor:
-    """Return the label of the pixel at the centre of each cell, (B, h, w)."""
+    """Return the label of the pixel at the centre of each of the h x w cells that tile an image, (B, h, w).
+
+    `grid` is (h, w).
+    """
     rows, columns = (
         torch.arange(1, 2 * cells, 2, device=labels_BHW.device) * pixels // (2 * cells)
         for cells, pixels in zip(grid, labels_BHW.shape[1:], strict=True)

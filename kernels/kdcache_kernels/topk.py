@@ -30,7 +30,7 @@ LOGIT_LIMIT = 6e4
 
 @dataclass(frozen=True)
 class PackedTarget:
-    """Packed teacher logits of a batch, at the teacher's own resolution.
+    """Packed teacher logits of a batch, at the teacher's native stride.
 
     >>> import kdcache_kernels
     >>> values, indices, tail = kdcache_kernels.pack(torch.randn(2, 3, 4, 4), 3)
@@ -43,8 +43,8 @@ class PackedTarget:
         indices: (B, k, h, w) uint8 (uint16 above 256 classes), class ids, or None if k = C.
         tail: (B, h, w) float16, log-odds of the mass outside the top k, or None if k = C.
         num_classes: C.
-        view_size: (H, W), pixels of the view that the h x w target pixels cover.
-        align_corners: whether the final resize of the teacher's head aligns corners.
+        view_size: (height, width) in pixels of the view that the h x w logits cover.
+        align_corners: whether the last resize of the teacher's head aligns corners.
     Raises: ShapeError, ValueRangeError naming the attribute.
     """
 
@@ -63,7 +63,7 @@ class PackedTarget:
 
     @property
     def k(self) -> int:
-        """Return the number of kept classes per target pixel."""
+        """Return the number of kept classes per pixel."""
         return self.values.shape[1]
 
     @property
@@ -87,12 +87,12 @@ class PackedTarget:
         return replace(self, **changes)  # type: ignore[arg-type]
 
     def densify(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Return (B, C, h, w) logits of every class in `dtype`, see `kdcache_kernels.densify`."""
+        """Return the (B, C, h, w) logits of every class in `dtype`, see `kdcache_kernels.densify`."""
         return densify(self.values, self.indices, self.tail, self.num_classes, dtype)
 
 
 def pack(logits_BChw: Tensor, k: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Compute `kdcache_kernels.pack` with PyTorch operations, on any device, in float64 for float64 logits."""
+    """Compute `kdcache_kernels.pack` with PyTorch operations on any device. float64 logits are processed in float64."""
     check_logits(logits_BChw, k)
     num_classes = logits_BChw.shape[1]
     logits_BChw = logits_BChw.detach().to(compute_dtype(logits_BChw.dtype))
@@ -115,7 +115,7 @@ def densify(
     num_classes: int,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Compute `kdcache_kernels.densify` with PyTorch operations, on any device, in any dtype."""
+    """Compute `kdcache_kernels.densify` with PyTorch operations on any device. The result has the floating `dtype`."""
     check_packed(values, indices, tail, num_classes)
     values = values.to(dtype)
     if indices is None or tail is None:
@@ -134,7 +134,7 @@ def densify(
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype to compute in: float64 for float64, float32 for every narrower float."""
+    """Return the dtype in which to compute with tensors of a dtype: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -144,24 +144,30 @@ def index_dtype(num_classes: int) -> torch.dtype:
 
 
 def argmax_dtype(num_classes: int) -> torch.dtype:
-    """Return the smallest of uint8, int16 and int32 that holds the class ids. uint16 does not support comparison."""
+    """Return the dtype of argmax results: the smallest of uint8, int16 and int32 that holds all class ids.
+
+    uint16 is not used, because PyTorch cannot compare its values.
+    """
     if num_classes <= 256:
         return torch.uint8
     return torch.int16 if num_classes <= 2**15 else torch.int32
 
 
 def is_dense(value: Any) -> bool:
-    """Return True if a value is a strided tensor that stores every element, as all kernels need."""
+    """Return True if a value is a tensor with strided layout, neither sparse nor nested."""
     return isinstance(value, Tensor) and value.layout == torch.strided
 
 
 def is_logits(value: Any) -> bool:
-    """Return True if a value is a dense tensor of floats with four axes."""
+    """Return True if a value is a floating-point tensor with strided layout and four axes."""
     return is_dense(value) and value.dim() == 4 and value.is_floating_point()
 
 
 def check_logits(logits_BChw: Tensor, k: int) -> None:
-    """Raise ShapeError for logits that are not (B, C, h, w) floats, and ValueRangeError for a k outside 1 to C."""
+    """Raise an error for logits or k that `pack` cannot take.
+
+    Raises: ShapeError for logits that are not (B, C, h, w) floats, ValueRangeError for a k outside 1 to C.
+    """
     if not is_logits(logits_BChw):
         raise misfit("logits_BChw", logits_BChw, FLOATS_BCHW, "Pass the raw output of one head, before any softmax.")
     check_device("logits_BChw", logits_BChw)
@@ -175,7 +181,7 @@ def check_logits(logits_BChw: Tensor, k: int) -> None:
 
 
 def check_view_size(view_size: tuple[int, int]) -> None:
-    """Raise ValueRangeError unless a size is a pair of pixel counts."""
+    """Raise ValueRangeError unless a size is a pair (height, width) of at least 1 pixel each."""
     if not hasattr(view_size, "__len__") or len(view_size) != 2 or min(view_size) < 1:
         raise ValueRangeError(
             f"Invalid view_size: {view_size!r}",
@@ -193,7 +199,12 @@ def check_device(name: str, tensor: Tensor) -> None:
 
 
 def check_packed(values: Tensor, indices: Tensor | None, tail: Tensor | None, num_classes: int) -> None:
-    """Raise ShapeError for wrong shapes, dtypes or devices of a packed target. Values are not read."""
+    """Raise ShapeError if the tensors of a packed target have wrong shapes, dtypes or devices.
+
+    Values inside the tensors are not read. The arguments are fields of `PackedTarget`.
+
+    Raises: ShapeError, or ValueRangeError if class ids of 16 bits cannot count the classes.
+    """
     if not is_logits(values):
         raise misfit("values", values, FLOATS_BCHW, "Pass the values that kdcache_kernels.pack returned.")
     check_device("values", values)
@@ -246,7 +257,7 @@ def _check_part(
 
 
 def check_ids(ids: Tensor, num_classes: int) -> None:
-    """Raise ValueRangeError for class ids of `num_classes` or more. This waits for the device."""
+    """Raise ValueRangeError if a class id is `num_classes` or more. This waits for the device."""
     ids = ids.long()  # uint16 has no comparisons
     if ids.numel() and int(ids.max()) >= num_classes:
         wrong = sorted(set(ids[ids >= num_classes].tolist()))[:8]

@@ -1,8 +1,8 @@
 """Windows, pixel positions and bilinear resampling as a product of hat matrices.
 
 A bilinear resize along one axis is `A[x, k] = relu(1 - |clamp(src(x), 0, n - 1) - k|)`, whatever the ratio, crop or
-flip. Two of them resample an image, and their transposes carry the gradient back. Against a gather of four taps this
-costs `n` multiplications instead of two, but its adjoint needs no atomic addition, so every result is bitwise
+flip. Two of them resample an image, and their transposes carry the gradient back. Against a gather of four elements,
+this costs `n` multiplications instead of two, but its adjoint needs no atomic addition, so every result is bitwise
 repeatable on CUDA.
 
 Legend: B batch, C channels, N output pixels of one axis, n input cells of that axis, H W output, h w input.
@@ -19,13 +19,13 @@ Size = tuple[int, int]
 
 
 class ViewPositions(NamedTuple):
-    """Where the centres of the label pixels lie in a view.
+    """Where the centres of an image's pixels lie in the view that the image shows.
 
     Attributes:
-        y, x: (B, H) and (B, W) float64 positions in pixels of the view, with 0 at its edge: the centre of its first
-            pixel is at 0.5.
+        y, x: (B, H) and (B, W) float64 positions of rows and columns in pixels of the view. 0 is the view's edge, and
+            0.5 the centre of its first pixel. The first axis may be 1 instead of B.
         view_size: (height, width) of the view in pixels.
-        is_whole_view: True if neither a window nor a flip was given, whatever their values.
+        is_whole_view: True if neither a window nor a flip was given.
     """
 
     y: Tensor
@@ -34,14 +34,21 @@ class ViewPositions(NamedTuple):
     is_whole_view: bool
 
     def inside(self) -> Tensor:
-        """Return the mask (B, H, W) of pixels that lie in the view or on its edges. A NaN position counts as inside."""
+        """Return the (B, H, W) bool mask of pixels whose centre lies in the view. NaN counts as inside.
+
+        The view's edge also counts as inside.
+        """
         height, width = self.view_size
         outside_y_BH = (self.y < 0) | (self.y > height)
         outside_x_BW = (self.x < 0) | (self.x > width)
         return ~(outside_y_BH[:, :, None] | outside_x_BW[:, None, :])
 
     def hat_matrices(self, grid: Size, align_corners: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return the bilinear weights (B, H, h) and (B, W, w) that resample `grid` = (h, w) cells of the view."""
+        """Return the bilinear weights that resample a map of the view to the image.
+
+        They are (B, H, h) for the rows and (B, W, w) for the columns. `grid` is (h, w), the rows and columns of the
+        map. `align_corners` is as in `hat_matrix`, and `dtype` is the result's.
+        """
         return (
             hat_matrix(self.y, self.view_size[0], grid[0], align_corners, dtype),
             hat_matrix(self.x, self.view_size[1], grid[1], align_corners, dtype),
@@ -80,19 +87,25 @@ def view_positions(
 
 
 def window_misses_view(window_B4: Tensor, view_size: Size) -> Tensor:
-    """Return (B,) bool, whether a window shows no part of a view of `view_size` (height, width) pixels."""
+    """Return (B,) bool, True for each window that shows no part of a view of `view_size` (height, width) pixels.
+
+    `window_B4` is (B, 4): edges y0, x0, y1, x1 in pixels of the view.
+    """
     y0_B, x0_B, y1_B, x1_B = window_B4.unbind(-1)
     return (y0_B >= view_size[0]) | (x0_B >= view_size[1]) | (y1_B <= 0) | (x1_B <= 0)
 
 
 def source_cells(position_BN: Tensor, n_view: int, n_in: int, align_corners: bool) -> Tensor:
-    """Convert positions in pixels of the view to cells of an axis, where an integer is a cell's centre.
+    """Convert positions in pixels of the view into positions on an axis of a map.
+
+    The result is in elements of the map: 0 is the centre of the first element, 1 the centre of the second.
 
     Args:
-        position_BN: float64, in pixels of the view.
+        position_BN: float64, in pixels of the view. 0 is the view's edge.
         n_view: pixels of the view along this axis.
-        n_in: cells that cover the view along this axis.
-        align_corners: whether the centres of the first and last pixel lie on the centres of the first and last cell.
+        n_in: elements of the map along this axis. The map covers the view.
+        align_corners: whether the centres of the first and last pixel lie on the centres of the first and last element.
+            Otherwise outer edges lie on outer edges.
     """
     if not align_corners:
         return position_BN * n_in / n_view - 0.5
@@ -102,16 +115,16 @@ def source_cells(position_BN: Tensor, n_view: int, n_in: int, align_corners: boo
 
 
 def hat_matrix(position_BN: Tensor, n_view: int, n_in: int, align_corners: bool, dtype: torch.dtype) -> Tensor:
-    """Return the (B, N, n) bilinear weights of n cells at N positions, along one axis of a view.
+    """Return the (B, N, n) bilinear weights that interpolate n elements of a map at N positions along one axis.
 
     Args:
-        position_BN: float64, in pixels of the view, with 0 at its edge.
+        position_BN: float64, in pixels of the view. 0 is the view's edge.
         n_view: pixels of the view along this axis.
-        n_in: n, the cells that cover the view along this axis.
+        n_in: n, the elements of the map along this axis. The map covers the view.
         align_corners: as in `torch.nn.functional.interpolate`: whether the centres of the first and last pixel lie on
-            the centres of the first and last cell. Otherwise outer edges lie on outer edges.
-        dtype: dtype of the result. The positions are computed in float64 before.
-    Returns: rows that sum to 1, with at most two nonzero entries. Beyond the last centre the edge repeats.
+            the centres of the first and last element. Otherwise outer edges lie on outer edges.
+        dtype: dtype of the result. Positions are computed in float64.
+    Returns: rows that sum to 1, with at most two nonzero entries. Beyond the last centre, the last element repeats.
     """
     source_BN = source_cells(position_BN, n_view, n_in, align_corners)
     cell_n = torch.arange(n_in, dtype=torch.float64, device=position_BN.device)
@@ -120,10 +133,10 @@ def hat_matrix(position_BN: Tensor, n_view: int, n_in: int, align_corners: bool,
 
 
 def area_matrix(cells: int, pixels: int, like: Tensor) -> Tensor:
-    """Return the share of each cell that each pixel fills along an axis, (cells, pixels), with rows that sum to 1.
+    """Return a (cells, pixels) matrix of area weights along one axis: the share of each cell that each pixel fills.
 
-    Cells and pixels cover the same length, in any ratio. `like` has the device and dtype of the result. The arithmetic
-    is float64.
+    Cells and pixels cover the same length, in any ratio. Each row sums to 1. `like` has the device and dtype of the
+    result. The arithmetic is float64.
     """
     edges = torch.arange(cells + 1, dtype=torch.float64, device=like.device) * pixels / cells
     left = torch.arange(pixels, dtype=torch.float64, device=like.device)
@@ -132,12 +145,12 @@ def area_matrix(cells: int, pixels: int, like: Tensor) -> Tensor:
 
 
 def resample(x_BChw: Tensor, rows_BHh: Tensor, columns_BWw: Tensor) -> Tensor:
-    """Return `rows @ x @ columns^T`, (B, C, H, W) and contiguous, with float32 never cut to TF32.
+    """Return the product `rows @ x @ columns^T`, a contiguous (B, C, H, W) tensor. float32 products never use TF32.
 
     Args:
-        x_BChw: float32 or float64, with the gradient (differentiable any number of times).
-        rows_BHh: (B or 1, H, h), same dtype.
-        columns_BWw: (B or 1, W, w), same dtype.
+        x_BChw: float32 or float64. The result is differentiable by it any number of times.
+        rows_BHh: (B or 1, H, h) weights of the rows, same dtype.
+        columns_BWw: (B or 1, W, w) weights of the columns, same dtype.
     """
     result: Tensor = _Resample.apply(x_BChw, rows_BHh, columns_BWw)
     return result
@@ -187,7 +200,7 @@ def _contract(x_BChw: Tensor, rows_BHh: Tensor, columns_BWw: Tensor) -> Tensor:
 def full_float32() -> Iterator[None]:
     """Use full float32 precision for matrix products in a with block, instead of TF32 (10 bits) or bfloat16 (7 bits).
 
-    The settings belong to the process. They are restored at the end, and not touched if they are right already.
+    The settings apply to the whole process and are restored at the end of the block.
     """
     mkldnn: Any = torch.backends.mkldnn
     backends: tuple[Any, ...] = (torch.backends.cuda.matmul, mkldnn.matmul)

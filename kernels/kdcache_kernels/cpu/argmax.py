@@ -29,7 +29,7 @@ _f = np.float32
 
 
 class _Taps(NamedTuple):
-    """The two cells of the target around the pixels of one axis, each (Bt, N), with Bt = B or 1."""
+    """The two neighbouring logits of each label pixel along an axis, with their weights: (Bt, N) each, Bt = B or 1."""
 
     cell: np.ndarray[tuple[int, ...], np.dtype[np.uint32]]
     next_cell: np.ndarray[tuple[int, ...], np.dtype[np.uint32]]
@@ -39,7 +39,10 @@ class _Taps(NamedTuple):
 
     @classmethod
     def of(cls, position: Tensor, n_view: int, n_in: int, align_corners: bool) -> "_Taps":
-        """Compute taps as `window.hat_matrix` does. A next weight of 0 merges both cells. NaN has NaN weights."""
+        """Compute the neighbours as `window.hat_matrix` does. NaN has NaN weights.
+
+        If the weight of the second neighbour is 0, it is the first neighbour.
+        """
         source = source_cells(position, n_view, n_in, align_corners).clamp(0, n_in - 1)
         cell = source.floor()
         weight, next_weight = 1 - (source - cell), 1 - (cell + 1 - source)
@@ -91,14 +94,17 @@ def _sum_exponentials(block, largest, total):
 
 @exact_kernel
 def argmax_tasks(first, last, logits, lost, rows, columns, width, argmax, confidence):
-    """Compute the class and its probability in the label rows `first` to `last`, numbered image by image.
+    """Compute the teacher's class and its probability for a range of label rows, for the public `argmax_confidence`.
+
+    The rows are `first` to `last` - 1. Row y of image b has the number b * H + y.
 
     Shapes and units:
-        logits: (B, C, h, w) float32 of the target, with 0 at lost pixels.
-        lost: (B, h, w) bool, whether a class of the target pixel is NaN or too large to use.
-        rows, columns: taps of the label rows and columns in the target.
-        width: label columns of a block.
-        argmax, confidence: (B, H, W) results.
+        logits: (B, C, h, w) float32 teacher logits, with 0 at lost positions.
+        lost: (B, h, w) bool, whether a logit of the position is NaN or too large to use.
+        rows, columns: for each label row or column, the two neighbouring logits with their bilinear weights.
+        width: label columns that are processed at a time.
+        argmax: (B, H, W) int32 result, class ids.
+        confidence: (B, H, W) float32 result, probabilities. 0 outside the view, NaN next to a lost position.
     """
     _, num_classes, _, w = logits.shape
     H, W = argmax.shape[1:]
@@ -131,9 +137,16 @@ def argmax_tasks(first, last, logits, lost, rows, columns, width, argmax, confid
 def argmax_confidence(
     target: PackedTarget, size: tuple[int, int], window_B4: Tensor | None, flip_B: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Compute `kdcache_kernels.target_argmax_confidence` on the CPU, bitwise equal for any number of threads.
+    """Compute `kdcache_kernels.target_argmax_confidence` on the CPU, with the same bits for any number of threads.
 
-    A NaN window gives a confidence of NaN. Memory: the result in int32 and float32, and 4 * B*C*h*w bytes.
+    Args:
+        target: packed teacher logits.
+        size: (H, W) of the result in pixels.
+        window_B4: (B, 4) float64 edges in pixels of the view, or None for the whole view. NaN gives a confidence of
+            NaN.
+        flip_B: (B,) bool, whether to mirror left to right, or None.
+    Returns: (class ids, float16 probabilities), (B, H, W) each.
+    Memory: the result in int32 and float32, and 4 * B*C*h*w bytes.
     """
     logits_BChw = densify(target.values, target.indices, target.tail, target.num_classes)
     B, num_classes, h, w = logits_BChw.shape

@@ -101,13 +101,13 @@ def _target_pixels(c, n, root, lead, v, sums, cross):
 
 
 @njit(**OPTIONS)
-def _own_logarithms(n, ids_Pn, e, power, own):
+def _own_logarithms(n, ids_Pn, e, power, label_log):
     """Look up the exponential of each pixel's label. Its logarithm is `power` times the one at T = 1."""
     for p in range(4):
         for k in range(n):
-            own[p * TILE + k] = e[ids_Pn[p, k], p * TILE + k]
+            label_log[p * TILE + k] = e[ids_Pn[p, k], p * TILE + k]
         for k in range(n):
-            own[p * TILE + k] = power * log2(own[p * TILE + k])
+            label_log[p * TILE + k] = power * log2(label_log[p * TILE + k])
 
 
 def _gradient_of(form):
@@ -134,8 +134,8 @@ def _gradient_of(form):
             g1 = pixel(c, TILE + k, ids_Pn[1, k], e, e_1, v, slopes)
             g2 = pixel(c, 2 * TILE + k, ids_Pn[2, k], e, e_1, v, slopes)
             g3 = pixel(c, 3 * TILE + k, ids_Pn[3, k], e, e_1, v, slopes)
-            right, whole = _1 * g0 + _3 * g1 + _5 * g2 + _7 * g3, g0 + g1 + g2 + g3
-            left = whole - right
+            right, all_four = _1 * g0 + _3 * g1 + _5 * g2 + _7 * g3, g0 + g1 + g2 + g3
+            left = all_four - right
             pull[c, k] += left - fraction * left
             pull[c, TILE + k] += right - fraction * right
             pull[c, 2 * TILE + k] += fraction * left
@@ -172,8 +172,8 @@ def _even_gradient(n, fraction, even, pull):
     """Add to `pull` (4 * TILE,) what smoothed labels take from every class of weight 1, as `_gradient_of` does."""
     for k in range(n):
         g0, g1, g2, g3 = even[k], even[TILE + k], even[2 * TILE + k], even[3 * TILE + k]
-        right, whole = _1 * g0 + _3 * g1 + _5 * g2 + _7 * g3, g0 + g1 + g2 + g3
-        left = whole - right
+        right, all_four = _1 * g0 + _3 * g1 + _5 * g2 + _7 * g3, g0 + g1 + g2 + g3
+        left = all_four - right
         pull[k] += left - fraction * left
         pull[TILE + k] += right - fraction * right
         pull[2 * TILE + k] += fraction * left
@@ -193,25 +193,27 @@ def cells(
     first, last, student, target, ids, weight, gate, spread, starts, fractions, target_rows, target_fractions,
     form, temperature, factors, class_weight, gamma, use_kl, need_gradient, upper, lower, losses,
 ):  # fmt: skip
-    """Compute the loss and its gradient in the cell rows `first` to `last`, numbered image by image.
+    """Compute the fused CE + KL loss and its gradient at label strides 4, 8, 12 and so on, for a range of cell rows.
 
-    Cell row i holds the label rows between the logit rows i and i + 1. Nodes are places on a logit row, four label
-    pixels apart. P = 4 phases: phase p holds pixel p between every two nodes.
+    A cell row is the label rows between logit rows i and i + 1. The cell rows are `first` to `last` - 1, and row i of
+    image b has the number b * h + i. Nodes are positions on a logit row, four label pixels apart. A tile has n nodes. P
+    = 4 phases: phase p holds pixel p between every two nodes.
 
     Shapes and units:
-        student, target: (B, h, tiles, C, n) logits on the nodes times log2(e) / T, minus their maximum, so at most 0.
-        ids, weight, gate: (B, H, tiles, P, n) class ids and weights in CE and in KL, from `prepare.count_pixels`.
-        spread: the same shape, each class's share of a smoothed label, or empty without label smoothing.
-        starts: (h + 1,) the first label row of each cell row.
-        fractions: (H,) weight of the lower logit row in each label row.
-        target_rows, target_fractions: (Bt, H) upper row of the target and weight of its next row. Bt is B or 1.
-        form: how to get exponentials at T = 1: ONE (equal to those at T), SQUARE (their squares) or TWO (compute both).
+        student, target: (B, h, tiles, C, n) float32 logits at the nodes, times log2(e) / T, minus their maximum.
+        ids, weight, gate: (B, H, tiles, P, n) class ids and pixel weights in CE and in KL, from `prepare.count_pixels`.
+        spread: (B, H, tiles, P, n), each class's share of a smoothed label, or empty without label smoothing.
+        starts: (h + 1,) first label row of each cell row.
+        fractions: (H,) bilinear weight of the lower logit row in each label row.
+        target_rows, target_fractions: (Bt, H) upper row of the target and weight of the row below it. Bt is B, or 1 if
+            all images share them.
+        form: how to compute exponentials at T = 1. ONE: those at T. SQUARE: their squares (T = 2). TWO: separately.
         temperature: T.
-        factors: (weight of CE / its denominator, weight of KL * T / its denominator), gradient in nats.
-        class_weight: (C,) float32, read with label smoothing.
+        factors: (ce_weight / CE's denominator, kl_weight * T / KL's denominator).
+        class_weight: (C,) float32, read only with label smoothing.
         gamma: exponent of the focal loss, or 0.
-        use_kl, need_gradient: what to compute besides CE.
-        upper, lower: (B, h, tiles, C, n) results, gradient by the nodes of logit row i and of row i + 1.
+        use_kl, need_gradient: whether to compute KL and the gradient.
+        upper, lower: (B, h, tiles, C, n) results, the gradient at the nodes of logit row i and of row i + 1.
         losses: (B, h, 2) results, sums of weighted CE and KL in bits.
     """
     _, h, tiles, C, n = student.shape
@@ -225,7 +227,7 @@ def cells(
     value, root, lead = np.zeros(TILE + 1, _f), np.ones(TILE + 1, _f), np.zeros(TILE + 1, _f)
     sum_T, sum_v, cross = np.ones(size, _f), np.ones(size, _f), np.zeros(size, _f)
     sum_1 = sum_T if form == ONE else np.ones(size, _f)
-    own, hot, loss = np.empty(size, _f), np.empty(size, _f), np.empty(2 * size)
+    label_log, hot, loss = np.empty(size, _f), np.empty(size, _f), np.empty(2 * size)
     slope_1, slope_T, slope_v = np.empty(size, _f), np.empty(size, _f), np.empty(size, _f)
     for task in range(first, last):
         b, i = task // h, task % h
@@ -260,9 +262,9 @@ def cells(
                         _target_nodes(c, n, t_above, t_below, t_fraction, value, lead, root)
                         _target_pixels(c, n, root, lead, v, sum_v, cross)
                 pixel_ids = ids[b, y, tile]
-                _own_logarithms(n, pixel_ids, e_1, _f(2) if form == SQUARE else _f(1), own)
+                _own_logarithms(n, pixel_ids, e_1, _f(2) if form == SQUARE else _f(1), label_log)
                 pixel_terms(
-                    n, sum_1, sum_T, sum_v, cross, own, row_weight, row_gate,
+                    n, sum_1, sum_T, sum_v, cross, label_log, row_weight, row_gate,
                     factors[0], factors[1], slope_1, slope_T, slope_v, hot, loss,
                 )  # fmt: skip
                 if smooth:
@@ -273,7 +275,7 @@ def cells(
                     )  # fmt: skip
                     _even_gradient(n, fraction, even, even_pull)
                 if gamma > 0:
-                    focal_terms(n, sum_1, own, row_weight, gamma, slope_1, hot, loss)
+                    focal_terms(n, sum_1, label_log, row_weight, gamma, slope_1, hot, loss)
                 if not need_gradient:
                     continue
                 slopes = (slope_1, slope_T, slope_v, hot)

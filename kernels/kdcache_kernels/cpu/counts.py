@@ -14,17 +14,19 @@ _f = np.float32
 
 @kernel
 def count_rows(first, last, labels, ignore_index, class_weight, inside_y, inside_x, use_kl, skip_void, counts):
-    """Count the denominators of CE and KL in the label rows `first` to `last`, numbered image by image.
+    """Count the denominators of CE and KL in a range of label rows.
+
+    The rows are `first` to `last` - 1. Row y of image b has the number b * H + y.
 
     Shapes and units:
-        labels: (B, H, W) of any integers, or (B, 0, 0) without labels.
-        ignore_index: the label of void pixels, which CE does not count.
+        labels: (B, H, W) of any integer dtype, or (B, 0, 0) without labels.
+        ignore_index: label of void pixels, which CE does not count.
         class_weight: (C,) float32.
-        inside_y, inside_x: (Bt, H) and (Bt, W) bool, whether a pixel lies in the target's view. Bt is B, or 1 if all
-            images are equal.
-        use_kl: whether to count for KL.
+        inside_y, inside_x: (Bt, H) and (Bt, W) bool, whether a label row or column lies in the target's view. Bt is B,
+            or 1 if all images share one view.
+        use_kl: whether to count pixels for KL.
         skip_void: whether KL leaves out void pixels.
-        counts: (B, H, 2) float64 results: sum of the class weights of labelled pixels, number of pixels that KL counts.
+        counts: (B, H, 2) float64 result: sum of the class weights of labelled pixels, number of pixels that KL counts.
     """
     H, W = inside_y.shape[1], inside_x.shape[1]
     has_labels = labels.shape[1] > 0
@@ -43,11 +45,17 @@ def count_rows(first, last, labels, ignore_index, class_weight, inside_y, inside
 
 
 def count(counted: Counted, device: torch.device) -> Tensor:
-    """Compute `kdcache_kernels.distill_denominators` on the CPU and return (CE, KL) on `device`, (2,) float64."""
+    """Compute the denominators of CE and KL on the CPU, see `kdcache_kernels.distill_denominators`.
+
+    Args:
+        counted: the labels, class weights and windows of a batch.
+        device: the CPU.
+    Returns: (2,) float64, for CE and KL.
+    """
     H, W = counted.size
     view = counted.size if counted.view_size is None else counted.view_size
-    shown = view_positions(counted.window, counted.flip, (view[0], view[1]), (H, W), device)
-    y, x = shown.y.numpy(), shown.x.numpy()
+    positions = view_positions(counted.window, counted.flip, (view[0], view[1]), (H, W), device)
+    y, x = positions.y.numpy(), positions.x.numpy()
     labels = torch.empty((counted.batch, 0, 0), dtype=torch.uint8) if counted.labels is None else counted.labels
     weight = torch.ones(counted.num_classes) if counted.class_weight is None else counted.class_weight
     counts_BH2 = np.zeros((counted.batch, H, 2))

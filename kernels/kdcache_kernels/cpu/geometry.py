@@ -33,11 +33,13 @@ SCRATCH_FLOATS = 96 * 1024
 
 
 class Taps(NamedTuple):
-    """The two cells that a position on an axis lies between: position = (1 - fraction) * low + fraction * (low + 1).
+    """The two neighbouring logits between which each position on an axis is interpolated, with their weights.
+
+    A position has the value (1 - fraction) * x[low] + fraction * x[low + 1].
 
     Attributes:
-        low: uint32, index of the first cell.
-        fraction: float32 in [0, 1], weight of the next cell.
+        low: uint32 array, index of the first neighbour.
+        fraction: float32 array of the same shape, weight of the second neighbour, 0 to 1.
     """
 
     low: Array
@@ -45,10 +47,10 @@ class Taps(NamedTuple):
 
     @classmethod
     def of(cls, source: Array, n_in: int) -> "Taps":
-        """Return the taps of positions `source`, in cells of an axis with `n_in` cells.
+        """Return the neighbours of positions on an axis of `n_in` logits.
 
-        Positions before the first or after the last cell's centre are moved to that centre. A NaN position has weight
-        NaN.
+        `source` is a float64 array of any shape, in which 0 is the centre of the first logit and 1 the centre of the
+        second. Positions before the first or after the last centre are moved to it. A NaN position gets weight NaN.
         """
         clamped = np.clip(source, 0, n_in - 1)
         low = np.floor(clamped)
@@ -56,9 +58,10 @@ class Taps(NamedTuple):
         return cls(index, (clamped - low).astype(np.float32))
 
     def reaches(self, marked_hw: Array, axis: int) -> Array:
-        """Return which positions read a marked cell with a weight above 0.
+        """Return a bool array that is True at each position with a marked neighbour whose weight is above 0.
 
-        `marked_hw` is a bool array of cells. `axis` is the axis of the cells, which becomes the axis of the positions.
+        `marked_hw` is a bool array of logit positions. `axis` is the axis along which these neighbours lie. In the
+        result's shape, the shape of the positions replaces this axis.
         """
         following = self.low + (self.fraction > 0)
         spread: Array = marked_hw.take(self.low, axis) | marked_hw.take(following, axis)
@@ -66,22 +69,25 @@ class Taps(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """All positions that one call of the loss needs. See the module for tiles, phases and the two layouts.
+    """The tables of positions that one call of the CPU loss needs, for one of the two kernels.
 
-    The taps of the target and the masks have a leading axis Bt, which is B, or 1 if all images are equal.
+    The layout by cells is for `cells.cells`, the layout by pixels for `pixels.pixels`. Both cut a row of label pixels
+    into tiles. In the layout by cells, a tile has four phases, each with every fourth label column. In the layout by
+    pixels, it has one phase. Arrays of the target have a first axis Bt, which is B, or 1 if all images share them.
 
     Attributes:
-        student_rows, student_columns, target_rows, target_columns: where each label row or column lies in the logits.
+        student_rows, student_columns, target_rows, target_columns: the neighbouring logits of each label row or column,
+            see `Taps`.
         inside_y, inside_x: (Bt, H) and (Bt, W) bool, whether label rows and columns lie in the target's view.
         first_target_rows: (Bt, H) int64, the indices of `target_rows`.
-        starts: (h + 1,) int64, the first label row of each cell row.
-        phases, tiles, pitch, offset, n: pixel k < pitch of a tile and phase p (n places each) is label column
-            phases * (tile * pitch + k) + p - offset.
-        student_nodes, target_nodes: (Bt, tiles, n) where each node lies in a row of logits. In the layout by pixels,
-            nodes are the logit pixels and one more.
-        student_runs, target_runs: (Bt, tiles, 2) int64, first and end of the nodes that are neighbouring logit pixels.
-        columns: index and fraction of each label column in the student's nodes, (tiles, n), and in the target's, (Bt,
-            tiles, n), for the layout by pixels. None for the layout by cells.
+        starts: (h + 1,) int64, the first label row of each cell row (the label rows between two logit rows).
+        phases, tiles, pitch, offset, n: pixel k of phase p of a tile is label column phases * (tile * pitch + k) + p -
+            offset, for k < pitch. Each phase has n entries.
+        student_nodes, target_nodes: (Bt, tiles, n) position of each node on a row of logits. Nodes lie four label
+            pixels apart in the layout by cells, and at each logit in the layout by pixels.
+        student_runs, target_runs: (Bt, tiles, 2) int64, first and end of the nodes that are consecutive logits.
+        columns: neighbours and weights of each label column in the student's nodes, (tiles, n) twice, and in the
+            target's, (Bt, tiles, n) twice. None in the layout by cells.
     """
 
     student_rows: Taps
@@ -105,13 +111,13 @@ class Plan(NamedTuple):
 
 
 class Geometry(NamedTuple):
-    """The sizes that determine all positions of a problem without a window or flip. Hashable, as a key of a cache.
+    """The sizes that determine all positions of a loss without a window or flip. It is hashable, to be a cache key.
 
     Attributes:
         classes: C.
-        size: (H, W) of the labels.
+        size: (H, W) of the labels in pixels.
         student, target: (rows, columns) of the student's and the target's logits.
-        align_corners, target_align_corners: whether each resize aligns corners.
+        align_corners, target_align_corners: whether the student's and the target's resize aligns corners.
         view_size: (height, width) of the target's view in pixels.
     """
 
@@ -125,7 +131,7 @@ class Geometry(NamedTuple):
 
 
 def plans(geometry: Geometry, window_B4: Tensor | None, flip_B: Tensor | None) -> Iterator[Plan]:
-    """Yield the plans that suit a problem, the fastest first: by cells if possible, then by pixels.
+    """Yield the plans that suit a problem, the fastest first: the layout by cells if possible, then by pixels.
 
     Args:
         geometry: the sizes of the problem.
@@ -143,20 +149,24 @@ def plans(geometry: Geometry, window_B4: Tensor | None, flip_B: Tensor | None) -
 
 @lru_cache(maxsize=32)
 def plan_of_whole_view(geometry: Geometry, for_cells: bool) -> Plan | None:
-    """Return the cached plan of a problem without window and flip, or None if it does not suit the layout by cells."""
+    """Return the plan of a problem without window and flip, from a cache of 32 plans.
+
+    If `for_cells`, return the layout by cells, or None if the sizes do not allow it. Otherwise return the layout by
+    pixels.
+    """
     return _plan(geometry, for_cells, None, None)
 
 
 def _plan(geometry: Geometry, for_cells: bool, window_B4: Tensor | None, flip_B: Tensor | None) -> Plan | None:
     size, (h, w), (ht, wt), view = geometry.size, geometry.student, geometry.target, geometry.view_size
-    whole = view_positions(None, None, size, size, torch.device("cpu"))
-    shown = view_positions(window_B4, flip_B, view, size, torch.device("cpu"))
-    y, x = shown.y.numpy(), shown.x.numpy()
+    image_positions = view_positions(None, None, size, size, torch.device("cpu"))
+    view_pixels = view_positions(window_B4, flip_B, view, size, torch.device("cpu"))
+    y, x = view_pixels.y.numpy(), view_pixels.x.numpy()
     aligned, target_aligned = geometry.align_corners, geometry.target_align_corners
-    columns = source_cells(whole.x, size[1], w, aligned).numpy()
-    target_columns = source_cells(shown.x, view[1], wt, target_aligned).numpy()
-    rows = Taps.of(source_cells(whole.y, size[0], h, aligned)[0].numpy(), h)
-    target_rows = Taps.of(source_cells(shown.y, view[0], ht, target_aligned).numpy(), ht)
+    columns = source_cells(image_positions.x, size[1], w, aligned).numpy()
+    target_columns = source_cells(view_pixels.x, view[1], wt, target_aligned).numpy()
+    rows = Taps.of(source_cells(image_positions.y, size[0], h, aligned)[0].numpy(), h)
+    target_rows = Taps.of(source_cells(view_pixels.y, view[0], ht, target_aligned).numpy(), ht)
     fields: dict[str, Any] = {
         "student_rows": rows,
         "student_columns": Taps.of(columns[0], w),

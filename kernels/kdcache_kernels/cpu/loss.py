@@ -62,11 +62,11 @@ class _Pixels(NamedTuple):
 
 
 def distill_loss(problem: LossProblem) -> LossResult:
-    """Compute the loss, its terms and its gradient of a checked problem on the CPU.
+    """Compute the fused CE + KL loss, its terms and its gradient on the CPU, from checked arguments.
 
-    Raises: ValueRangeError for class ids out of range, also in top-k targets.
-    Memory: the student's and the target's logits and the student's gradient in two halves and in whole, all in float32
-        at low resolution, 12 bytes per label pixel, and 400 KiB per thread.
+    Raises: ValueRangeError for class ids out of range, in labels or in top-k targets.
+    Memory: float32 copies of the student's and the target's logits, three times the student's gradient, 12 bytes per
+        label pixel, and 400 KiB per thread.
     """
     student_BChw = _floats(problem.student)
     if student_BChw.shape[0] == 0 or not (problem.use_ce or problem.use_kl):
@@ -124,10 +124,10 @@ def _span(problem: LossProblem, student: _Nodes, target: _Nodes | None) -> float
 def _geometry(problem: LossProblem) -> Geometry:
     """Return the sizes of a problem."""
     target, (C, h, w) = problem.target, problem.student.shape[1:]
-    own = (C, problem.size, (h, w), problem.align_corners)
+    sizes = (C, problem.size, (h, w), problem.align_corners)
     if target is None:
-        return Geometry(*own, (h, w), problem.size, problem.align_corners)
-    return Geometry(*own, (target.values.shape[2], target.values.shape[3]), target.view_size, target.align_corners)
+        return Geometry(*sizes, (h, w), problem.size, problem.align_corners)
+    return Geometry(*sizes, (target.values.shape[2], target.values.shape[3]), target.view_size, target.align_corners)
 
 
 def _to_nodes(logits_BChw: Tensor, temperature: float, limit: float, taps: Taps, runs: Array) -> _Nodes:

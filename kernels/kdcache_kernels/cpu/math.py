@@ -40,10 +40,10 @@ _SOURCES = digest_of("cpu/**/*.py", "topk.py")
 
 
 class KernelCache(FunctionCache):
-    """numba's cache of machine code on disk, discarded when any source of this package changes.
+    """numba's cache of compiled kernels on disk, which is discarded when any source file of this package changes.
 
-    Kernels are compiled again if the cache cannot be read or written. (numba itself would watch only the kernel's own
-    file, and keep old copies of the functions that it calls.)
+    numba's own cache checks only the file of the kernel, not the files of the functions that it calls. If the cache
+    cannot be read or written, kernels are compiled again.
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
@@ -51,7 +51,10 @@ class KernelCache(FunctionCache):
         self._cache_file._source_stamp = _SOURCES
 
     def load_overload(self, sig, target_context):
-        """Load a compiled kernel from disk, or return None if its file is missing or damaged."""
+        """Load a compiled kernel from disk, or return None if its file is missing or damaged.
+
+        `sig` (the argument types) and `target_context` are numba's.
+        """
         try:
             return super().load_overload(sig, target_context)
         except Exception:  # pickle raises anything over a damaged file
@@ -60,7 +63,10 @@ class KernelCache(FunctionCache):
             return None
 
     def save_overload(self, sig, data):
-        """Save a compiled kernel to disk. Do nothing if the disk is full."""
+        """Save a compiled kernel to disk, or do nothing if writing fails, for example on a full disk.
+
+        `sig` (the argument types) and `data` (the compiled function) are numba's.
+        """
         with suppress(OSError):  # a full disk
             super().save_overload(sig, data)
 
@@ -76,7 +82,10 @@ def _compiling() -> Iterator[None]:
 
 
 def njit(**options: Any) -> Callable[[Callable[..., Any]], Any]:
-    """Compile with numba's njit, even if NUMBA_DISABLE_JIT is set, because Python cannot run the intrinsics."""
+    """Return a decorator that compiles a function with `numba.njit(**options)`, even if NUMBA_DISABLE_JIT is set.
+
+    The functions of this package use compiler intrinsics, which plain Python cannot run.
+    """
 
     @_compiling()
     def dispatched(function: Callable[..., Any]) -> Any:
@@ -88,9 +97,10 @@ def njit(**options: Any) -> Callable[[Callable[..., Any]], Any]:
 
 
 def kernel(function: Callable[..., Any], options: dict[str, Any] = OPTIONS) -> Any:
-    """Compile a kernel, and keep its machine code on disk if there is a writable place.
+    """Compile a kernel with numba and keep its machine code on disk, if a folder is writable.
 
-    Only kernels are cached on disk. The functions that they call are compiled into them.
+    Only kernels are cached on disk. Functions that they call are compiled into them. `options` are the options of
+    `numba.njit`.
     """
     dispatcher = njit(**options)(function)
     with suppress(RuntimeError):  # a read-only install and an unwritable home
@@ -156,7 +166,7 @@ def log2(x):
 
 @njit(**SUMS)
 def total(x, start, n):
-    """Return the float64 sum of n elements of x from `start` on, in an order that LLVM fixes when it compiles."""
+    """Return the float64 sum of x[start : start + n]. The compiled order of additions never changes."""
     part = x[start : start + n]
     result = 0.0
     for k in range(n):

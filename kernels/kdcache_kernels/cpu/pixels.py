@@ -69,10 +69,10 @@ def _target_exponentials(c, n, student, fraction, peak, target, t_fraction, t_pe
 
 
 @njit(**OPTIONS)
-def _own_logarithms(n, ids, above, below, fraction, peak, scale, own):
+def _own_logarithms(n, ids, above, below, fraction, peak, scale, label_log):
     for k in range(n):
         a = above[ids[k], k]
-        own[k] = scale * (a + fraction * (below[ids[k], k] - a) - peak[k])
+        label_log[k] = scale * (a + fraction * (below[ids[k], k] - a) - peak[k])
 
 
 @njit(**OPTIONS)
@@ -123,18 +123,21 @@ def pixels(
     first, last, student, target, ids, weight, gate, spread, taps, starts, fractions, target_rows, target_fractions,
     form, temperature, factors, class_weight, gamma, wide, use_kl, need_gradient, upper, lower, losses,
 ):  # fmt: skip
-    """Compute the loss and its gradient in the cell rows `first` to `last`, numbered image by image.
+    """Compute the fused CE + KL loss and its gradient for any sizes and windows, for a range of cell rows.
 
-    Cell row i holds the label rows between the logit rows i and i + 1. The arguments not listed are as in
-    `cells.cells`.
+    A cell row is the label rows between logit rows i and i + 1. The cell rows are `first` to `last` - 1, and row i of
+    image b has the number b * h + i. Arguments that are not listed are as in `cells.cells`.
 
     Shapes and units:
-        student, target: (B, h, 1, C, w + 1) logits times log2(e) / T, minus their maximum. The last column repeats.
-        ids, weight, gate: (B, H, tiles, 1, n) class ids and weights in CE and in KL, from `prepare.count_pixels`.
-        spread: the same shape, each class's share of a smoothed label, or empty without label smoothing.
-        taps: (index, fraction, index, fraction): the logit pixel to the left of each label column and the weight of the
-            next one, (tiles, n) in the student and (Bt, tiles, n) in the target. Bt is B, or 1 if all images are equal.
-        wide: whether to subtract each pixel's maximum, because its logits span so much that exponentials would vanish.
+        student, target: (B, h, 1, C, w + 1) float32 logits times log2(e) / T, minus their maximum. The last column is
+            repeated.
+        ids, weight, gate: (B, H, tiles, 1, n) class ids and pixel weights in CE and in KL, from `prepare.count_pixels`.
+        spread: (B, H, tiles, 1, n), each class's share of a smoothed label, or empty without label smoothing.
+        taps: (index, fraction, index, fraction) of the student and of the target: the logit to the left of each label
+            column, and the weight of the logit to its right. (tiles, n) for the student, (Bt, tiles, n) for the target.
+            Bt is B, or 1 if all images share them.
+        wide: whether to subtract each label pixel's maximum. The logits then span so much that exponentials would
+            vanish.
     """
     _, h, _, C, _ = student.shape
     ht = target.shape[1]
@@ -149,7 +152,7 @@ def pixels(
     peak, t_peak = np.zeros(n, _f), np.zeros(n, _f)
     sum_T, sum_v, cross = np.ones(n, _f), np.ones(n, _f), np.zeros(n, _f)
     sum_1 = sum_T if form not in (SQUARE, TWO) else np.ones(n, _f)
-    own, hot, loss = np.empty(n, _f), np.empty(n, _f), np.empty(8 * TILE)
+    label_log, hot, loss = np.empty(n, _f), np.empty(n, _f), np.empty(8 * TILE)
     slope_1, slope_T, slope_v = np.empty(n, _f), np.empty(n, _f), np.empty(n, _f)
     scale_1 = _f(2) if form == SQUARE else (temperature if form == TWO else _f(1))
     for tile in range(tiles):
@@ -181,7 +184,7 @@ def pixels(
                         _squares(c, n, e, sum_1)
                     if form == TWO:
                         _student_exponentials(c, n, above, below, fraction, peak, temperature, e_1, sum_1)
-                _own_logarithms(n, pixel_ids, above, below, fraction, peak, scale_1, own)
+                _own_logarithms(n, pixel_ids, above, below, fraction, peak, scale_1, label_log)
                 if taught:
                     j = target_rows[bt, y]
                     next_j = min(j + 1, ht - 1)
@@ -197,7 +200,7 @@ def pixels(
                             v, sum_v, cross,
                         )  # fmt: skip
                 pixel_terms(
-                    n, sum_1, sum_T, sum_v, cross, own, row_weight, row_gate,
+                    n, sum_1, sum_T, sum_v, cross, label_log, row_weight, row_gate,
                     factors[0], factors[1], slope_1, slope_T, slope_v, hot, loss,
                 )  # fmt: skip
                 if smooth:
@@ -209,7 +212,7 @@ def pixels(
                         even_pull[0, k] += even[k] - fraction * even[k]
                         even_pull[1, k] += fraction * even[k]
                 if gamma > 0:
-                    focal_terms(n, sum_1, own, row_weight, gamma, slope_1, hot, loss)
+                    focal_terms(n, sum_1, label_log, row_weight, gamma, slope_1, hot, loss)
                 if need_gradient:
                     slopes = (slope_1, slope_T, slope_v, hot)
                     for c in range(C):

@@ -14,21 +14,22 @@ _f = np.float32
 
 @kernel
 def to_nodes(first, last, logits, scale, limit, index, fraction, runs, nodes, lost, ranges):
-    """Normalise the logit rows `first` to `last`, numbered image by image, and resample each to its nodes.
+    """Normalise a range of logit rows for the CPU loss, and resample each row to its nodes.
 
-    A node is a place on a logit row where the loss kernels need a value. A logit pixel is lost if a class exceeds
-    `limit` in magnitude or is NaN: all its classes become 0.
+    Nodes are the positions on a logit row where the loss kernels need a value. Normalised means minus the maximum over
+    the classes, times log2(e) / T. The rows are `first` to `last` - 1, and row i of image b has the number b * h + i.
 
     Shapes and units:
         logits: (B, C, h, w) float32.
-        scale: factor of the result, log2(e) / T.
-        limit: the largest magnitude of a usable logit.
-        index, fraction: (Bt, tiles, n) logit pixel to the left of each node, and the weight of the next pixel. Bt is B,
-            or 1 if all images are equal.
-        runs: (Bt, tiles, 2) first node and end of a run of nodes that are neighbouring logit pixels, which is copied.
-        nodes: (B, h, tiles, C, n) float32 result, scale * (logit - maximum over classes), at most 0.
+        scale: log2(e) / T.
+        limit: the largest magnitude of a usable logit. A position with another logit is lost: all its classes become 0.
+        index, fraction: (Bt, tiles, n) logit to the left of each node, and the weight of the logit to its right. Bt is
+            B, or 1 if all images share them.
+        runs: (Bt, tiles, 2) first and end of a run of nodes that are consecutive logits, which is copied.
+        nodes: (B, h, tiles, C, n) float32 result, at most 0.
         lost: (B, h, w) bool result.
-        ranges: (B, h) result, the largest (maximum - minimum over classes) of a row, or -1 minus it if a pixel is lost.
+        ranges: (B, h) float32 result, the largest (maximum - minimum over classes) of a row. A row with a lost position
+            gets -1 minus it.
     """
     _, C, h, w = logits.shape
     _, _, tiles, _, n = nodes.shape
@@ -73,15 +74,16 @@ def to_nodes(first, last, logits, scale, limit, index, fraction, runs, nodes, lo
 
 @kernel
 def from_nodes(first, last, upper, lower, index, fraction, gradient):
-    """Carry a gradient from the nodes back to the logits, in the logit rows `first` to `last`, numbered image by image.
+    """Carry a gradient from the nodes back to a range of logit rows, the transpose of the resampling of `to_nodes`.
 
-    This is the transpose of the resampling of `to_nodes`. Row i gets upper[i] + lower[i - 1].
+    The rows are `first` to `last` - 1, and row i of image b has the number b * h + i. Row i gets upper[i] + lower[i -
+    1].
 
     Shapes and units:
-        upper, lower: (B, h, tiles, C, n) gradient that the pixels between the logit rows i and i + 1 give row i (upper)
-            and row i + 1 (lower).
-        index, fraction: (tiles, n) logit pixel to the left of each node, and the weight of the next pixel.
-        gradient: (B, C, h, w) result.
+        upper, lower: (B, h, tiles, C, n) gradient from the label pixels between logit rows i and i + 1: the share of
+            row i (upper) and of row i + 1 (lower).
+        index, fraction: (tiles, n) logit to the left of each node, and the weight of the logit to its right.
+        gradient: (B, C, h, w) float32 result.
     """
     _, h, tiles, C, n = upper.shape
     w = gradient.shape[3]
@@ -107,26 +109,27 @@ def count_pixels(
     first, last, labels, ignore_index, class_weight, label_weight, share, pixel_weight, inside_y, inside_x,
     use_ce, use_kl, skip_void, pitch, offset, ids, weight, gate, spread, counts,
 ):  # fmt: skip
-    """Write every label pixel's class and its weights in CE and KL, for the label rows `first` to `last`.
+    """Write the class id and the weights of every label pixel of a range of label rows, and count the denominators.
 
-    Rows are numbered image by image. Results are stored tile by tile, in P phases of n pixels: pixel k of a tile and
-    phase p is column P * (tile * pitch + k) + p - offset. Places with k >= pitch or without a column get 0.
+    The rows are `first` to `last` - 1, and row y of image b has the number b * H + y. Results are stored tile by tile,
+    in P phases of n entries: entry k of phase p of a tile is column P * (tile * pitch + k) + p - offset. Entries with k
+    >= pitch, or without such a column, get 0.
 
     Shapes and units:
-        labels: (B, H, W) of any integers, or (B, 0, 0) without labels.
-        ignore_index: the label of void pixels, which CE does not count.
+        labels: (B, H, W) of any integer dtype, or (0, 0, 0) without labels.
+        ignore_index: label of void pixels, which CE does not count.
         class_weight: (C,) float32.
-        label_weight, pixel_weight: (B, H, W) float32 weights of pixels in CE and in KL, or (B, 0, 0) for ones.
+        label_weight, pixel_weight: (B, H, W) float32 weights of pixels in CE and in KL, or (0, 0, 0) for ones.
         share: the part of a label that label smoothing distributes over all classes, in [0, 1).
-        inside_y, inside_x: (Bt, H) and (Bt, W) bool, whether a pixel lies in the target's view. Bt is B, or 1 if all
-            images are equal.
+        inside_y, inside_x: (Bt, H) and (Bt, W) bool, whether a label row or column lies in the target's view. Bt is B,
+            or 1 if all images share one view.
         use_ce, use_kl: which terms to count.
         skip_void: whether KL leaves out void pixels.
         ids: (B, H, tiles, P, n) result, class ids, 0 if CE does not count the pixel.
         weight: the same shape, result: class weight * (1 - share) * label weight, or 0 if CE does not count the pixel.
         gate: the same shape, result: pixel weight, or 0 if KL does not count the pixel.
         spread: the same shape, result: share / C * label weight, or 0. Empty without label smoothing.
-        counts: (B, H, 3) float64 results: sum of the class weights, pixels that KL counts, class ids out of range.
+        counts: (B, H, 3) float64 result: sum of the class weights, pixels that KL counts, class ids out of range.
     """
     _, H, tiles, P, n = ids.shape
     C, W = class_weight.size, inside_x.shape[1]
@@ -155,11 +158,11 @@ def count_pixels(
                             wrong += 1
                         else:
                             ids[b, y, tile, p, k] = label
-                            own = label_weight[b, y, x] if has_label_weight else _f(1)
-                            weight[b, y, tile, p, k] = class_weight[label] * kept * own
+                            label_factor = label_weight[b, y, x] if has_label_weight else _f(1)
+                            weight[b, y, tile, p, k] = class_weight[label] * kept * label_factor
                             weight_sum += class_weight[label]
                             if has_spread:
-                                spread[b, y, tile, p, k] = part * own
+                                spread[b, y, tile, p, k] = part * label_factor
                     inside = inside_y[bt, y] and inside_x[bt, x]
                     if use_kl and inside and not (void and skip_void):
                         counted += 1

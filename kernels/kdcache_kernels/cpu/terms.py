@@ -14,7 +14,7 @@ _LN2 = _f(LN2)
 
 @njit(**OPTIONS)
 def any_counts(weight_Pn):
-    """Return True if any pixel has a nonzero weight (NaN counts as nonzero)."""
+    """Return True if any of the (P, n) pixel weights is not 0. NaN counts as nonzero."""
     for p in range(weight_Pn.shape[0]):
         for k in range(weight_Pn.shape[1]):
             if weight_Pn[p, k] != 0:
@@ -26,20 +26,20 @@ def any_counts(weight_Pn):
 def pixel_terms(
     n, sum_1, sum_T, sum_v, cross, own, weight_Pn, gate_Pn, ce_factor, kl_factor, slope_1, slope_T, slope_v, hot, loss
 ):
-    """Add the losses of a row of pixels to `loss`, and compute the factors of their gradient, from sums over classes.
+    """Add the CE and KL of a row of label pixels to `loss`, and compute the factors of their gradient.
 
-    The gradient by a class's logit is slope_1 * e_1 + slope_T * e_T - slope_v * v, minus hot for the label's class. e_1
-    and e_T are the student's exponentials at T = 1 and at T, and v is the target's at T.
+    The gradient by the logit of a class is slope_1 * e_1 + slope_T * e_T - slope_v * v, minus `hot` if the class is the
+    pixel's label. e_1 and e_T are the student's exponentials at T = 1 and at T, and v is the target's at T.
 
     Shapes and units:
-        n: pixels of each phase.
-        sum_1, sum_T, sum_v: sums over classes of e_1, e_T and v.
+        n: pixels of each of the P phases. Arrays without a shape are float32 with P rows of TILE entries, flattened.
+        sum_1, sum_T, sum_v: sums of e_1, e_T and v over the classes.
         cross: sum over classes of v * (target - student), with logits times log2(e) / T.
-        own: log2 of e_1 of the label's class.
-        weight_Pn, gate_Pn: weights in CE and in KL, 0 if the term does not count the pixel.
+        own: log2 of e_1 for the pixel's label.
+        weight_Pn, gate_Pn: (P, n) weights in CE and in KL, 0 if the term does not count the pixel.
         ce_factor, kl_factor: factors of the terms in the gradient.
         slope_1, slope_T, slope_v, hot: results, one number per pixel.
-        loss: (2 * 4 * TILE,) float64, CE of all pixels and then KL, in bits.
+        loss: (8 * TILE,) float64. CE in bits is added to the first half, KL to the second.
     """
     for p in range(weight_Pn.shape[0]):
         start = p * TILE
@@ -56,21 +56,21 @@ def pixel_terms(
 
 @njit(**OPTIONS)
 def smoothing_terms(n, sum_1, mix, total_weight, spread_Pn, ce_factor, slope_1, even, loss):
-    """Add label smoothing's part of CE, which all classes share, to `loss` and to the factors of the gradient.
+    """Add the part of label smoothing to the cross-entropy of a row of label pixels and to its gradient's factors.
 
-    Run it after `pixel_terms`. The part is the sum over classes of spread * class weight * cross-entropy with that
-    class.
+    The part is the sum over all classes of spread * class weight * the cross-entropy with that class. Call it after
+    `pixel_terms`.
 
     Shapes and units:
-        n: pixels of each phase.
-        sum_1: sum over classes of the student's exponentials at T = 1.
-        mix: sum over classes of class weight * log2 of the same exponential.
+        n: pixels of each of the P phases. Arrays without a shape are float32 with P rows of TILE entries, flattened.
+        sum_1: sum over the classes of the student's exponentials at T = 1.
+        mix: sum over the classes of class weight * log2 of the same exponential.
         total_weight: sum of the class weights.
-        spread_Pn: spread, the share of a label that each class gets times the pixel's weight, 0 if not labelled.
+        spread_Pn: (P, n) share of a label that each class gets, times the pixel's weight. 0 if not labelled.
         ce_factor: factor of CE in the gradient.
         slope_1: factor of the exponentials at T = 1 in the gradient, increased.
         even: result. Subtract even * class weight from the gradient by every class's logit.
-        loss: (2 * 4 * TILE,) float64, its CE increased, in bits.
+        loss: (8 * TILE,) float64. Its first half, CE in bits, is increased.
     """
     for p in range(spread_Pn.shape[0]):
         start = p * TILE
@@ -85,15 +85,16 @@ def smoothing_terms(n, sum_1, mix, total_weight, spread_Pn, ce_factor, slope_1, 
 def focal_terms(n, sum_1, own, weight_Pn, gamma, slope_1, hot, loss):
     """Turn the cross-entropy of `pixel_terms` into the focal loss: multiply it by (1 - p)**gamma.
 
-    p is the probability of the pixel's label. Run it after `pixel_terms`. The factors of the gradient, `slope_1` and
-    `hot`, are multiplied by (1 - p)**gamma - gamma (1 - p)**(gamma - 1) p log p.
+    p is the probability of the pixel's label. The factors of the gradient, `slope_1` and `hot`, are multiplied by (1 -
+    p)**gamma - gamma (1 - p)**(gamma - 1) p log p. Call it after `pixel_terms`.
 
     Shapes and units:
-        n: pixels of each phase.
-        sum_1: sum over classes of the student's exponentials at T = 1. own: log2 of the label's exponential.
-        weight_Pn: weight in CE, 0 if not counted.
+        n: pixels of each of the P phases. Arrays without a shape are float32 with P rows of TILE entries, flattened.
+        sum_1: sum over the classes of the student's exponentials at T = 1.
+        own: log2 of the exponential of the pixel's label.
+        weight_Pn: (P, n) weight in CE, 0 if not counted.
         gamma: exponent, > 0.
-        loss: (2 * 4 * TILE,) float64, its CE corrected, in bits.
+        loss: (8 * TILE,) float64. Its first half, CE in bits, is corrected.
     """
     for p in range(weight_Pn.shape[0]):
         start = p * TILE

@@ -23,13 +23,14 @@ CHUNKS_PER_THREAD = 4
 
 
 def run(kernel: Callable[..., Any], num_tasks: int, *arguments: Any, nanoseconds: float = math.inf) -> None:
-    """Run the tasks 0, ..., num_tasks - 1 on as many threads as torch uses, and return when all are done.
+    """Run the tasks 0 to num_tasks - 1 on as many threads as torch uses, and return when all are done.
 
     Args:
-        kernel: called concurrently as kernel(first, last, *arguments) for ranges of tasks. Its result is dropped.
+        kernel: called as kernel(first, last, *arguments) for ranges of tasks, from several threads at once. Its result
+            is dropped.
         num_tasks: the number of tasks. 0 does nothing.
         arguments: further arguments of the kernel.
-        nanoseconds: the estimated time of all tasks on one thread, to choose how many chunks to cut.
+        nanoseconds: the estimated time of all tasks on one thread, which decides how many ranges there are.
     Raises: the first error of a call, after the running calls have ended. Later errors are dropped.
     """
     if num_tasks == 0:

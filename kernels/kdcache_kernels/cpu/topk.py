@@ -45,10 +45,10 @@ LOG2_E = _f(math.log2(math.e))
 
 @njit(**OPTIONS)
 def larger(x, y):
-    """Return the larger of two numbers, or y if x is NaN.
+    """Return the larger of two float32 numbers, or y if x is NaN.
 
-    Write it as y[j] = larger(x, y[j]). The added 0 makes LLVM store every element instead of only the changed ones
-    through a mask, which is five times slower on a Zen processor.
+    Write it as y[j] = larger(x, y[j]). It adds 0, because LLVM then stores every element instead of only the changed
+    ones, which is five times faster on a Zen processor.
     """
     return _f((x if x > y else y) + _f(0))
 
@@ -125,12 +125,17 @@ def _write_tail(block, nearest, mass, largest, n, rest, out):
 
 @exact_kernel
 def pack_tasks(first, last, logits, strides, shape, width, values, indices, tail):
-    """Pack the blocks `first` to `last` of `width` pixels each, numbered image by image.
+    """Pack the top-k logits of a range of blocks of `width` neighbouring pixels.
+
+    The blocks are `first` to `last` - 1, counted row by row and image by image. Image shapes are (h, w), with N = h * w
+    pixels.
 
     Shapes and units:
-        logits, strides, shape: (B, C, h, w) float32 logits with these element strides.
-        values, indices: (B, k, N) results: kept logits minus the pixel's largest, and their class ids.
-        tail: (B, N) result, log-odds of the mass of the dropped classes.
+        logits: flat float32 memory of the (B, C, h, w) logits.
+        strides: element strides (image, class, row, column). shape: (C, h, w).
+        values: (B, k, N) float32 result, kept logits minus the pixel's largest.
+        indices: (B, k, N) int32 result, their class ids. Not written if k = C.
+        tail: (B, N) float32 result, log-odds of the mass of the dropped classes. Not written if k = C.
     """
     num_classes, h, w = shape
     k = values.shape[1]
@@ -184,12 +189,15 @@ def _spread_tail(values, tail, n, log_missing, largest, fill):
 
 @exact_kernel
 def densify_tasks(first, last, values, indices, tail, width, out):
-    """Write logits of all classes for the blocks `first` to `last` of `width` pixels each, numbered image by image.
+    """Compute the logits of all classes from top-k logits, for a range of blocks of `width` neighbouring pixels.
+
+    The blocks are `first` to `last` - 1, counted image by image. N is the number of pixels of an image.
 
     Shapes and units:
-        values, indices: (B, k, N) kept logits minus the pixel's largest, and their class ids.
-        tail: (B, N) log-odds of the mass of the dropped classes.
-        out: (B, C, N) result.
+        values: (B, k, N) float32 kept logits minus the pixel's largest.
+        indices: (B, k, N) int32 class ids of the kept logits.
+        tail: (B, N) float32 log-odds of the mass of the dropped classes, which share it evenly.
+        out: (B, C, N) float32 result.
     """
     k, pixels = values.shape[1:]
     num_classes = out.shape[1]
@@ -211,9 +219,11 @@ def densify_tasks(first, last, values, indices, tail, width, out):
 
 
 def pack(logits_BChw: Tensor, k: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Compute `kdcache_kernels.pack` in float32 on the CPU, bitwise equal for any number of threads.
+    """Compute `kdcache_kernels.pack` in float32 on the CPU, with the same bits for any number of threads.
 
-    Memory: the result in float32 and int32, and a float32 copy of logits in another dtype or with gaps in memory.
+    Returns: (values, indices, tail), the last two None if k = C, as in `PackedTarget`.
+    Raises: ShapeError or ValueRangeError for wrong arguments.
+    Memory: the result in float32 and int32. Logits that are not contiguous float32 are copied.
     """
     check_logits(logits_BChw, k)
     B, num_classes, h, w = shape = logits_BChw.shape
@@ -240,8 +250,9 @@ def pack(logits_BChw: Tensor, k: int) -> tuple[Tensor, Tensor | None, Tensor | N
 
 
 def densify(values: Tensor, indices: Tensor | None, tail: Tensor | None, num_classes: int) -> Tensor:
-    """Return the (B, C, h, w) float32 logits of `kdcache_kernels.densify` on the CPU, a new, contiguous tensor.
+    """Return the (B, C, h, w) float32 logits of `kdcache_kernels.densify` on the CPU, as a new, contiguous tensor.
 
+    Raises: ShapeError, or ValueRangeError for class ids out of range.
     Memory: the result, and 8 bytes per stored value.
     """
     check_packed(values, indices, tail, num_classes)
@@ -262,6 +273,9 @@ def densify(values: Tensor, indices: Tensor | None, tail: Tensor | None, num_cla
 
 
 def block_width(num_classes: int, pixels: int) -> int:
-    """Return the number of pixels of a block: a power of two from 16 to 256 that fits the cache, at most all pixels."""
+    """Return how many pixels to process at a time, so that a block of (num_classes, width) floats fits the cache.
+
+    It is a power of two from 16 to 256, or `pixels` if that is less.
+    """
     width = 1 << max(4, min(8, (_SCRATCH // num_classes).bit_length() - 1))
     return int(min(width, pixels))

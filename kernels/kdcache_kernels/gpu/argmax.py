@@ -1,10 +1,10 @@
 """The teacher's class and its probability at label size on CUDA: a label pixel per lane, no wait for the device.
 
-A lane reads its four target pixels from tables of taps, which the loss's own code writes (`geometry`: float64, once per
-row and column of an image), and walks the classes once: blend, keep the largest and its class, and add up exponentials
-relative to the largest so far. No class is kept, so C has no limit and nothing is padded. The four loads per class hit
-the L1 cache, for neighbouring lanes share them. A packed target is densified first, at its own size. For sm_90:
-40 registers, no spills, 56 instructions per class, and no float64 outside the tables.
+A lane reads its four target pixels from tables of neighbours, which the loss's own code writes (`geometry`: float64,
+once per row and column of an image), and walks the classes once: blend, keep the largest and its class, and add up
+exponentials relative to the largest so far. No class is kept, so C has no limit and nothing is padded. The four loads
+per class hit the L1 cache, for neighbouring lanes share them. A packed target is densified first, at its own size. For
+sm_90: 40 registers, no spills, 56 instructions per class, and no float64 outside the tables.
 
 Legend: B batch, C classes, H W label size, h w the target's own size.
 """
@@ -44,7 +44,7 @@ def _taps_kernel(
     window_ptr, flip_ptr, row_taps, column_taps, H, W, h, w, view_h, view_w,
     ALIGN_CORNERS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Compute the taps of an image, or of all images without window and flip."""
+    """Compute the neighbouring logits of the label pixels of an image, or of all images without window and flip."""
     image = tl.program_id(0)
     HAS_WINDOW: tl.constexpr = window_ptr is not None
     y0, x0, y1, x1 = image, image, image, image
@@ -62,7 +62,7 @@ def _taps_kernel(
 
 @triton.jit
 def _load_taps(taps, offs):
-    """Return (cell, next cell, weight, next weight, whether inside the view). NaN windows have NaN weights."""
+    """Return (neighbour, next neighbour, weight, next weight, whether in the view). NaN windows have NaN weights."""
     index = tl.load(taps.index + offs).to(tl.int64)
     fraction = tl.load(taps.fraction + offs)
     next_index = tl.where(fraction > 0, index + 1, index)
@@ -128,7 +128,14 @@ def argmax_confidence(
 ) -> tuple[Tensor, Tensor]:
     """Compute `kdcache_kernels.target_argmax_confidence` on CUDA, without waiting for the device.
 
-    A NaN window gives a confidence of NaN. Memory: the result, and 4 * B*C*h*w bytes for a target with k < C.
+    Args:
+        target: packed teacher logits.
+        size: (H, W) of the result in pixels.
+        window_B4: (B, 4) float64 edges in pixels of the view, or None for the whole view. NaN gives a confidence of
+            NaN.
+        flip_B: (B,) bool, whether to mirror left to right, or None.
+    Returns: (class ids, float16 probabilities), (B, H, W) each.
+    Memory: the result, and 4 * B*C*h*w bytes for a target with k < C.
     """
     B, num_classes, device = target.batch_size, target.num_classes, target.device
     H, W = size

@@ -33,6 +33,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..problem import LossProblem
+from .cell_gradient import write_gradient
+from .cell_pixels import any_lost, pixel_factors, read_labels
 from .common import (
     LN2,
     WRONG,
@@ -52,23 +54,8 @@ from .common import (
     take_turn,
 )
 from .geometry import target_tables
-from .prep import Prepared
-from .surface import (
-    any_lost,
-    class_moments,
-    contract,
-    difference,
-    exponentials,
-    interpolation,
-    label_moments,
-    load_corners,
-    make_surface,
-    moments,
-    pixel_factors,
-    read_labels,
-    softmax_denominators,
-    subtract,
-)
+from .prepared import Prepared
+from .surface import contract, interpolation, label_moments, load_corners, make_surface, softmax_denominators
 
 REGISTERS = register_limit(168)
 """Per lane: nothing is spilt, and the next class's logits are loaded early; with 128, a turn waits for its loads.
@@ -89,97 +76,6 @@ def _or(a, b):
     return a | b
 
 
-@triton.jit
-def _spread(
-    m, s_first, s_step, left_lane, upper_last, upper_step, step, g, writes, gradient_ptrs, edge_ptrs, plane,
-    GROUPS: tl.constexpr,
-):  # fmt: skip
-    """Distribute a class's moments to the corners. Write the upper row of logits, and keep what its edges need."""
-    left = tl.fma(s_step, m[1], s_first * m[0])
-    left_upper = tl.fma(s_step, m[3], s_first * m[2])
-    column = left + tl.gather(m[0] - left, left_lane, 0)
-    column_upper = left_upper + tl.gather(m[2] - left_upper, left_lane, 0)
-    top = tl.fma(upper_step, column_upper, upper_last * column)
-    bottom = column - top
-    closes = writes & (g == GROUPS - 1)
-    bottom_plane = plane
-    before_plane = plane
-    if GROUPS > 1:
-        # Over the turns of a row of cells, plane 3 sums the upper row and planes 1 and 2 in turns the lower one.
-        bottom_plane = plane * (1 + step % 2)
-        before_plane = plane * (2 - step % 2)
-        later = writes & (g > 0)
-        top = tl.load(edge_ptrs + 3 * plane, mask=later, other=0.0) + top
-        bottom = tl.load(edge_ptrs + bottom_plane, mask=later, other=0.0) + bottom
-        tl.store(edge_ptrs + 3 * plane, top, mask=writes)
-    before = tl.load(edge_ptrs + before_plane, mask=closes & (step > 0), other=0.0)
-    tl.store(gradient_ptrs, (before + top).to(gradient_ptrs.dtype.element_ty), mask=closes & (step > 0))
-    tl.store(edge_ptrs, top, mask=closes & (step == 0))
-    tl.store(edge_ptrs + bottom_plane, bottom, mask=writes)
-
-
-@triton.jit
-def _gradient(
-    student, target, y_first, labels, label_gate_ptrs, label_gate_stride_h, label_gate_stride_w, present, even, ce, kl,
-    teacher, kl_cell, left_lane, upper_last, upper_step, step, g, writes, gradient_ptrs, edge_ptrs, k_ce, k_kl,
-    label_factors, pixels, w, temperature,
-    S: tl.constexpr, ROWS: tl.constexpr, POWER: tl.constexpr,
-):  # fmt: skip
-    """Write the gradient in the second loop over the classes. `even` are the moments of the labelled pixels' weights.
-
-    Returns: `kl_cell` plus the cell's sum of gate * q (v - u), and its sum of class weight * label's logit; base 2.
-    """
-    ce_label = kl_cell * 0.0
-    last = pixels.num_classes - 1
-    a = load_corners(student, last)
-    b = a
-    if pixels.USE_KL:
-        b = load_corners(target, last)
-    # Backwards: the classes that the first loop read last are still in the cache.
-    for back in range(pixels.num_classes):
-        c = last - back
-        surface = make_surface(a, student, y_first, S)
-        sequence = exponentials(surface)
-        following = tl.maximum(c - 1, 0)
-        a = load_corners(student, following)
-        share = surface
-        if pixels.USE_KL:
-            teacher_surface = make_surface(b, target, y_first, S)
-            b = load_corners(target, following)
-            share = moments(exponentials(teacher_surface), teacher, teacher, True, 0, S, ROWS)
-            kl_cell += contract(difference(teacher_surface, surface), share, S, ROWS)
-        if gradient_ptrs is not None:
-            m = class_moments(surface, sequence, share, ce, kl, k_kl, pixels, temperature, S, ROWS, POWER)
-            if pixels.SMOOTH:
-                of_class = k_ce * label_factors[1]
-                if pixels.class_weight is not None:
-                    of_class *= tl.load(pixels.class_weight + c).to(tl.float32)
-                m = subtract(m, of_class, even)
-        if pixels.USE_CE:
-            # Few classes are in a warp's labels; for most, this is skipped.
-            bit = (present >> (c & 31)) & 1
-            if bit != 0:
-                hits = label_moments(
-                    labels, label_gate_ptrs, label_gate_stride_h, label_gate_stride_w, c, False, S, ROWS
-                )
-                weight = 1.0
-                if pixels.class_weight is not None:
-                    weight = tl.load(pixels.class_weight + c).to(tl.float32)
-                if pixels.SMOOTH:
-                    weight = weight * label_factors[0]
-                # Loaded again: to keep the surface would cost registers at every class.
-                again = make_surface(load_corners(student, c), student, y_first, S)
-                ce_label += contract(again, hits, S, ROWS) * weight
-                if gradient_ptrs is not None:
-                    m = subtract(m, k_ce * weight, hits)
-        if gradient_ptrs is not None:
-            _spread(
-                m, student[3], student[4], left_lane, upper_last, upper_step, step, g, writes,
-                gradient_ptrs + c * student[2], edge_ptrs + c * w, pixels.num_classes * w, S // ROWS,
-            )  # fmt: skip
-    return kl_cell, ce_label
-
-
 @triton.jit(
     do_not_specialize=[
         "h", "w", "ht", "wt", "target_batch", "first_partial", "blocks", "strips", "rows",
@@ -196,11 +92,25 @@ def cells_kernel(
     gate_stride_b, gate_stride_h, gate_stride_w, temperature,
     S: tl.constexpr, NC: tl.constexpr, POWER: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """Compute the loss and its gradient in NC - 1 columns of cells per program, walking down a strip of an image.
+    """Compute the fused CE + KL loss and its gradient at label strides 2, 4 and 8, with one bilinear cell per lane.
 
-    Only images with route 1 are computed, see `Prepared.route`. `edges` is (B, strips, PLANES, C, w): plane 0 is the
-    strip's share of the row of logits above it, the others are shares of the row below its last row of cells, see
-    `_spread`.
+    A bilinear cell is the S x S label pixels between four neighbouring logits. One program handles NC - 1 neighbouring
+    columns of cells in `rows` rows of cells (a strip), from top to bottom. Images with route 0 are skipped, see
+    `Prepared.route`.
+
+    Shapes and units:
+        student_ptr, target_ptr: (B, C, h, w) and (B, C, ht, wt) logits, as in `Prepared`.
+        student_lost_ptr, target_lost_ptr: (B, h, w) and (B, ht, wt) uint8, 1 where a logit is unusable.
+        route_ptr, factors_ptr, mix_ptr, target_scale, target_batch: the fields of `Prepared`. tables_ptr:
+            `Prepared.tables`, or None without a window.
+        pixels: `Pixels`, labels and pixel weights. label_stride_b to gate_stride_w: their strides in elements.
+        blocks: programs per image. strips: strips per image. temperature: T.
+        S: label pixels per logit. NC: lanes per program. POWER: T if it is 1 to 4, else 0. DEPENDENT: see `take_turn`.
+    Results:
+        gradient_ptr: (B, C, h, w), except the rows of logits where strips meet. None computes no gradient.
+        edges_ptr: (B, strips, planes, C, w) float32, what a strip adds to these rows. Plane 0 is for the row above the
+            strip, the others are for the row below. There are 2 planes, or 4 if S is 8.
+        partials_ptr: (P, 2) float64. Row first_partial + program gets the program's sums of CE and KL in nats.
     """
     take_turn(DEPENDENT)
     ROWS: tl.constexpr = 2 if S == 8 else S
@@ -294,7 +204,7 @@ def cells_kernel(
         column_inside_ptrs = column_inside_ptr
         if label_ptr is not None and (pixels.USE_CE or not pixels.DISTILL_VOID):
             label_ptrs = label_ptr + y.to(tl.int64) * label_stride_h + x * label_stride_w
-            labels, seen, lowest, highest = read_labels(
+            labels, bits, lowest, highest = read_labels(
                 label_ptrs, label_stride_h, label_stride_w, pixels, active, i, j, g, h, w, S, ROWS
             )
         if label_gate_ptr is not None:
@@ -319,7 +229,7 @@ def cells_kernel(
 
         present = 0
         if pixels.USE_CE:
-            present = tl.reduce(seen, 0, _or)
+            present = tl.reduce(bits, 0, _or)
         # The share of the upper row of logits at the last pixel row of this turn, and its decrease per pixel row.
         inner = (i >= 0) & (i < h - 1)
         upper_last = tl.where(inner, (S - (g + 1) * ROWS + 0.5) / S, tl.where(i < 0, 0.0, 1.0))
@@ -330,7 +240,7 @@ def cells_kernel(
         if gradient_ptr is not None:
             gradient_ptrs = gradient_ptr + i * w + j
             edge_ptrs = edges_ptr + strip.to(tl.int64) * (PLANES * plane) + j
-        kl_cell, ce_label = _gradient(
+        kl_cell, ce_label = write_gradient(
             student, target, y_first, labels, label_gate_ptrs, label_gate_stride_h, label_gate_stride_w, present, even,
             ce, kl, teacher, kl_cell, left_lane, upper_last, upper_step, step, g, writes, gradient_ptrs, edge_ptrs,
             k_ce, k_kl, label_factors, pixels, w, temperature, S, ROWS, POWER,
@@ -356,11 +266,11 @@ def cells_kernel(
 
 
 class Tiling(NamedTuple):
-    """The sizes of the pieces of work. They change no bit of the gradient.
+    """How `cells_kernel` divides an image among its programs. The tiling does not change any bit of the gradient.
 
     Attributes:
-        rows: rows of cells per strip. An image has h + 1 rows of cells, one more than rows of logits.
-        lanes: lanes of a program, a power of two. One of them repeats a cell of the program before.
+        rows: rows of bilinear cells per strip. An image has h + 1 rows of cells, one more than rows of logits.
+        lanes: lanes per program, a power of two. One lane repeats a cell of the previous program.
     """
 
     rows: int
@@ -368,9 +278,10 @@ class Tiling(NamedTuple):
 
 
 def choose_tiling(problem: LossProblem) -> Tiling:
-    """Choose the rows of cells per strip, at most 16, that minimise the modelled time of the GPU's busiest scheduler.
+    """Return the `Tiling` of a problem, with the 1 to 16 rows per strip for which a model predicts the shortest time.
 
-    A single warp leaves half of a scheduler's cycles unused, so short strips of several warps beat a long one.
+    The model estimates the time of the busiest scheduler of the GPU. On the CPU (Triton's interpreter), return a few
+    large programs.
     """
     B, _, h, w = problem.student.shape
     # One warp: the lane shift is then a shuffle. Of 32 lanes, 31 own a cell.
@@ -389,7 +300,13 @@ def choose_tiling(problem: LossProblem) -> Tiling:
 
 
 class Seams(NamedTuple):
-    """What to add up where strips meet: strips per image, rows of cells per strip, turns of the loop per row."""
+    """How an image is cut into strips of bilinear cells, to add up the gradient where two strips meet.
+
+    Attributes:
+        strips: strips per image.
+        rows: rows of cells per strip.
+        groups: into how many groups the kernel divides the pixel rows of a cell: 4 at stride 8, else 1.
+    """
 
     strips: int
     rows: int
@@ -408,14 +325,17 @@ def _groups(stride: int) -> int:
 
 
 def needs(problem: LossProblem, stride: int, tiling: Tiling) -> Needs:
-    """Return the memory that `launch` needs: 8 bytes per class, strip and logit column (16 at stride 8) for edges."""
+    """Return the number of programs and the scratch memory that `launch` needs.
+
+    The scratch has 8 bytes per image, class, strip and column of logits, or 16 bytes at stride 8.
+    """
     B, C, _, w = problem.student.shape
     strips, blocks = _cut(problem, tiling)
     return Needs(B * blocks, B * strips * (2 if _groups(stride) == 1 else 4) * C * w)
 
 
 def seams(problem: LossProblem, stride: int, tiling: Tiling) -> Seams:
-    """Return the seams, where strips meet, whose gradient is to be added up after `launch`."""
+    """Return how `launch` cuts the images into strips, for `loss.add_up` to complete the gradient where strips meet."""
     return Seams(_cut(problem, tiling)[0], tiling.rows, _groups(stride))
 
 
@@ -428,12 +348,14 @@ def launch(
     *,
     stride: int,
 ) -> None:
-    """Run the kernel on the images with route 1, see `Prepared.route`.
+    """Launch `cells_kernel`, which computes the loss of the images with route 1, see `Prepared.route`.
 
     Shapes and units:
+        problem, prepared: the checked arguments, and the result of `prepare` for them.
         gradient: (B, C, h, w) contiguous result, written for those images except where strips meet. None computes none.
-        buffers: the memory that `needs` asks for.
-        stride: label pixels per student cell, 2, 4 or 8.
+        buffers: memory of the size that `needs` returns.
+        tiling: from `choose_tiling`.
+        stride: label pixels per logit along an axis, 2, 4 or 8.
     """
     (B, _, h, w), device = problem.student.shape, problem.student.device
     strips, blocks = _cut(problem, tiling)

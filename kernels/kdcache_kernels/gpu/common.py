@@ -21,7 +21,7 @@ from ..problem import LossProblem
 
 
 def cdiv(n: int, size: int) -> int:
-    """Return n / size, rounded up. Triton's own function, made for kernels also, takes the host ten times as long."""
+    """Return n / size, rounded up. On the host, this is ten times as fast as `triton.cdiv`."""
     return -(-n // size)
 
 
@@ -32,7 +32,10 @@ def power_of_2(n: int) -> int:
 
 @lru_cache(typed=True)
 def constant(value: Any) -> tl.constexpr:
-    """Return a constant for a kernel, the same object for equal values, so Triton finds its variant quickly."""
+    """Return a value as a Triton constant, and the same object for equal values.
+
+    Triton then finds the compiled variant of a kernel faster.
+    """
     return tl.constexpr(value)
 
 
@@ -43,7 +46,7 @@ WRONG = tl.constexpr(-2)
 
 @triton.jit
 def power(x, POWER: tl.constexpr):
-    """Return x ** POWER, for POWER of 1 to 4."""
+    """Return x ** POWER elementwise. POWER is 1, 2, 3 or 4."""
     tl.static_assert(POWER >= 1 and POWER <= 4)
     if POWER == 1:
         return x
@@ -57,10 +60,13 @@ def power(x, POWER: tl.constexpr):
 
 @triton.jit
 def load_label(label_ptrs, exists, num_classes, IGNORE_INDEX: tl.constexpr):
-    """Return the int32 class ids of a block of pixels: VOID (-1) if ignored or not there, WRONG (-2) if out of range.
+    """Return the class ids of a block of label pixels as int32, with VOID (-1) and WRONG (-2) for special pixels.
+
+    VOID marks pixels with label IGNORE_INDEX and pixels that do not exist. WRONG marks ids outside 0 to num_classes -
+    1.
 
     Shapes and units:
-        label_ptrs: block of pointers to any integer type.
+        label_ptrs: block of pointers, one per pixel, to labels of any integer dtype.
         exists: bool block, whether the pixel lies in the image and belongs to this program.
     """
     ids = tl.load(label_ptrs, mask=exists)
@@ -76,20 +82,20 @@ def load_label(label_ptrs, exists, num_classes, IGNORE_INDEX: tl.constexpr):
 
 
 class Pixels(NamedTuple):
-    """The labels and pixel weights of a problem, as every kernel takes them.
+    """The labels and pixel weights of a problem, in the form in which kernels take them.
 
     Triton compiles a separate variant of a kernel for each combination of fields that are None.
 
     Attributes:
         labels: (B, H, W) class ids, or None.
         gate, label_gate: (B, H, W) weights of pixels in KL and in CE, or None for ones.
-        label_strides, gate_strides, label_gate_strides: (batch, row, column) strides of these tensors, or None if the
-            kernel takes the strides as separate arguments.
+        label_strides, gate_strides, label_gate_strides: (batch, row, column) strides of these tensors in elements, or
+            None if the kernel takes the strides as separate arguments.
         class_weight: (C,) contiguous floats, or None for ones.
         num_classes: C.
-        USE_CE, USE_KL, DISTILL_VOID, IGNORE_INDEX: constants, as in `LossProblem`.
+        USE_CE, USE_KL, DISTILL_VOID, IGNORE_INDEX: Triton constants with the values of `LossProblem`.
         SMOOTH, FOCAL: constants, True with label smoothing and with the focal loss.
-        WEIGHED: constant, True if the gradient at a label's logit is scaled by more than its class weight.
+        WEIGHED: constant, True with CE pixel weights, label smoothing or the focal loss.
     """
 
     labels: Any
@@ -113,9 +119,9 @@ class Needs(NamedTuple):
     """The memory that a loss kernel needs in addition to its problem.
 
     Attributes:
-        programs: number of programs. Each writes a sum of CE and a sum of KL.
-        scratch: number of float32 elements that computing a gradient needs. Those of the kernel for cells are needed
-            until its edges have been added up.
+        programs: number of programs. Each program writes a sum of CE and a sum of KL.
+        scratch: number of float32 elements, needed only to compute a gradient. The scratch of `cells` must stay
+            unchanged until `loss.add_up` has run.
     """
 
     programs: int
@@ -126,11 +132,11 @@ class Buffers(NamedTuple):
     """The memory that the loss kernels of one call share.
 
     Attributes:
-        partials: (P, 2) float64, each program's sums of weighted CE and KL in nats. P counts the programs of all
-            kernels.
-        scratch: float32, of the largest size that a kernel needs, because they use it one after the other. Empty
-            without a gradient.
-        first: the first row of `partials` that belongs to the kernel.
+        partials: (P, 2) float64, the sums of weighted CE and KL of each program in nats. P is the number of programs of
+            all kernels.
+        scratch: float32 scratch that the kernels use one after the other, as large as the largest need. Empty if no
+            gradient is computed.
+        first: the first row of `partials` that belongs to the current kernel.
     """
 
     partials: Tensor
@@ -142,8 +148,13 @@ class Buffers(NamedTuple):
 def load_label_factors(pixels, factors_ptr):
     """Return (kept, part, parts, gamma), the constants of label smoothing and of the focal loss.
 
-    kept is the share that a label keeps, part the share that each class gets, parts the sum over the classes of part
-    times class weight, and gamma the exponent of the focal loss. Without smoothing, the first three are 1, 0 and 0.
+    kept is the share that a label keeps. part is the share that each class gets. parts is the sum over the classes of
+    part times class weight. gamma is the exponent of the focal loss, or 0. Without smoothing, the first three are 1, 0
+    and 0.
+
+    Shapes and units:
+        pixels: `Pixels`.
+        factors_ptr: (8,) float32, `Prepared.factors`.
     """
     kept = 1.0
     part = 0.0
@@ -160,28 +171,28 @@ def load_label_factors(pixels, factors_ptr):
 
 @triton.jit
 def label_terms(pixels, label_factors, ce_weight, label_gate, log_sum, own, mix):
-    """Return the weighted cross-entropy of a block of pixels in bits, and the factors of its gradient.
+    """Return the weighted cross-entropy of a block of label pixels in bits, and the factors of its gradient.
 
-    The gradient by the logit of class c is whole * probability[c] - class_weight[c] * (even + (pull if c is the
+    The gradient by the logit of class c is scale * probability[c] - class_weight[c] * (even + (pull if c is the
     label)).
 
     Shapes and units:
         label_factors: (kept, part, parts, gamma) from `load_label_factors`.
-        ce_weight, label_gate: class weight and weight in CE of each pixel, from `load_pixel`.
+        ce_weight, label_gate: class weight and CE weight of each pixel, from `load_pixel`.
         log_sum: log2 of the sum over classes of the exponentials of the logits at T = 1.
         own: the label's logit times log2(e), minus the same maximum as in log_sum.
-        mix: sum over classes of class weight * such a logit, read with label smoothing.
-    Returns: (cross-entropy, whole, pull, even), a block each.
+        mix: sum over classes of class weight * such a logit. Read only with label smoothing.
+    Returns: (cross-entropy, scale, pull, even), a float32 block each.
     """
-    whole = ce_weight
+    scale = ce_weight
     if pixels.label_gate is not None:
-        whole = whole * label_gate
+        scale = scale * label_gate
     pull = label_gate
     spread = label_gate * 0.0
-    loss = (log_sum - own) * whole
+    loss = (log_sum - own) * scale
     if pixels.SMOOTH:
         loss = loss * label_factors[0] + label_gate * (label_factors[2] * log_sum - label_factors[1] * mix)
-        whole = whole * label_factors[0] + label_gate * label_factors[2]
+        scale = scale * label_factors[0] + label_gate * label_factors[2]
         pull = label_gate * label_factors[0]
         spread = label_gate * label_factors[1]
     if pixels.FOCAL:
@@ -192,24 +203,26 @@ def label_terms(pixels, label_factors, ce_weight, label_gate, log_sum, own, mix)
         power = tl.where(counts, tl.exp2(label_factors[3] * tl.log2(rest)), 0.0)
         slope = power + label_factors[3] * (power / rest) * sure * (log_sum - own) * LN2
         loss = loss * power
-        whole = whole * slope
+        scale = scale * slope
         pull = pull * slope
-    return loss, whole, pull, spread
+    return loss, scale, pull, spread
 
 
 @triton.jit
 def load_pixel(pixels, label_ptrs, label_gate_ptrs, gate_ptrs, exists, in_view):
-    """Return the label and the weights in both terms of a block of pixels.
+    """Return the labels of a block of pixels and their weights in CE and KL.
 
     Shapes and units:
-        label_ptrs, label_gate_ptrs, gate_ptrs: blocks of pointers of one shape, ignored for a tensor that is None.
+        pixels: `Pixels`.
+        label_ptrs, label_gate_ptrs, gate_ptrs: blocks of pointers of one shape. Ignored if the tensor is None in
+            `pixels`.
         exists: bool block, whether the pixel lies in the image and belongs to this program.
         in_view: bool block, whether the pixel's centre lies in the target's view.
-    Returns: blocks
+    Returns: (label, ce_weight, label_gate, kl_weight, ce_counted, kl_counted), a block each.
         label: int32, the class id, or 0 if the pixel is not labelled or its id is out of range.
-        ce_weight: float32, class weight of a labelled pixel, else 0, or NaN if the id is out of range.
-        label_gate: float32, weight in CE of a labelled pixel, else 0.
-        kl_weight: float32, weight in KL of a pixel that KL counts, else 0.
+        ce_weight: float32, class weight of a labelled pixel, else 0. NaN if the id is out of range.
+        label_gate: float32, CE weight of a labelled pixel, else 0.
+        kl_weight: float32, KL weight of a pixel that KL counts, else 0.
         ce_counted, kl_counted: bool, whether each term counts the pixel, even with a weight of 0.
     """
     label = tl.zeros(exists.shape, tl.int32)
@@ -247,7 +260,7 @@ def load_pixel(pixels, label_ptrs, label_gate_ptrs, gate_ptrs, exists, in_view):
 
 @triton.jit
 def sum_pairs(pairs_ptr, num_pairs, BLOCK: tl.constexpr):
-    """Return the sums of the two columns, CE and KL, of a (num_pairs, 2) float64 tensor."""
+    """Return the sums of both columns (CE and KL) of a (num_pairs, 2) float64 tensor, reading BLOCK rows at a time."""
     ce = tl.zeros((BLOCK,), tl.float64)
     kl = tl.zeros((BLOCK,), tl.float64)
     for start in range(0, num_pairs, BLOCK):
@@ -260,11 +273,11 @@ def sum_pairs(pairs_ptr, num_pairs, BLOCK: tl.constexpr):
 
 @triton.jit
 def take_turn(DEPENDENT: tl.constexpr):
-    """Wait for the kernels before this one, then let the next kernel start.
+    """Wait until the kernels before this one have ended, then allow the next kernel to start.
 
-    Make it the first statement of every kernel of a call. With DEPENDENT, a kernel may start before the previous one
-    has ended, so it must not read or write anything earlier. As each kernel waits, the last one waits for all of them.
-    The "memory" clobber keeps the compiler from moving a read up.
+    Call it first in every kernel that is launched with the options of `dependent`. With DEPENDENT, a kernel may start
+    before the previous one has ended, so it must not read or write memory before this call. Without DEPENDENT, it does
+    nothing.
     """
     if DEPENDENT:
         tl.inline_asm_elementwise(
@@ -276,7 +289,10 @@ def take_turn(DEPENDENT: tl.constexpr):
 
 
 def gpu(device: torch.device) -> GPUTarget:
-    """Return the compilation target of a device: backend ("cuda" or "hip"), architecture and lanes per warp."""
+    """Return the compilation target of a device: backend ("cuda" or "hip"), architecture and lanes per warp.
+
+    For the CPU, where Triton's interpreter runs kernels, return sm_90.
+    """
     if device.type == "cpu":  # the interpreter
         return GPUTarget("cuda", 90, 32)
     target: GPUTarget = triton.runtime.driver.active.get_current_target()
@@ -284,14 +300,21 @@ def gpu(device: torch.device) -> GPUTarget:
 
 
 def launch_options(lanes: int, registers: int, device: torch.device) -> dict[str, int]:
-    """Return launch options for one thread per lane, with at most `registers` registers each on NVIDIA's compiler."""
+    """Return Triton launch options that give each of `lanes` lanes one thread.
+
+    On NVIDIA, a thread uses at most `registers` registers.
+    """
     target = gpu(device)
     options = {"num_warps": max(1, lanes // target.warp_size)}
     return options | {"maxnreg": registers} if target.backend == "cuda" else options
 
 
 def dependent(device: torch.device) -> dict[str, Any]:
-    """Return launch options for a kernel that calls `take_turn`: dependent launch on sm_90 or newer, else none."""
+    """Return the launch options of a kernel that calls `take_turn`.
+
+    On sm_90 or newer, they let the kernel start before the previous one has ended. Elsewhere, they switch `take_turn`
+    off.
+    """
     return _dependent_on(device) if device.type == "cuda" else _dependent(None if device.type == "cpu" else gpu(device))
 
 
@@ -307,9 +330,9 @@ def _dependent(target: GPUTarget | None) -> dict[str, Any]:
 
 
 def register_limit(default: int) -> int:
-    """Return the most registers that a lane of the kernel for aligned cells may use.
+    """Return the largest number of registers that a lane of `cells_kernel` may use.
 
-    The environment variable KDCACHE_CELLS_REGISTERS sets it. Without it, return `default`.
+    The environment variable KDCACHE_CELLS_REGISTERS sets it. Without the variable, return `default`.
 
     Raises: ValueRangeError if the variable is not an integer from 32 to 255.
     """
@@ -325,19 +348,26 @@ def register_limit(default: int) -> int:
 
 
 def multiprocessors(device: torch.device) -> int:
-    """Return the number of multiprocessors of the GPU. On the CPU (Triton's interpreter), return the 132 of an H200."""
+    """Return the number of multiprocessors of the GPU.
+
+    For the CPU (Triton's interpreter), return 132, the number of an H200.
+    """
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
 def integer_power(temperature: float) -> int:
-    """Return POWER: T if it is 1, 2, 3 or 4, else 0. exp(u) = exp(u / T) ** POWER then saves an exponential."""
+    """Return the temperature T as an int if it is 1, 2, 3 or 4, else 0.
+
+    Kernels then compute exp(u) as exp(u / T) ** T, which saves an exponential.
+    """
     return int(temperature) if temperature in (1, 2, 3, 4) else 0
 
 
 def strides_of(problem: LossProblem) -> tuple[int, ...]:
-    """Return the strides (batch, row, column) of the labels, CE's pixel weights and KL's, nine numbers, 0 if absent.
+    """Return the (batch, row, column) strides of the labels, the CE pixel weights and the KL pixel weights in elements.
 
-    Pass them to a kernel one by one. Inside a tuple, Triton would compile a variant for each divisibility of a stride.
+    The result is nine numbers, 0 for a tensor that is None. Pass them to a kernel one by one. For strides in a tuple,
+    Triton would compile a variant for each divisibility.
     """
     tensors = (problem.labels, problem.ce_pixel_weight, problem.pixel_weight)
     return tuple(stride for tensor in tensors for stride in ((0, 0, 0) if tensor is None else tensor.stride()))
@@ -347,7 +377,10 @@ def label_pixels(
     labels: Tensor | None, class_weight: Tensor | None, num_classes: int, ignore_index: int,
     *, use_ce: bool, use_kl: bool, distill_void: bool,
 ) -> Pixels:  # fmt: skip
-    """Return `Pixels` without pixel weights, label smoothing and focal loss."""
+    """Return the `Pixels` of a batch's labels, without pixel weights, label smoothing and focal loss.
+
+    Args are as in `LossProblem`. Without labels, `distill_void` is True.
+    """
     return Pixels(
         labels=labels,
         label_strides=None if labels is None else labels.stride(),
@@ -368,7 +401,7 @@ def label_pixels(
 
 
 def pixels_of(problem: LossProblem) -> Pixels:
-    """Return the `Pixels` of a problem."""
+    """Return the `Pixels` of a problem: its labels, its pixel weights and the settings of both terms."""
     gate, label_gate = problem.pixel_weight, problem.ce_pixel_weight
     pixels = label_pixels(
         problem.labels, problem.class_weight, problem.student.shape[1], problem.ignore_index,
@@ -386,5 +419,5 @@ def pixels_of(problem: LossProblem) -> Pixels:
 
 
 def _readable(gate: Tensor | None) -> Tensor | None:
-    """Return a gate with a dtype that Triton supports."""
+    """Return a gate as uint8 if it is bool, which Triton does not support, else unchanged."""
     return gate.view(torch.uint8) if gate is not None and gate.dtype == torch.bool else gate

@@ -18,10 +18,16 @@ def count_kernel(
     pixels, window_ptr, flip_ptr, counts_ptr, H, W, view_height, view_width, blocks,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Count the denominators of CE and KL in one block of label rows of an image per program.
+    """Count the denominators of CE and KL. One program handles ROWS label rows of one image.
 
-    Each program writes two float64 numbers to `counts_ptr`: the sum of the class weights of labelled pixels, and the
-    number of pixels that KL counts.
+    Shapes and units:
+        pixels: `Pixels`.
+        window_ptr: (B, 4) float64 edges in pixels of the view, or None for the whole view. flip_ptr: (B,) uint8, or
+            None.
+        counts_ptr: (B * blocks, 2) float64 result. Each program writes the sum of the class weights of its labelled
+            pixels, and the number of its pixels that KL counts.
+        H, W: label size. view_height, view_width: size of the target's view in pixels.
+        blocks: programs per image. COLUMNS: label columns that are read at a time.
     """
     image, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     count_block(
@@ -31,7 +37,13 @@ def count_kernel(
 
 
 def count(counted: Counted, device: torch.device) -> Tensor:
-    """Compute `kdcache_kernels.distill_denominators` without waiting for the device, (CE, KL) as (2,) float64."""
+    """Compute the denominators of CE and KL on CUDA without waiting for it, see `kdcache_kernels.distill_denominators`.
+
+    Args:
+        counted: the labels, class weights and windows of a batch.
+        device: the device of the result.
+    Returns: (2,) float64, for CE and KL.
+    """
     H, W = counted.size
     use_kl = counted.view_size is not None
     view = counted.view_size or (1, 1)

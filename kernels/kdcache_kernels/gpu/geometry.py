@@ -1,6 +1,6 @@
 """Positions of every pixel in the two grids of logits, the kernel of each image, and the factors of the pixels.
 
-One program per table writes taps in float64, in the order of operations of `window.py` and without fused
+One program per table writes neighbours in float64, in the order of operations of `window.py` and without fused
 multiplications, so that they are bit for bit those of the reference; others turn counts into factors and route images.
 Everything depends on values on the device (windows, ranges of logits), so the host never learns the route: both loss
 kernels are launched and each returns at once from the images of the other.
@@ -24,11 +24,13 @@ ALIGNED = tl.constexpr(1e-9)
 
 
 class Taps(NamedTuple):
-    """Tables of one axis of a bilinear resize: pixel n is (1 - fraction) * cell[index] + fraction * cell[index + 1].
+    """The neighbouring logits of the label pixels along one axis, with their bilinear weights.
+
+    Pixel n has the value (1 - fraction[n]) * x[index[n]] + fraction[n] * x[index[n] + 1].
 
     Attributes:
-        index: int32, the lower cell. The upper one is index + 1 if fraction > 0, else index, so it lies in the grid.
-        fraction: float32 in [0, 1], weight of the upper cell. A NaN window gives NaN, with index 0.
+        index: int32, the lower neighbour. The upper neighbour is index + 1, or index itself where fraction is 0.
+        fraction: float32, weight of the upper neighbour, 0 to 1. A NaN window gives NaN, with index 0.
         inside: uint8, 1 if the pixel's centre lies in the target's view along this axis. Not used for the student.
     """
 
@@ -38,27 +40,33 @@ class Taps(NamedTuple):
 
     @classmethod
     def empty(cls, device: torch.device, *shape: int) -> "Taps":
-        """Return uninitialised tables of a shape on `device`."""
+        """Return `Taps` with uninitialised tensors of the given shape on `device`."""
         kinds = (torch.int32, torch.float32, torch.uint8)
         return cls(*(torch.empty(shape, dtype=kind, device=device) for kind in kinds))
 
 
 @triton.jit
 def _table(tables_ptr, first, size):
-    """Return the taps of `size` pixels: three planes of 32 bits, from element `first` on."""
+    """Return the `Taps` of `size` pixels: three planes of 32 bits, from element `first` on."""
     fraction = (tables_ptr + (first + size)).to(tl.pointer_type(tl.float32))
     return Taps(tables_ptr + first, fraction, tables_ptr + (first + 2 * size))
 
 
 @triton.jit
 def student_tables(tables_ptr, H, W):
-    """Return the taps of the H label rows and the W label columns in the student's logits."""
+    """Return the neighbours of the H label rows and of the W label columns in the student's logits, a `Taps` each.
+
+    `tables_ptr` points to `Prepared.tables`.
+    """
     return _table(tables_ptr, 0, H), _table(tables_ptr, 3 * H, W)
 
 
 @triton.jit
 def target_tables(tables_ptr, H, W, target_batch):
-    """Return the taps of the label rows and columns in the target's logits, for `target_batch` images each."""
+    """Return the neighbours of the label rows and of the label columns in the target's logits, a `Taps` each.
+
+    Both have `target_batch` images with H or W entries each. `tables_ptr` points to `Prepared.tables`.
+    """
     first = 3 * (H + W)
     return _table(tables_ptr, first, target_batch * H), _table(
         tables_ptr, first + 3 * target_batch * H, target_batch * W
@@ -66,7 +74,10 @@ def target_tables(tables_ptr, H, W, target_batch):
 
 
 def tables_size(H: int, W: int, target_batch: int) -> int:
-    """Return the int32 elements of all tables, for `target_batch` images with target tables (0 without KL)."""
+    """Return the number of int32 elements of all neighbour tables of H label rows and W label columns.
+
+    `target_batch` is the number of images with their own tables of the target, 0 without KL.
+    """
     return 3 * (H + W) * (1 + target_batch)
 
 
@@ -78,9 +89,13 @@ def _double(x):
 
 @triton.jit
 def load_window(window_ptr, image, view_height, view_width):
-    """Return the edges (y0, x0, y1, x1) of an image's window in view pixels, float64. None is the whole view.
+    """Return the edges (y0, x0, y1, x1) of an image's window, float64 in pixels of the view.
 
     If the window shows no part of the view, y0 and x0 are NaN, which makes the loss NaN.
+
+    Shapes and units:
+        window_ptr: (B, 4) float64, or None for the whole view.
+        image: index of the image. view_height, view_width: size of the view in pixels.
     """
     if window_ptr is not None:
         window_ptr += image * 4
@@ -101,13 +116,13 @@ def load_window(window_ptr, image, view_height, view_width):
 
 @triton.jit
 def view_positions(offs_n, size, view, start, end, HAS_WINDOW: tl.constexpr):
-    """Return where the centres of pixels on one axis of the labels lie in the view, float64 in view pixels.
+    """Return where the centres of label pixels lie in the view along one axis, float64 in pixels of the view.
 
     Shapes and units:
-        offs_n: indices of the pixels. size: number of pixels on the axis.
+        offs_n: indices of the label pixels. size: number of label pixels along the axis.
         view: pixels of the view along the axis.
-        start, end: edges of the window in view pixels, read only with HAS_WINDOW. Without it, the axis shows the whole
-            view.
+        start, end: edges of the window in pixels of the view, read only with HAS_WINDOW. Without HAS_WINDOW, the axis
+            shows the whole view.
     """
     centre = offs_n.to(tl.float64) + 0.5
     return start + centre * (end - start) / _double(size) if HAS_WINDOW else centre * _double(view) / _double(size)
@@ -115,7 +130,10 @@ def view_positions(offs_n, size, view, start, end, HAS_WINDOW: tl.constexpr):
 
 @triton.jit
 def is_inside(position, view):
-    """Return whether positions lie in 0 to `view` pixels, the edges included. NaN does, which makes the loss NaN."""
+    """Return whether positions along an axis lie between 0 and `view` pixels, both edges included.
+
+    NaN counts as inside, which makes the loss NaN.
+    """
     return ((position < 0) | (position > _double(view))) == 0
 
 
@@ -124,13 +142,14 @@ def store_taps(
     taps, first, size, view, cells, view_start, view_end, flip,
     HAS_WINDOW: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Write the taps of an axis with `size` label pixels to the tables `taps`, from entry `first` on.
+    """Write the neighbours of `size` label pixels along one axis to the tables `taps`, beginning with entry `first`.
 
     Shapes and units:
-        view: pixels of the view along the axis. cells: cells of the logits that cover the view.
-        view_start, view_end: edges of the window in view pixels, read only with HAS_WINDOW.
+        taps: `Taps` of pointers.
+        view: pixels of the view along the axis. cells: logits that cover the view along the axis.
+        view_start, view_end: edges of the window in pixels of the view, read only with HAS_WINDOW.
         flip: whether to mirror the axis.
-        ALIGN: whether the resize aligns corners. BLOCK: entries written at once.
+        ALIGN: whether the resize aligns corners. BLOCK: entries that are written at a time.
     """
     for start in range(0, size, BLOCK):
         offs_n = start + tl.arange(0, BLOCK)
@@ -258,30 +277,33 @@ def geometry_kernel(
     FAST: tl.constexpr, GUARD_RANGE: tl.constexpr, COUNTS_CE: tl.constexpr, COUNTS_KL: tl.constexpr,
     BLOCK: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """Compute the factors, the choice of kernel per image, and the interpolation tables that the loss kernels read.
+    """Write what the CE + KL loss kernels read: factors, neighbour tables, and which kernel computes each image.
 
-    Program 0 writes the factors of loss and gradient. Each of the next B programs writes the route of one image: which
-    loss kernel computes it. Each further program writes one table of interpolation taps: for each label row or column,
-    the first of the two logits around it, the weight of the second, and whether it lies in the view.
-
-    With FAST, an image takes the fast kernel if each student logit meets exactly one target logit through its window.
-    With GUARD_RANGE, its logits must also vary so little that their exponentials stay normal float32 numbers.
+    Program 0 writes the factors of the loss and the gradient. Programs 1 to B write the route of one image each. Each
+    further program writes one table for the label rows or columns: their two neighbouring logits, bilinear weights, and
+    whether they lie in the view.
 
     Shapes and units:
-        window_ptr: (B, 4) float64, y0, x0, y1, x1 in pixels of the view, or None for the whole view.
+        window_ptr: (B, 4) float64 edges y0, x0, y1, x1 in pixels of the view, or None for the whole view.
         flip_ptr: (B,) uint8, 1 for a mirrored image, or None.
-        ranges_ptr: (B, num_ranges) float32, the widest span of one pixel's logits in each block, over min(T, 1).
-        counts_ptr: (num_counts, 2) float64, sums to divide CE and KL by, one row per program of `prepare_kernel`.
+        ranges_ptr: (B, num_ranges) float32, the largest (maximum - minimum over classes) of a block of logits, divided
+            by min(T, 1).
+        counts_ptr: (num_counts, 2) float64, the partial denominators of CE and KL that `prepare_kernel` counted.
         ce_weight_ptr, kl_weight_ptr: one float each, the weights of the terms.
-        ce_denominator_ptr, kl_denominator_ptr: one float each, replaces the sum of counts, or None.
+        ce_denominator_ptr, kl_denominator_ptr: one float each, or None to use the counts.
         class_weight_ptr: (num_classes,) floats, or None for ones.
-        H, W, h, w, ht, wt: sizes of labels, student's logits and target's logits.
-        smoothing, gamma: of label smoothing and of the focal loss, or 0.
-        target_batch: images with their own tables of the target.
-        pixel_count: B * H * W, the count of KL without COUNTS_KL.
+        H, W, h, w, ht, wt, view_height, view_width: sizes of labels, student's logits, target's logits and view.
+        temperature, smoothing, gamma: T, the share of label smoothing, and the exponent of the focal loss, 0 without.
+        target_batch: images with their own tables of the target. pixel_count: B * H * W, KL's denominator without
+            COUNTS_KL.
+        USE_CE, USE_KL: which terms to compute. COUNTS_CE, COUNTS_KL: which denominators come from counts_ptr.
+        STUDENT_ALIGN, TARGET_ALIGN: whether each resize aligns corners. BLOCK: entries that are read or written at a
+            time.
+        FAST: whether an image may take the fast kernel, which needs each student logit to meet one target logit
+            exactly.
+        GUARD_RANGE: whether the fast kernel also needs a range of at most 80. DEPENDENT: see `take_turn`.
     Results:
-        factors_ptr, route_ptr: as `Prepared.factors` and `Prepared.route` in `prep`.
-        tables_ptr: as `student_tables` and `target_tables` read it.
+        factors_ptr, route_ptr, tables_ptr: `factors`, `route` and `tables` of `Prepared`.
     """
     take_turn(DEPENDENT)
     program = tl.program_id(0)

@@ -22,7 +22,8 @@ from ..errors import ShapeError, describe
 from ..problem import LossProblem, LossResult
 from . import cells, pixels, tiles
 from .common import Buffers, Needs, cdiv, dependent, sum_pairs, take_turn
-from .prep import Prepared, fast_stride, prepare
+from .prep import fast_stride, prepare
+from .prepared import Prepared
 
 SUMS = 2048
 """Partial sums that the one program of totals reads at a time."""
@@ -67,10 +68,19 @@ def totals_kernel(
     route_ptr, gradient_ptr, num_classes, h, w, strips, rows,
     GROUPS: tl.constexpr, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """Add the (num_partials, 2) partial sums to the loss, CE and KL in float64 in program 0.
+    """Add up the loss, CE and KL from the programs' partial sums, and complete the gradient where two strips meet.
 
-    The other programs add both halves of the gradient on the rows of logits where two strips of cells meet, from
-    `edges_ptr`.
+    Program 0 adds the partial sums in float64. Each other program adds up to 1024 gradient elements of a row of logits
+    between two strips of `cells_kernel`: the upper strip's share and the lower strip's share.
+
+    Shapes and units:
+        partials_ptr: (num_partials, 2) float64, sums of weighted CE and KL in nats.
+        factors_ptr, route_ptr: `Prepared.factors` and `Prepared.route`.
+        ce_weight_ptr, kl_weight_ptr: one float each. loss_ptr, ce_ptr, kl_ptr: one float32 result each.
+        edges_ptr: the shares that `cells_kernel` left, or None if there are no strips. gradient_ptr: (B, C, h, w),
+            completed.
+        strips, rows, GROUPS: as in `cells.Seams`. BLOCK: partial sums that are read at a time. DEPENDENT: see
+            `take_turn`.
     """
     take_turn(DEPENDENT)
     if tl.program_id(0) > 0:
@@ -90,7 +100,11 @@ def totals_kernel(
 def scale_kernel(
     gradient_ptr, factor_ptr, loss_ptr, out_ptr, num_elements, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr
 ):
-    """Compute out = gradient * factor in float32, or NaN everywhere if the loss is not finite."""
+    """Compute out = gradient * factor in float32, or NaN everywhere if the loss is not finite.
+
+    One program handles BLOCK of the `num_elements` elements. `factor_ptr` and `loss_ptr` point to one float each.
+    `gradient_ptr` and `out_ptr` are contiguous and may differ in dtype. See `take_turn` for DEPENDENT.
+    """
     take_turn(DEPENDENT)
     offs_n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     exists = offs_n < num_elements
@@ -100,11 +114,13 @@ def scale_kernel(
 
 
 def distill_loss(problem: LossProblem) -> LossResult:
-    """Compute the loss, its terms and its gradient of a checked problem on CUDA, bit-identical every time.
+    """Compute the fused CE + KL loss, its terms and its gradient on CUDA, from checked arguments.
+
+    The result has the same bits every time.
 
     Raises: ShapeError for an image of 2^31 logits or more, or whose strides reach as many elements.
-    Memory: 4 bytes per logit of the student, and of the target unless it is read directly. The gradient. The larger of
-        the `Needs.scratch` of the kernels. Nothing of label size times C.
+    Memory: the gradient, 4 bytes per logit of the student, and 4 per logit of the target unless kernels read it in
+        place. In addition, the largest `Needs.scratch` of the kernels. Nothing has label size times C elements.
     """
     student, device = problem.student, problem.student.device
     check_offsets(problem)
@@ -119,7 +135,7 @@ def distill_loss(problem: LossProblem) -> LossResult:
 
 
 def check_offsets(problem: LossProblem) -> None:
-    """Raise ShapeError for an image whose elements cannot be counted in 32 bits, as the kernels count them."""
+    """Raise ShapeError if one image of a tensor spans 2^31 elements or more. The kernels count elements in 32 bits."""
     h, w = problem.student.shape[2:]
     target = (0, 0) if problem.target is None else problem.target.values.shape[2:]
     num_classes = problem.student.shape[1]
@@ -172,7 +188,10 @@ def _launch_all(problem: LossProblem, gradient: Tensor | None) -> tuple[Tensor, 
 
 
 def make_buffers(problem: LossProblem, *needs: Needs) -> Buffers:
-    """Return a `Buffers` for each kernel of a call: its own rows of partial sums, and scratch memory that all share."""
+    """Return the `Buffers` of one call: partial sums for the programs of all kernels, and scratch for the largest need.
+
+    `needs` has one `Needs` per kernel.
+    """
     device = problem.student.device
     partials = torch.empty((sum(need.programs for need in needs), 2), dtype=torch.float64, device=device)
     scratch = max(need.scratch for need in needs) if problem.need_gradient else 0
@@ -182,7 +201,16 @@ def make_buffers(problem: LossProblem, *needs: Needs) -> Buffers:
 def add_up(
     problem: LossProblem, prepared: Prepared, gradient: Tensor | None, buffers: Buffers, seams: cells.Seams | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (loss, CE, KL) from the partial sums, and complete the gradient where strips of cells meet."""
+    """Return (loss, CE, KL) from the partial sums, and complete the gradient where strips of bilinear cells meet.
+
+    Args:
+        problem: the checked arguments.
+        prepared: the result of `prepare` for the problem.
+        gradient: (B, C, h, w), completed in place, or None.
+        buffers: the partial sums, and the scratch of `cells.launch`.
+        seams: how `cells.launch` cut the images into strips, or None if it did not run.
+    Returns: three 0-dimensional float32 tensors, nats per pixel.
+    """
     loss, ce, kl = (torch.empty((), dtype=torch.float32, device=problem.student.device) for _ in range(3))
     partials, (B, C, h, w) = buffers.partials, problem.student.shape
     strips, rows, groups = cells.Seams(1, 1, 1) if seams is None or gradient is None else seams
@@ -196,10 +224,15 @@ def add_up(
 
 
 def scale_gradient(gradient: Tensor, factor: Tensor, loss: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return gradient * factor in `dtype`, multiplied in float32, or NaN if the loss is not finite. Contiguous.
+    """Return gradient * factor in `dtype`, contiguous, or NaN everywhere if the loss is not finite.
 
-    `gradient` has any floating dtype and strides. `factor` is a 0-dimensional float and `loss` a 0-dimensional float32
-    on the same device.
+    The product is computed in float32.
+
+    Args:
+        gradient: any floating dtype and strides.
+        factor: 0-dimensional float on the same device.
+        loss: 0-dimensional float32 on the same device.
+        dtype: dtype of the result.
     """
     gradient = gradient.contiguous()
     out = torch.empty(gradient.shape, dtype=dtype, device=gradient.device)

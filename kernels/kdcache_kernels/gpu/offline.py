@@ -43,14 +43,17 @@ class _Driver:
 
 
 def gpu_target(name: str) -> GPUTarget:
-    """Return the compilation target of a name: "sm_90" for NVIDIA, or AMD's "gfx942"."""
+    """Return the compilation target for a GPU's name, such as "sm_90" (NVIDIA) or "gfx942" (AMD)."""
     if name.startswith("gfx"):
         return GPUTarget("hip", name, 64 if name.startswith("gfx9") else 32)
     return GPUTarget("cuda", int(name.removeprefix("sm_")), 32)
 
 
 def compile_instead(target: GPUTarget) -> Launched:
-    """Replace kernel launches by compilation for `target`, from now on. Return the list that collects results."""
+    """Replace all kernel launches of this process by compilation for `target`, which needs no GPU.
+
+    Returns: a list that grows with each launch by (kernel's name, compiled kernel).
+    """
     kernels: Launched = []
 
     def launch(self: Any, grid: Any) -> Callable[..., None]:
@@ -65,7 +68,10 @@ def compile_instead(target: GPUTarget) -> Launched:
 
 
 def launch_from_meta_tensors() -> None:
-    """Let the public functions launch Triton kernels for meta tensors, from now on, forward and backward."""
+    """Let the public functions launch Triton kernels for tensors on the meta device, for the rest of the process.
+
+    This affects forward and backward.
+    """
     ops._DEVICES["triton"] = "meta"
     for operator in (*vars(library).values(), *vars(on_cells).values()):
         if isinstance(operator, CustomOpDef):

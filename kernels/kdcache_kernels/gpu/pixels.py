@@ -38,7 +38,7 @@ from .common import (
     take_turn,
 )
 from .geometry import target_tables
-from .prep import Prepared
+from .prepared import Prepared
 from .sample import LOWEST_LOGIT, SMALL
 
 CLASSES, PIXELS = 2, 128
@@ -141,9 +141,23 @@ def pixels_kernel(
     MOVED: tl.constexpr, SINGLE: tl.constexpr, POWER: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """Compute the loss and its gradient in blocks of pixels. A program takes every num_programs-th block.
+    """Compute the fused CE + KL loss and its gradient for student logits of label size.
 
-    Only images with route 1 (see `Prepared.route`) are computed. SINGLE: an image has one pixel.
+    Nothing is interpolated: each student logit meets exactly one target logit. One program handles every
+    num_programs-th block of BLOCK_N pixels. Images with route 0 are skipped, see `Prepared.route`.
+
+    Shapes and units:
+        student_ptr, target_ptr: (B, C, h, w) and (B, C, ht, wt) float32 logits, as in `Prepared`.
+        student_lost_ptr, target_lost_ptr: (B, h, w) and (B, ht, wt) uint8, 1 where a logit is unusable.
+        tables_ptr, route_ptr, factors_ptr, mix_ptr, target_batch: the fields of `Prepared`.
+        pixels: `Pixels`, labels and pixel weights. batch: B. temperature: T.
+        plane, target_plane: h * w and ht * wt. image_blocks, num_blocks: blocks per image, and of all images.
+        MOVED: whether there is a window or a flip. SINGLE: whether images have one pixel, so a block has many images.
+        POWER: T if it is 1 to 4 and both terms are computed, else 0. BLOCK_C, BLOCK_N: classes and pixels of a block.
+            DEPENDENT: see `take_turn`.
+    Results:
+        gradient_ptr: (B, C, h, w), or None for no gradient.
+        partials_ptr: (P, 2) float64. Row first_partial + program gets the program's sums of CE and KL in nats.
     """
     take_turn(DEPENDENT)
     pid = tl.program_id(0)
@@ -210,12 +224,12 @@ def pixels_kernel(
                 mix = u_label
                 if mix_ptr is not None:
                     mix = tl.load(mix_ptr + image64 * plane + at, mask=exists, other=0.0)
-                ce, whole, pull, even = label_terms(
+                ce, scale, pull, even = label_terms(
                     pixels, label_factors, ce_weight, label_gate, tl.log2(s1), temperature * u_label, temperature * mix
                 )
                 ce_sum += tl.where(ce_counted & (lost != 0), float("nan"), LN2 * ce).to(tl.float64)
                 label = tl.where(ce_counted, label, -1)
-                a = k_ce * whole / s1
+                a = k_ce * scale / s1
             if pixels.USE_KL:
                 su = tl.where(exists, su, 1.0)
                 sv = tl.where(exists, sv, 1.0)
@@ -235,11 +249,11 @@ def pixels_kernel(
 
 
 class Tiling(NamedTuple):
-    """The sizes of the pieces of work. Only `classes` can change a bit of the gradient.
+    """How `pixels_kernel` divides the work. Only `classes` can change bits of the gradient.
 
     Attributes:
         classes, pixels: classes and pixels of a block, a power of two each.
-        programs: the most programs to launch.
+        programs: the largest number of programs to launch.
         num_warps: warps per program.
     """
 
@@ -250,9 +264,10 @@ class Tiling(NamedTuple):
 
 
 def choose_tiling(problem: LossProblem) -> Tiling:
-    """Choose the tiling: for images of several pixels, one warp per block with four neighbouring pixels per lane.
+    """Return the `Tiling` of a problem.
 
-    For images of one pixel, whose classes are contiguous in memory, four warps share a block along the classes.
+    For images of several pixels, one warp handles a block, with four neighbouring pixels per lane. For images of one
+    pixel, whose classes are contiguous in memory, four warps share a block along the classes.
     """
     C, h, w = problem.student.shape[1:]
     classes = power_of_2(C)
@@ -264,7 +279,7 @@ def choose_tiling(problem: LossProblem) -> Tiling:
 
 
 def _blocks(problem: LossProblem, tiling: Tiling) -> tuple[int, int]:
-    """Return blocks of an image, and of all."""
+    """Return the number of blocks of an image, and of all images."""
     B, _, h, w = problem.student.shape
     if h * w == 1:
         return 1, cdiv(B, tiling.pixels)
@@ -273,17 +288,18 @@ def _blocks(problem: LossProblem, tiling: Tiling) -> tuple[int, int]:
 
 
 def needs(problem: LossProblem, tiling: Tiling) -> Needs:
-    """Return the memory that `launch` needs."""
+    """Return the number of programs of `launch`. It needs no scratch memory."""
     return Needs(min(_blocks(problem, tiling)[1], tiling.programs))
 
 
 def launch(problem: LossProblem, prepared: Prepared, gradient: Tensor | None, buffers: Buffers, tiling: Tiling) -> None:
-    """Run the kernel on the images with route 1, see `Prepared.route`.
+    """Launch `pixels_kernel`, which computes the loss of the images with route 1, see `Prepared.route`.
 
     Shapes and units:
-        prepared: the result of `prepare` for the problem, with stride 1.
+        problem, prepared: the checked arguments, and the result of `prepare` for them, with stride 1.
         gradient: (B, C, h, w) contiguous result, written for those images. None computes no gradient.
-        buffers: the memory that `needs` asks for.
+        buffers: memory of the size that `needs` returns.
+        tiling: from `choose_tiling`.
     """
     B, _, h, w = problem.student.shape
     ht, wt = prepared.target.shape[2:]

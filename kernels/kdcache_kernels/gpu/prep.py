@@ -3,7 +3,7 @@
 One launch reads the student's and the target's logits at their own small sizes, whatever their dtype, strides and k,
 and writes float32, contiguous, normalised and scaled for exp2: every later kernel then has one variant. It also finds
 lost pixels and the range of the logits, and counts the pixels that the terms divide by. A second launch
-(`geometry`) writes tables of taps and decides which kernel takes which image.
+(`geometry`) writes tables of neighbours and decides which kernel takes which image.
 
 The price is 4 bytes per logit, 22 MB for each set at 16 x 21 x 128^2. A dense target that whole views meet cell by cell
 does not pay it: its float16 values, minus their maximum as they are, are read in place. That costs the kernel for
@@ -14,7 +14,6 @@ Legend: B batch, C classes, k kept classes, h w student's size, ht wt target's s
 """
 
 import math
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -24,6 +23,7 @@ from torch import Tensor
 from ..problem import LossProblem
 from .common import cdiv, dependent, label_pixels, load_pixel, power_of_2, take_turn
 from .geometry import geometry_kernel, is_inside, load_window, tables_size, view_positions
+from .prepared import Prepared
 from .topk import tail_fill
 
 LARGEST = torch.finfo(torch.float32).max
@@ -33,40 +33,6 @@ COUNT_ROWS, COUNT_COLUMNS = 8, 128
 """Labels of a program that counts: this many rows, and columns at a time."""
 TABLE = 512
 """Entries of a table that are written at a time."""
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """Both sets of logits in the form that every loss kernel reads, and where each label pixel lies in them.
-
-    Attributes:
-        student: (B, C, h, w) float32, contiguous: (logit - largest of its pixel) * log2(e) / T, or 0 if lost.
-        student_lost: (B, h, w) uint8, 1 if a logit of the pixel is unusable.
-        target, target_lost: (B, C, ht, wt) and (B, ht, wt), the same for the target. One element each without KL.
-        target_scale: log2(e) / T if `target` holds packed float16 logits, which kernels multiply by it. Otherwise None.
-        tables: int32, read by `geometry.student_tables` and `geometry.target_tables`.
-        target_batch: images with tables of the target: B with a window or a flip, else 1, and 0 without KL.
-        route: (B, 4) int32. Element 0 is 1 if the fast kernel computes the image, 0 if `tiles` does. With 1 and KL, the
-            others are row, column and flip: student cell (i, j) meets target cell (row + i, column + j), or
-            (row + i, column + w - 1 - j) if flip is 1, clamped to the target's logits.
-        mix: (B, h, w) float32, the sum over classes of class weight * student, or None without label smoothing.
-        factors: (8,) float32. 0 and 1, of the gradient: ce_weight / ce_denominator and kl_weight * T / kl_denominator.
-            2 and 3, of the terms: 1 / ce_denominator and T^2 / kl_denominator. All are 0 if the denominator is 0. The
-            rest is read by `common.load_label_factors`.
-        stride: label pixels per student cell if the fast kernel may run (1, 2, 4 or 8), else 0.
-    """
-
-    student: Tensor
-    student_lost: Tensor
-    target: Tensor
-    target_lost: Tensor
-    target_scale: float | None
-    tables: Tensor
-    target_batch: int
-    route: Tensor
-    factors: Tensor
-    mix: Tensor | None
-    stride: int = 0
 
 
 @triton.jit
@@ -198,9 +164,17 @@ def count_block(
     pixels, window_ptr, flip_ptr, counts_ptr, image, block, H, W, view_height, view_width,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Count the denominators in a block of label rows of an image.
+    """Count the denominators of CE and KL in ROWS label rows of an image, and write them to `counts_ptr`.
 
-    Return the sum of the class weights of labelled pixels, and the number of pixels that KL counts.
+    It writes two float64 numbers: the sum of the class weights of labelled pixels, and the number of pixels that KL
+    counts.
+
+    Shapes and units:
+        pixels: `Pixels`.
+        window_ptr: (B, 4) float64 edges in pixels of the view, or None for the whole view. flip_ptr: (B,) uint8, or
+            None.
+        image, block: indices of the image and of the block of rows.
+        H, W: label size. view_height, view_width: size of the view in pixels. COLUMNS: label columns read at a time.
     """
     offs_y = block * ROWS + tl.arange(0, ROWS)
     y0, x0, y1, x1 = load_window(window_ptr, image, view_height, view_width)
@@ -247,7 +221,31 @@ def prepare_kernel(
     FLAT: tl.constexpr, STUDENT_C: tl.constexpr, TARGET_C: tl.constexpr, BLOCK: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """Normalise an image's student and target logits, and count its label pixels, in separate programs."""
+    """Normalise the student's and the target's logits for the CE + KL loss kernels, and count the denominators.
+
+    Normalised means minus the maximum over the classes, times log2(e) / T. Each program handles BLOCK positions of one
+    logit map, or ROWS label rows of one image.
+
+    Shapes and units:
+        student_ptr: (B, C, h, w) logits. student_strides: their strides in elements.
+        target_ptr: (B, k, ht, wt) values of the packed target, or None. indices_ptr, tail_ptr: its other tensors, or
+            None if k = C.
+        class_weight_ptr: (C,) floats or None, for mix_ptr. pixels: `Pixels`, for counting.
+        window_ptr: (B, 4) float64 edges in pixels of the view, or None for the whole view. flip_ptr: (B,) uint8, or
+            None.
+        plane, target_plane: h * w and ht * wt. H, W: label size. view_height, view_width: size of the view in pixels.
+        student_blocks, target_blocks, count_blocks: programs per image for each of the three tasks.
+        student_limit, target_limit: the largest magnitude of a usable logit. scale: log2(e) / T. stretch: 1 / min(T,
+            1).
+        FLAT: whether rows of the student's logits follow each other without a gap. DEPENDENT: see `take_turn`.
+        STUDENT_C, TARGET_C: classes that are read at a time. COLUMNS: label columns that are read at a time.
+    Results:
+        student_out_ptr, student_lost_ptr, target_out_ptr, target_lost_ptr, mix_ptr: the fields of `Prepared`.
+            target_out_ptr is None if the target is read in place.
+        ranges_ptr: (B, programs) float32, the largest (maximum - minimum over classes) of a program's logits, times
+            stretch.
+        counts_ptr: (B, count_blocks, 2) float64, from `count_block`.
+    """
     take_turn(DEPENDENT)
     programs = student_blocks + target_blocks + count_blocks
     image = tl.program_id(0) // programs
@@ -291,9 +289,10 @@ def prepare_kernel(
 
 
 def fast_stride(problem: LossProblem) -> int:
-    """Return the label pixels per student cell if kernel `cells` (2, 4, 8) or `pixels` (1) may run, else 0.
+    """Return the label pixels per logit along an axis if a fast kernel may run, else 0.
 
-    It judges by sizes and arguments. Values on the device can still send an image to `tiles`.
+    The fast kernels are `pixels` (stride 1) and `cells` (strides 2, 4 and 8). The result depends on sizes and arguments
+    only. Values on the device, such as windows, can still send an image to `tiles`.
     """
     (H, W), (C, h, w), target = problem.size, problem.student.shape[1:], problem.target
     stride = H // h
@@ -316,7 +315,7 @@ def _scale(temperature: float) -> float:
 
 
 def _reads_packed(problem: LossProblem) -> bool:
-    """Return whether the target's values are read where they are: dense ones that cells, and seldom tiles, takes."""
+    """Return True if kernels read the target's packed float16 values in place. They must be dense, without a window."""
     target = problem.target
     if target is None or target.indices is not None or problem.window is not None:
         return False
@@ -324,20 +323,22 @@ def _reads_packed(problem: LossProblem) -> bool:
 
 
 def classes_at_once(num_classes: int, device: torch.device, *, pixel_per_lane: bool) -> int:
-    """Return the number of classes in a block of PIXELS pixels. It is 1 on a GPU if each lane takes a pixel."""
+    """Return how many classes `prepare_kernel` reads at a time, in a block of 128 positions.
+
+    It is 1 on a GPU if `pixel_per_lane`, because each lane then takes a position and loops over the classes.
+    """
     if pixel_per_lane and device.type != "cpu":  # the interpreter's time grows with the turns
         return 1
     return max(4, min(32, power_of_2(num_classes)))
 
 
 def prepare(problem: LossProblem) -> Prepared:
-    """Prepare the input of the loss kernels for at least one image, in two launches.
+    """Prepare the input of the loss kernels for a batch of at least one image, in two launches.
 
-    The first launch normalises logits: it subtracts the largest of the pixel and multiplies by log2(e) / T. The second
-    finds which logits surround each label pixel, and which loss kernel computes each image.
+    The first launch normalises the logits: it subtracts the maximum over the classes and multiplies by log2(e) / T. The
+    second finds the neighbouring logits of each label pixel, and which loss kernel computes each image.
 
-    Memory: 4 bytes for each logit of the student, and 4 for each of the target. A target that the kernels read in place
-        needs none.
+    Memory: 4 bytes for each logit of the student, and 4 for each logit of the target unless kernels read it in place.
     """
     target = problem.target
     window = None if target is None or problem.window is None else problem.window.to(torch.float64).contiguous()
@@ -413,7 +414,7 @@ def _launch_geometry(
     problem: LossProblem, window: Tensor | None, flip: Tensor | None, counts_ce: bool, counts_kl: bool,
     logits: tuple[Tensor, Tensor, Tensor, Tensor], ranges: Tensor, counts: Tensor, mix: Tensor | None,
 ) -> Prepared:  # fmt: skip
-    """Return tables of taps, routes, shifts and factors, from what `_launch_prepare` returned."""
+    """Return tables of neighbours, routes, shifts and factors, from what `_launch_prepare` returned."""
     target, device, stride = problem.target, problem.student.device, fast_stride(problem)
     (B, _, h, w), (H, W) = problem.student.shape, problem.size
     ht, wt = (1, 1) if target is None else target.values.shape[2:]

@@ -2,7 +2,7 @@
 
 A group is the pixels of one label column per lane in up to ROWS label rows that lie between the same two rows of
 student pixels and, of the target's, between three: a class then costs 10 loads for 4 pixels, where each pixel by
-itself would cost 8. Tables of taps say where a pixel lies (`geometry`), so any ratio and window will do.
+itself would cost 8. Tables of neighbours say where a pixel lies (`geometry`), so any ratio and window will do.
 
 The rows of a group are tuples of blocks of lanes, not a dimension of a block. Triton spreads a block of two dimensions
 over a warp as it sees fit: its version 3.6 gave a lane's rows to other lanes, through shared memory and barriers.
@@ -30,15 +30,19 @@ VALUES = tl.constexpr(8)
 
 @triton.jit
 def cell_of(index, fraction):
-    """Return the cell of label pixels from their `geometry.Taps`: the index, but -1 before the first logit's centre."""
+    """Return the index of the bilinear cell of label pixels along one axis, from the `geometry.Taps` of the pixels.
+
+    Cell j lies between logits j and j + 1. Pixels before the centre of logit 0 lie in cell -1.
+    """
     return tl.where((index == 0) & (fraction == 0), -1, index)
 
 
 @triton.jit
 def first_pixel(taps, cell_n, size, steps):
-    """Return the first label pixel on an axis that lies in cell `cell_n` or after it, found by bisection.
+    """Return the first label pixel along an axis in cell `cell_n` or after it. Cell j lies between logits j and j + 1.
 
-    The table `taps` (see `geometry.Taps`) has `size` entries, which increase and number fewer than 2 ** steps.
+    `taps` is the `geometry.Taps` of the axis, with `size` increasing entries and size < 2 ** steps. Lanes may differ in
+    `cell_n`.
     """
     low_n = cell_n * 0
     high_n = low_n + size
@@ -54,7 +58,7 @@ def first_pixel(taps, cell_n, size, steps):
 
 @triton.jit
 def load_logits(ptrs):
-    """Load prepared logits as float32. Non-finite values of float16 targets, which are read directly, become 0."""
+    """Load prepared logits (see `Prepared`) as float32. Non-finite values of a float16 target become 0."""
     x = tl.load(ptrs)
     if x.dtype == tl.float16:
         x = x.to(tl.float32)
@@ -64,11 +68,11 @@ def load_logits(ptrs):
 
 @triton.jit
 def along_row(row_n, columns, offset_c):
-    """Interpolate a low-resolution row at each lane's label column, for a block of classes. Return (c, n) logits.
+    """Interpolate a row of logits at each lane's label column, for a block of c classes. Return (c, n) float32 logits.
 
     Shapes and units:
-        row_n: pointers to the row, per lane.
-        columns: (left pixel, right pixel, weight of the right one), per lane.
+        row_n: pointers to the row of class 0, one for each of the n lanes.
+        columns: (left logit, right logit, weight of the right one), one per lane.
         offset_c: offset of each class in elements.
     """
     left_cn = load_logits((row_n + columns[0])[None, :] + offset_c[:, None])
@@ -78,7 +82,7 @@ def along_row(row_n, columns, offset_c):
 
 @triton.jit
 def of_rows(x_n):
-    """Return a tuple that repeats a block for each of the ROWS label rows of a group."""
+    """Return a tuple that holds `x_n` ROWS times, once per label row that a lane processes at a time."""
     rows = ()
     for _ in tl.static_range(ROWS):
         rows += (x_n,)
@@ -87,7 +91,7 @@ def of_rows(x_n):
 
 @triton.jit
 def replaced(rows, at: tl.constexpr, x_n):
-    """Return a copy of the tuple `rows` in which element `at` is `x_n`."""
+    """Return a copy of the tuple `rows` (ROWS elements) in which element `at` is `x_n`."""
     new = ()
     for q in tl.static_range(ROWS):
         new += (x_n if q == at else rows[q],)
@@ -96,7 +100,7 @@ def replaced(rows, at: tl.constexpr, x_n):
 
 @triton.jit
 def choose(masks, a, b):
-    """Return, for each element of three tuples, a if the mask is true, else b."""
+    """Return a tuple that has a[q] where masks[q] is true and b[q] elsewhere, for tuples of ROWS blocks."""
     rows = ()
     for q in tl.static_range(ROWS):
         rows += (tl.where(masks[q], a[q], b[q]),)
@@ -105,16 +109,13 @@ def choose(masks, a, b):
 
 @triton.jit
 def student_logits(top_cn, bottom_cn, blend_q):
-    """Return the student's (c, n) logits in one label row, between its rows `top_cn` and `bottom_cn`.
-
-    `blend_q[0]` is the weight of the bottom row, per lane.
-    """
+    """Return the student's (c, n) logits in one label row between two rows. `blend_q[0]` weighs the bottom row."""
     return top_cn + blend_q[0][None, :] * (bottom_cn - top_cn)
 
 
 @triton.jit
 def along_rows(rows, columns, offset_c):
-    """Interpolate three target rows at each lane's label column. Return a (c, n) block for each, see `along_row`."""
+    """Return three (c, n) blocks, `along_row` for each of three rows of target logits. `rows` has their pointers."""
     return (
         along_row(rows[0], columns, offset_c),
         along_row(rows[1], columns, offset_c),
@@ -124,10 +125,10 @@ def along_rows(rows, columns, offset_c):
 
 @triton.jit
 def target_logits(lines, blend_q):
-    """Return the target's (c, n) logits in one label row, from three of its rows. A row of weight 0 has no effect.
+    """Return the target's (c, n) logits in one label row, as a weighted sum of three rows of target logits.
 
-    `lines` is from `along_rows`. `blend_q[1:4]` are the weights of the rows, per lane. The products are written out as
-    fused operations, so that the result does not depend on where the function is inlined.
+    `lines` holds the three rows, from `along_rows`. `blend_q[1]`, `[2]` and `[3]` are their weights, one number per
+    lane. At most two weights are not 0.
     """
     v_cn = tl.fma(blend_q[2][None, :], lines[1], blend_q[1][None, :] * lines[0])
     return tl.fma(blend_q[3][None, :], lines[2], v_cn)
@@ -138,16 +139,19 @@ def softmax_sums(
     student_rows, student_columns, target_rows, target_columns, blend, sizes, temperature, pixels,
     POWER: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Return the sums over all classes of 2^(T u), 2^u, 2^v and 2^v (v - u), a tuple of ROWS blocks each.
+    """Return four sums over all classes for ROWS label rows: of 2^(T u), 2^u, 2^v and 2^v (v - u).
 
-    u and v are the student's and the target's logits times log2(e) / T at a label pixel.
+    u and v are the student's and the target's logits times log2(e) / T at a label pixel. Each lane has one label
+    column.
 
     Shapes and units:
-        student_rows, student_columns, target_rows, target_columns: rows and columns to interpolate, see `along_row`.
-        blend: for each label row, the weights of the student's lower row and of three target rows.
+        student_rows, target_rows: pointers to the two student rows and the three target rows around the label rows.
+        student_columns, target_columns: (left logit, right logit, weight of the right one), one per lane.
+        blend: per label row, the weight of the lower student row and of the three target rows.
         sizes: (number of classes, elements of a student class, elements of a target class).
-        temperature: T. POWER: T if it is an integer up to 4, else 0.
-        BLOCK: classes at once, a divisor of the number of classes.
+        temperature: T. POWER: T if it is an integer up to 4, else 0. pixels: `Pixels`, for the terms to compute.
+        BLOCK: classes that are read at a time, a divisor of the number of classes.
+    Returns: four tuples of ROWS float32 blocks. Sums that no term needs are 0.
     """
     s1 = of_rows(tl.zeros(blend[0][0].shape, tl.float32))
     su = s1
@@ -182,9 +186,12 @@ def softmax_sums(
 def softmax_sums_below_peaks(
     student_rows, student_columns, target_rows, target_columns, blend, sizes, temperature, pixels
 ):
-    """Compute the sums of `softmax_sums` relative to the largest u and v of each pixel, for logits of any range.
+    """Return the sums of `softmax_sums` relative to the largest u and v of each label pixel, for logits of any range.
 
-    Returns: the four sums, the last one times 2^-12, then the largest u and the largest v, a tuple of ROWS blocks each.
+    Arguments are as in `softmax_sums`.
+
+    Returns: the four sums, the last one times 2^-12, then the largest u and the largest v. Each is a tuple of ROWS
+        blocks.
     """
     zero = tl.zeros(blend[0][0].shape, tl.float32)
     s1 = of_rows(zero)
@@ -225,9 +232,14 @@ def softmax_sums_below_peaks(
 
 @triton.jit
 def student_group(y_n, cell_n, taps, H):
-    """Return which of the ROWS label rows from `y_n` on lie in cell `cell_n`, and their weights of the lower row.
+    """Return which of the ROWS label rows from `y_n` on lie in row `cell_n` of bilinear cells, and their weights.
 
-    Rows of the cell come before the others. `taps` is the table of label rows, H its length. Both results are tuples.
+    Row i of cells lies between logit rows i and i + 1. Label rows in it come before the others.
+
+    Shapes and units:
+        y_n, cell_n: first label row and row of cells, one per lane.
+        taps: `geometry.Taps` of the label rows in the student's logits, with H entries.
+    Returns: two tuples of ROWS blocks: whether the label row lies in the cells, and the weight of logit row i + 1.
     """
     live = ()
     fractions = ()
@@ -242,16 +254,16 @@ def student_group(y_n, cell_n, taps, H):
 
 @triton.jit
 def target_row(at_n, first_n, taps, scale):
-    """Find where a label row lies between three neighbouring rows of the target, `first_n` to `first_n + 2`.
+    """Return a label row's bilinear weights in three consecutive rows of target logits, `first_n` to `first_n + 2`.
 
     Shapes and units:
-        at_n: the label row's entry in the table `taps`.
-        scale: factor of the target's logits, or None for 1.
+        at_n: the label row's entry in `taps`, one per lane. taps: `geometry.Taps` of the label rows in the target's
+            logits.
+        scale: factor of the weights, or None for 1.
     Returns: (reached, inside, (fraction, below), weights)
-        reached: whether the row lies between them.
-        inside: whether it lies in the target's view.
-        fraction: weight of the lower of the two rows around it.
-        below: whether these are the last two rows, else the first two.
+        reached: whether both neighbours of the label row are among the three rows. inside: whether it lies in the view.
+        fraction: weight of the lower neighbour. below: whether the neighbours are the last two rows, else the first
+            two.
         weights: the weights of the three rows, times `scale`.
     """
     index_n = tl.load(taps.index + at_n)
@@ -271,16 +283,19 @@ def target_row(at_n, first_n, taps, scale):
 
 @triton.jit
 def load_columns(at_n, taps, width):
-    """Return (left pixel, right pixel, weight of the right one) of the label column at entry `at_n` of `taps`."""
+    """Return (left logit, right logit, weight of the right one) of the label column at entry `at_n` of `taps`.
+
+    `taps` is the `geometry.Taps` of the columns. `width` is the number of logits of a row.
+    """
     left_n = tl.load(taps.index + at_n)
     return left_n, tl.minimum(left_n + 1, width - 1), tl.load(taps.fraction + at_n)
 
 
 @triton.jit
 def lost_on_row(lost_n, columns):
-    """Return 1 if a lost pixel of a low-resolution row enters a label column with a weight above 0, else 0.
+    """Return 1 (int32) if a lost position of a row of logits enters a label column with a weight above 0, else 0.
 
-    `lost_n` points to the row's marks. `columns` is from `load_columns`.
+    `lost_n` points to the row's uint8 marks, one pointer per lane. `columns` is from `load_columns`.
     """
     left_n = tl.load(lost_n + columns[0]).to(tl.int32)
     return left_n | tl.load(lost_n + columns[1], mask=columns[2] > 0, other=0).to(tl.int32)
@@ -288,13 +303,11 @@ def lost_on_row(lost_n, columns):
 
 @triton.jit
 def label_logit(rows, columns, fraction_n, offset_n):
-    """Return the student's prepared logit (times log2(e) / T) of the label's class at a label pixel, interpolated.
+    """Return the student's prepared logit of one class at each lane's label pixel, interpolated bilinearly.
 
     Shapes and units:
-        rows: pointers to the student's rows above and below the pixel, per lane.
-        columns: (left pixel, right pixel, weight of the right one), per lane.
-        fraction_n: weight of the row below.
-        offset_n: offset of the label's class in elements.
+        rows: pointers to the student's rows above and below the pixel. fraction_n: weight of the row below.
+        columns: (left logit, right logit, weight of the right one). offset_n: offset of the class in elements.
     """
     left_n, right_n, column_n = columns
     top_n = tl.load(rows[0] + left_n + offset_n)
@@ -312,22 +325,29 @@ def visit(
     k_kl, label_factors, sizes, W, wt, temperature, HAS_GRADIENT: tl.constexpr, POWER: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Compute the loss of a group of label pixels, column r of each lane's cell, and store the factors of its gradient.
+    """Compute CE and KL of up to ROWS label pixels per lane, and store the factors of their gradient.
 
-    A lane has one label column and up to ROWS label rows from `y_n` on. u and v are the student's and the target's
-    logits times log2(e) / T at a label pixel.
+    Each lane has a bilinear cell (the label pixels between four neighbouring logits). It handles the cell's label
+    column r and the label rows from `y_n` on. u and v are the student's and the target's logits times log2(e) / T at a
+    label pixel.
 
     Shapes and units:
-        student_rows, target_rows: pointers to the two student rows and three target rows around the group, per lane.
-        student_lost_rows, target_lost_rows: pointers to the same rows of the masks of lost pixels.
-        blend, target_places: each label row's weights of these rows, and its place in the target, from `target_row`.
-        left_n, right_n, first_n: student pixels to the left and right of the cell, and the cell's first label column.
-        live, in_view: for each label row, whether it belongs to the lane's cell and whether it lies in the target's
-            view.
-        label_n, label_gate_n, gate_n: pointers to the image's labels and weights in CE and in KL, or None.
-        value_ptrs: where to store VALUES numbers per pixel for the gradient, if HAS_GRADIENT.
-        k_ce, k_kl: factors of the terms in the gradient.
-        sizes: (number of classes, elements of a student class, elements of a target class).
+        student_rows, target_rows: pointers to the two student rows and three target rows around the pixels, one per
+            lane.
+        student_lost_rows, target_lost_rows: pointers to the same rows of the marks of lost positions.
+        mix_rows: pointers to the same student rows of `Prepared.mix`.
+        blend: per label row, the weights of these rows. target_places: per label row, (fraction, below) of
+            `target_row`.
+        left_n, right_n: the student's columns left and right of the cell. first_n: the cell's first label column.
+        target_at_n: first entry of the image in `target_taps`. taps, target_taps: `geometry.Taps` of the label columns.
+        live, in_view: per label row, whether it belongs to the cell, and whether it lies in the target's view.
+        label_n, label_gate_n, gate_n: pointers to the image's labels and weights in CE and in KL, or None, with strides
+            in elements.
+        value_ptrs: where to store eight numbers per pixel for the gradient, if HAS_GRADIENT.
+        pixels: `Pixels`. k_ce, k_kl: factors of the terms in the gradient. label_factors: from `load_label_factors`.
+        sizes: (number of classes, elements of a student class, elements of a target class). W, wt: label columns and
+            target columns.
+        temperature, POWER, BLOCK: as in `softmax_sums`.
     Returns: each lane's weighted CE and KL in nats, and 1 if the stored factors are relative to the largest u and v,
         else 0.
     """
@@ -386,11 +406,11 @@ def visit(
         gate_ptrs = gate_n
         if gate_n is not None:
             gate_ptrs += y64_n * gate_stride_h + x_n * gate_stride_w
-        seen = live[q]
+        in_target = live[q]
         if pixels.USE_KL:
-            seen = in_view[q] & column_inside
+            in_target = in_view[q] & column_inside
         label, ce_weight, label_gate, kl_weight, ce_counted, kl_counted = load_pixel(
-            pixels, label_ptrs, label_gate_ptrs, gate_ptrs, live[q], seen
+            pixels, label_ptrs, label_gate_ptrs, gate_ptrs, live[q], in_target
         )
         lost = (student_lost | tl.where(blend[q][0] > 0, student_lost_below, 0)) != 0
         if pixels.USE_CE:
@@ -401,14 +421,14 @@ def visit(
                 # The sum of the class weights times the maximum goes off every class's logit.
                 mix = label_logit(mix_rows, columns, blend[q][0], label * 0)
                 mix -= label_factors[2] / label_factors[1] * peaks_u[q]
-            ce, whole, pull, even = label_terms(
+            ce, scale, pull, even = label_terms(
                 pixels, label_factors, ce_weight, label_gate, tl.log2(s1[q]), temperature * (u_label - peaks_u[q]),
                 temperature * mix,
             )  # fmt: skip
             ce_n += tl.where(ce_counted & lost, float("nan"), ce)
             if HAS_GRADIENT:
                 tl.store(at_ptrs, tl.where(ce_counted, label.to(tl.float32), -1.0))
-                tl.store(at_ptrs + x_n.shape[0], k_ce * whole / s1[q])
+                tl.store(at_ptrs + x_n.shape[0], k_ce * scale / s1[q])
                 if pixels.WEIGHED:
                     tl.store(at_ptrs + 6 * x_n.shape[0], pull)
                 if pixels.SMOOTH:

@@ -1,4 +1,4 @@
-"""One bilinear cell: a class's surface, its exponentials at the cell's pixels and their moments; what pixels count.
+"""One bilinear cell: a class's surface, its exponentials at the cell's pixels and their moments.
 
 Between four corners the logits of a class are a surface `value + r dx + q (dy + r dxy)` over the pixels (q, r). Its
 exponentials are therefore geometric sequences: 4 exp2 per cell and one multiplication per pixel replace an exp2 per
@@ -17,31 +17,22 @@ blocks, because Triton keeps those in registers.
 import triton
 import triton.language as tl
 
-from .common import VOID, load_label, power
-
-
-@triton.jit
-def reciprocal(x):
-    """Return 1 / x to within one unit in the last place, for 2^-126 < x < 2^126, in 7 instructions.
-
-    The first estimate is at most 12% off, and each of two cubic steps cubes that error. A division costs 9 instructions
-    and predicates, which are scarcer than registers here.
-    """
-    estimate = (0x7EF311C7 - x.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
-    error = tl.fma(-x, estimate, 1.0)
-    estimate = tl.fma(estimate, tl.fma(error, error, error), estimate)
-    error = tl.fma(-x, estimate, 1.0)
-    return tl.fma(estimate, tl.fma(error, error, error), estimate)
+from .cell_pixels import unpack
+from .common import power
 
 
 @triton.jit
 def interpolation(low, width, flip, S: tl.constexpr):
-    """Return where the S pixels of a cell from student column `low` to `low + 1` lie in a grid of `width` columns.
+    """Return the bilinear weights of the S pixel columns between columns `low` and `low + 1` of a logit map.
 
-    Pixel r reads (1 - f) * x[column] + f * x[column + 1] with f = first + r * step. Before the first and after the last
-    column, f is 0 or 1 for all pixels. With `flip`, the pixels run from right to left.
+    Pixel column r has the value (1 - f) * x[column] + f * x[column + 1] with f = first + r * step. Outside the map, f
+    is 0 or 1 for all pixels, which repeats the edge.
 
-    Returns: (column, first, step). column and column + 1 lie in the grid, which has at least 2 columns.
+    Shapes and units:
+        low: int32, the map's column to the left of the pixels. -1 lies before the map, width - 1 is the last column.
+        width: columns of the map, at least 2. flip: whether the pixels run from right to left.
+        S: label pixels per logit.
+    Returns: (column, first, step). Both column and column + 1 lie in the map.
     """
     inner = (low >= 0) & (low < width - 1)
     first = tl.where(flip, 1.0 - 0.5 / S, 0.5 / S)
@@ -52,7 +43,12 @@ def interpolation(low, width, flip, S: tl.constexpr):
 
 @triton.jit
 def load_corners(grid, c):
-    """Return class c's values at the corners of every lane's cell: top left, top right, bottom left, bottom right."""
+    """Return class c's logits at the four corners of every lane's bilinear cell.
+
+    The order is top left, top right, bottom left, bottom right. A bilinear cell is the pixels between four neighbouring
+    logits. `grid` begins with pointers to class 0 of the top left and of the bottom left corner, and the elements of a
+    class.
+    """
     offset = c * grid[2]
     return (
         tl.load(grid[0] + offset),
@@ -64,10 +60,17 @@ def load_corners(grid, c):
 
 @triton.jit
 def make_surface(corners, grid, y_first, S: tl.constexpr):
-    """Return (value, dx, dy, dxy), a class's bilinear logits in a cell: the value at pixel (0, 0) and its steps.
+    """Return one class's logits at all pixels of every lane's bilinear cell, as a surface (value, dx, dy, dxy).
 
-    The logit of pixel (q, r) is value + r * dx + q * (dy + r * dxy). `y_first` is how far the first row of pixels lies
-    from the upper corners to the lower, 0 to 1. `corners` is from `load_corners`, and the module defines `grid`.
+    A bilinear cell is the S x S pixels between four neighbouring logits. The logit of the pixel in row q, column r is
+    value + r * dx + q * (dy + r * dxy).
+
+    Shapes and units:
+        corners: the four corner logits, from `load_corners`.
+        grid: (top pointers, bottom pointers, elements of a class, first, step, scale). first and step are from
+            `interpolation`. scale multiplies the logits, or is None for 1. step already includes it.
+        y_first: weight of the bottom corners in the first pixel row, 0 to 1.
+        S: label pixels per logit.
     """
     first, step, scale = grid[3], grid[4], grid[5]
     # Converted here and not where they are loaded, classes ahead.
@@ -88,25 +91,35 @@ def make_surface(corners, grid, y_first, S: tl.constexpr):
 
 @triton.jit
 def exponentials(surface):
-    """Return exp2 of a surface (value, dx, dy, dxy) as (first, x ratio, y ratio, ratio of two rows' x ratios)."""
+    """Return exp2 of the four numbers of a surface (value, dx, dy, dxy), see `make_surface`.
+
+    The result (first, x_ratio, y_ratio, twist) gives the exponential of the pixel in row q, column r without another
+    exp2: first * x_ratio^r * y_ratio^q * twist^(q r).
+    """
     return tl.exp2(surface[0]), tl.exp2(surface[1]), tl.exp2(surface[2]), tl.exp2(surface[3])
 
 
 @triton.jit
 def scaled(surface, factor):
-    """Return the surface (value, dx, dy, dxy) times a scalar."""
+    """Return the surface (value, dx, dy, dxy) multiplied by the number `factor`, see `make_surface`."""
     return surface[0] * factor, surface[1] * factor, surface[2] * factor, surface[3] * factor
 
 
 @triton.jit
 def difference(a, b):
-    """Return the surface a - b, each (value, dx, dy, dxy)."""
+    """Return the difference a - b of two surfaces (value, dx, dy, dxy), see `make_surface`."""
     return a[0] - b[0], a[1] - b[1], a[2] - b[2], a[3] - b[3]
 
 
 @triton.jit
 def add_powers(sums, sequence, POWER: tl.constexpr, S: tl.constexpr, ROWS: tl.constexpr):
-    """Return `sums` (a tuple with each pixel) plus `sequence` (see `exponentials`) to the power POWER."""
+    """Return each pixel's sum increased by the POWER-th power of the pixel's exponential.
+
+    Shapes and units:
+        sums: tuple of ROWS * S blocks. The pixel in row q, column r of a bilinear cell has index q * S + r.
+        sequence: the exponentials of the pixels, from `exponentials`.
+        POWER: 1 to 4. S, ROWS: pixels per row, and pixel rows.
+    """
     row, ratio, row_ratio, twist = sequence
     new = ()
     for q in tl.static_range(ROWS):
@@ -129,11 +142,16 @@ def add_powers(sums, sequence, POWER: tl.constexpr, S: tl.constexpr, ROWS: tl.co
 
 @triton.jit
 def moments(sequence, linear, higher, LINEAR: tl.constexpr, HIGHER: tl.constexpr, S: tl.constexpr, ROWS: tl.constexpr):
-    """Return the four moments over a cell's pixels (q, r) of G = linear * e + higher * e ** HIGHER.
+    """Return four weighted sums (moments) of G over the pixels of a bilinear cell.
 
-    e is the pixel's value of `sequence` (see `exponentials`). LINEAR turns the first summand on, HIGHER > 0 the second.
-    `linear` and `higher` are tuples with a factor for each pixel.
+    They determine the gradient at the cell's corners. At the pixel in row q, column r, G = linear * e + higher * e **
+    HIGHER, with e the pixel's exponential.
 
+    Shapes and units:
+        sequence: the exponentials, from `exponentials`.
+        linear, higher: tuples of ROWS * S blocks, a factor per pixel.
+        LINEAR: whether to include the first summand. HIGHER: exponent of the second, or 0 to leave it out.
+        S, ROWS: pixels per row, and pixel rows.
     Returns: the sums of G, (S - 1 - r) G, (ROWS - 1 - q) G and (S - 1 - r) (ROWS - 1 - q) G.
     """
     row, ratio, row_ratio, twist = sequence
@@ -177,31 +195,26 @@ def moments(sequence, linear, higher, LINEAR: tl.constexpr, HIGHER: tl.constexpr
 
 
 @triton.jit
-def unpack(labels, index: tl.constexpr):
-    """Return the class id of pixel `index` from `labels`, two ids of 16 bits each. VOID and WRONG stay negative."""
-    if index % 2 == 0:
-        return (labels[index // 2] << 16) >> 16
-    return labels[index // 2] >> 16
-
-
-@triton.jit
 def label_moments(
     labels, gate_ptrs, gate_stride_h, gate_stride_w, c, ANY: tl.constexpr, S: tl.constexpr, ROWS: tl.constexpr
 ):
-    """Return the four moments (see `moments`) of G, the CE weight of each pixel with label c, and 0 at other pixels.
+    """Return the four moments (see `moments`) of the CE weights of a bilinear cell's pixels with label c.
 
-    With ANY, take the labelled pixels of every class. `labels` is from `read_labels`. `gate_ptrs` points to the first
-    pixel's weight, or is None for weights of 1. (Weights are loaded again, because keeping them costs a register per
-    pixel.)
+    Shapes and units:
+        labels: packed class ids, from `read_labels`.
+        gate_ptrs: pointers to the CE weight of each cell's first pixel, or None for weights of 1. gate_stride_h and
+            gate_stride_w are in elements.
+        ANY: whether to take the labelled pixels of every class instead.
+        S, ROWS: pixels per row, and pixel rows.
     """
     for q in tl.static_range(ROWS):
         for r in tl.static_range(S):
             label = unpack(labels, q * S + r)
-            wanted = label >= 0 if ANY else label == c
-            hit = tl.where(wanted, 1.0, 0.0)
+            selected = label >= 0 if ANY else label == c
+            hit = tl.where(selected, 1.0, 0.0)
             if gate_ptrs is not None:
                 ptrs = gate_ptrs + q * gate_stride_h + r * gate_stride_w
-                hit = tl.load(ptrs, mask=wanted, other=0).to(tl.float32)
+                hit = tl.load(ptrs, mask=selected, other=0).to(tl.float32)
             if r == 0:
                 m0 = hit
                 m1 = m0
@@ -236,10 +249,12 @@ def subtract(a, factor, b):
 
 @triton.jit
 def contract(surface, m, S: tl.constexpr, ROWS: tl.constexpr):
-    """Return the sum over a cell's pixels of surface * G, from the surface (value, dx, dy, dxy) and the moments m of G.
+    """Return the sum over the pixels of a bilinear cell of surface * G, computed from the moments of G.
 
-    The moments weigh a pixel by its distance to the last one, so the surface is first expressed relative to the last
-    pixel.
+    Shapes and units:
+        surface: (value, dx, dy, dxy), see `make_surface`.
+        m: the four moments of G, from `moments`.
+        S, ROWS: pixels per row, and pixel rows.
     """
     value, dx, dy, dxy = surface
     last_dx = tl.fma(dxy, ROWS - 1.0, dx)
@@ -250,134 +265,19 @@ def contract(surface, m, S: tl.constexpr, ROWS: tl.constexpr):
 
 
 @triton.jit
-def in_image(q: tl.constexpr, g, i, j, h, w, r: tl.constexpr, S: tl.constexpr, ROWS: tl.constexpr):
-    """Return whether pixel (q, r) of turn g of cell (i, j) lies in the image. Half of an edge cell does not."""
-    column = j >= 0 if r < S // 2 else j < w - 1
-    if ROWS == S:
-        row = i >= 0 if q < S // 2 else i < h - 1
-    else:
-        row = ((g >= S // ROWS // 2) | (i >= 0)) & ((g < S // ROWS // 2) | (i < h - 1))
-    return row & column
-
-
-@triton.jit
-def read_labels(label_ptrs, stride_h, stride_w, pixels, active, i, j, g, h, w, S: tl.constexpr, ROWS: tl.constexpr):
-    """Load labels for turn g of cell (i, j): ROWS of its S pixel rows. A cell's S x S pixels lie between four logits.
-
-    `label_ptrs` has the address of each cell's first pixel of the turn. Strides are in elements. `active` masks cells.
-    Returns: tuple of int32 with two class ids each (see `unpack`), an int32 with a bit for each label modulo 32, and
-        the lowest and the highest label.
-    """
-    labels = ()
-    seen = active.to(tl.int32) * 0
-    lowest = seen
-    highest = seen + VOID
-    for q in tl.static_range(ROWS):
-        for r in tl.static_range(S):
-            exists = active & in_image(q, g, i, j, h, w, r, S, ROWS)
-            ptrs = label_ptrs + q * stride_h + r * stride_w
-            label = load_label(ptrs, exists, pixels.num_classes, pixels.IGNORE_INDEX)
-            seen = seen | (1 << (label & 31))
-            lowest = tl.minimum(lowest, label)
-            highest = tl.maximum(highest, label)
-            if r % 2 == 0:
-                even = label & 0xFFFF
-            else:
-                labels += (even | (label << 16),)
-    return labels, seen, lowest, highest
-
-
-@triton.jit
-def _split(value, counted, exponent, product):
-    """Multiply a running product by `value` where counted, in two parts: the exponent's bits and the mantissas'.
-
-    One logarithm then does for all pixels of a cell.
-    """
-    bits = tl.where(counted, value, 1.0).to(tl.int32, bitcast=True)
-    return exponent + (bits >> 23), product * ((bits & 0x7FFFFF) | 0x3F800000).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def pixel_factors(
-    ce, kl, teacher, labels, label_gate_ptrs, label_gate_stride_h, label_gate_stride_w, pixels, gate_ptrs,
-    gate_stride_h, gate_stride_w, row_inside_ptrs, column_inside_ptrs, k_ce, k_kl, label_factors, active,
-    i, j, g, h, w, zero, S: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """Return the factors of every pixel's exponentials in the gradient, and the cell's sums of the loss.
-
-    Shapes and units:
-        ce, kl, teacher: tuples with each pixel's sum of exponentials, from `softmax_denominators`.
-        labels: from `read_labels`.
-        k_ce, k_kl: factors of the terms in the gradient.
-    Returns: three tuples with a factor per pixel: k_ce * weight / ce, k_kl * gate / kl, and gate / teacher. Then the
-        cell's sums of weight * log2(ce) and of gate * log2(kl / teacher), and whether KL counts any of its pixels.
-        weight and gate are the pixel's weights in CE and in KL, 0 if not counted.
-    """
-    ce_factors = ()
-    kl_factors = ()
-    teacher_factors = ()
-    ce_log = zero
-    kl_log = zero
-    ce_exponent = zero.to(tl.int32)
-    kl_exponent = ce_exponent
-    ce_product = zero + 1.0
-    kl_product = ce_product
-    kl_any = active != active
-    for q in tl.static_range(ROWS):
-        for r in tl.static_range(S):
-            if pixels.USE_CE:
-                label = unpack(labels, q * S + r)
-                factor = reciprocal(ce[q * S + r]) * k_ce
-                if pixels.class_weight is not None or pixels.label_gate is not None:
-                    weight = tl.where(label >= 0, 1.0, 0.0)
-                    if pixels.class_weight is not None:
-                        weight = tl.load(pixels.class_weight + label, mask=label >= 0, other=0.0).to(tl.float32)
-                        if pixels.SMOOTH:
-                            weight = tl.where(label >= 0, tl.fma(weight, label_factors[0], label_factors[2]), 0.0)
-                    if pixels.label_gate is not None:
-                        ptrs = label_gate_ptrs + q * label_gate_stride_h + r * label_gate_stride_w
-                        weight = weight * tl.load(ptrs, mask=label >= 0, other=0).to(tl.float32)
-                    ce_log = tl.fma(weight, tl.log2(ce[q * S + r]), ce_log)
-                    factor = factor * weight
-                else:
-                    ce_exponent, ce_product = _split(ce[q * S + r], label >= 0, ce_exponent, ce_product)
-                    factor = tl.where(label >= 0, factor, 0.0)
-                ce_factors += (factor,)
-            if pixels.USE_KL:
-                counted = active & in_image(q, g, i, j, h, w, r, S, ROWS)
-                if row_inside_ptrs is not None:
-                    counted = counted & (tl.load(row_inside_ptrs + q, mask=counted, other=0) != 0)
-                    counted = counted & (tl.load(column_inside_ptrs + r, mask=counted, other=0) != 0)
-                if not pixels.DISTILL_VOID:
-                    counted = counted & (unpack(labels, q * S + r) != VOID)
-                kl_any = kl_any | counted
-                inverse = reciprocal(teacher[q * S + r])
-                ratio = kl[q * S + r] * inverse
-                factor = reciprocal(kl[q * S + r]) * k_kl
-                if pixels.gate is not None:
-                    ptrs = gate_ptrs + q * gate_stride_h + r * gate_stride_w
-                    gate = tl.load(ptrs, mask=counted, other=0).to(tl.float32)
-                    kl_log = tl.fma(gate, tl.log2(ratio), kl_log)
-                    factor = factor * gate
-                    inverse = inverse * gate
-                else:
-                    kl_exponent, kl_product = _split(ratio, counted, kl_exponent, kl_product)
-                    factor = tl.where(counted, factor, 0.0)
-                    inverse = tl.where(counted, inverse, 0.0)
-                kl_factors += (factor,)
-                teacher_factors += (inverse,)
-    if pixels.class_weight is None and pixels.label_gate is None:
-        ce_log = (ce_exponent - 127 * ROWS * S).to(tl.float32) + tl.log2(ce_product)
-    if pixels.gate is None:
-        kl_log = (kl_exponent - 127 * ROWS * S).to(tl.float32) + tl.log2(kl_product)
-    return ce_factors, kl_factors, teacher_factors, ce_log, kl_log, kl_any
-
-
-@triton.jit
 def softmax_denominators(
     student, target, y_first, pixels, temperature, zero, S: tl.constexpr, ROWS: tl.constexpr, POWER: tl.constexpr
 ):
-    """Return each pixel's sum of exponentials over classes: student at T = 1, student at T, target at T."""
+    """Return the sums over the classes of the logits' exponentials, at each pixel of every lane's bilinear cell.
+
+    Shapes and units:
+        student, target: both logit maps, as `grid` of `make_surface`.
+        y_first: weight of the bottom corners in the first pixel row.
+        pixels: `Pixels`. temperature: T. zero: a float32 block of zeros.
+        S, ROWS: pixels per row, and pixel rows. POWER: T if it is 1 to 4, else 0.
+    Returns: (ce, kl, teacher), tuples of ROWS * S blocks: the sums for the student at T = 1, the student at T, and the
+        target at T.
+    """
     ce = ()
     kl = ()
     teacher = ()
@@ -415,14 +315,17 @@ def class_moments(
     surface, sequence, share, ce, kl, k_kl, pixels, temperature,
     S: tl.constexpr, ROWS: tl.constexpr, POWER: tl.constexpr,
 ):  # fmt: skip
-    """Return the four moments (see `moments`) of a class's gradient at a cell's pixels, without the part of its labels.
+    """Return the four moments (see `moments`) of the gradient by one class's logit, over the pixels of a bilinear cell.
+
+    The part of the pixels with that label is left out.
 
     Shapes and units:
-        surface: the student's logits in the cell times log2(e) / T, (value, dx, dy, dxy).
+        surface: the student's logits times log2(e) / T, (value, dx, dy, dxy), see `make_surface`.
         sequence: their exponentials, from `exponentials`.
         share: the moments of the target's probability of the class times the pixel's gate.
-        ce, kl: tuples with the factor of each pixel's exponentials in CE and in KL, from `pixel_factors`.
+        ce, kl: tuples of factors per pixel of the exponentials in CE and in KL, from `pixel_factors`.
         k_kl: factor of KL in the gradient, applied to `share`.
+        pixels: `Pixels`. temperature: T. S, ROWS, POWER: as in `softmax_denominators`.
     """
     if pixels.USE_CE and POWER == 0:
         m = moments(exponentials(scaled(surface, temperature)), ce, ce, False, 1, S, ROWS)
@@ -435,16 +338,3 @@ def class_moments(
     if pixels.USE_KL:
         m = subtract(m, k_kl, share)
     return m
-
-
-@triton.jit
-def any_lost(lost_ptr, top, bottom, low, width):
-    """Return whether one of a cell's four corners is lost, which affects all pixels of the cell.
-
-    `top` and `bottom` are the offsets of the upper and the lower row in `lost_ptr`, `low` is the left column, and
-    `width` the number of columns. Columns outside are clamped.
-    """
-    left = tl.minimum(tl.maximum(low, 0), width - 1)
-    right = tl.minimum(tl.maximum(low + 1, 0), width - 1)
-    upper = tl.load(lost_ptr + top + left) | tl.load(lost_ptr + top + right)
-    return (upper | tl.load(lost_ptr + bottom + left) | tl.load(lost_ptr + bottom + right)) != 0

@@ -13,7 +13,7 @@ from .sample import ROWS, VALUES, along_rows, load_columns, student_logits, targ
 
 @triton.jit
 def _row_factors(at_n, pixels, PEAKS: tl.constexpr, LANES: tl.constexpr):
-    """Return what `visit` kept of a pixel: factors of 2^(T u), 2^u and 2^v, maxima, label and its pull."""
+    """Return the numbers that `visit` stored for a pixel: label, factors of 2^(T u), 2^u and 2^v, maxima, pulls."""
     label = at_n
     k_ce = at_n
     ku = at_n
@@ -73,16 +73,19 @@ def add_gradient(
     next_ptr, taps, target_taps, pixels, k_ce, sizes, W, wt, temperature,
     POWER: tl.constexpr, PEAKS: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """Add the gradient of a group of label rows to the corners of their cells.
+    """Add the CE + KL gradient of a few label rows to the sums of the corners of their bilinear cells.
 
-    `now_ptr` holds the sums of the student row above the cell and gets the shares of the upper corners. `next_ptr`
-    holds the sums of the row below and gets the shares of the lower corners.
+    A bilinear cell is the label pixels between four neighbouring logits, its corners. Each lane has one cell.
 
     Shapes and units:
-        values_ptr: the numbers per pixel that `sample.visit` stored.
-        columns: label columns of a cell, at most.
+        now_ptr, next_ptr: (C, LANES) float32 sums of the student's row above the cells, and of the row below. Both are
+            increased.
+        values_ptr: the eight numbers per pixel that `sample.visit` stored. columns: the largest number of label columns
+            of a cell.
+        cell_n: column of the cell, -1 before the first logit. k_ce: factor of CE in the gradient.
         PEAKS: whether the stored factors are relative to the largest logits.
-        BLOCK, UNROLL: classes of a block, and blocks at once. The others are as in `sample.visit`.
+        BLOCK, UNROLL: classes of a block, and blocks at a time. LANES: lanes of the program.
+        The other arguments are as in `sample.visit`.
     """
     lane = tl.arange(0, LANES)
     shift_cn = tl.zeros((BLOCK, LANES), tl.int32) + tl.maximum(lane - 1, 0)[None, :]
@@ -165,7 +168,13 @@ def finish_row(
     sums_ptr, gradient_n, writes_n, num_classes, plane,
     BLOCK: tl.constexpr, UNROLL: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """Write the sums of a row of student pixels to `gradient_n`, for lanes with `writes_n`, and set the sums to 0."""
+    """Write the finished sums of a row of student logits to the gradient, and set the sums to 0.
+
+    Shapes and units:
+        sums_ptr: (num_classes, LANES) float32 sums.
+        gradient_n: pointers to class 0 of the gradient, one per lane. writes_n: bool, which lanes write.
+        plane: elements of a class of the gradient. BLOCK, UNROLL: classes of a block, and blocks at a time.
+    """
     for start in range(0, num_classes, BLOCK * UNROLL):
         for k in tl.static_range(UNROLL):
             c = start + k * BLOCK + tl.arange(0, BLOCK)

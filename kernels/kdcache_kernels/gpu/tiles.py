@@ -51,7 +51,7 @@ from .common import (
     take_turn,
 )
 from .geometry import student_tables, target_tables
-from .prep import Prepared
+from .prepared import Prepared
 from .sample import ROWS, VALUES, first_pixel, student_group, target_row, visit
 from .tile_gradient import add_gradient, finish_row
 
@@ -78,10 +78,26 @@ def tiles_kernel(
     ALL_IMAGES: tl.constexpr, POWER: tl.constexpr, BLOCK_SUMS: tl.constexpr, BLOCK_C: tl.constexpr,
     UNROLL: tl.constexpr, LANES: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """Compute the loss and its gradient in blocks of lanes. A program takes every num_programs-th block.
+    """Compute the fused CE + KL loss and its gradient for any sizes, windows and logits.
 
-    A lane owns one of the cell columns -1 to w - 1 of a strip. Unless ALL_IMAGES, only images with route 0 are
-    computed, see `Prepared.route`.
+    Each lane handles one bilinear cell at a time. A bilinear cell is the label pixels between four neighbouring logits.
+    One program handles every num_programs-th block of LANES - 1 columns of cells, each in `strip_rows` rows of cells,
+    from top to bottom. Unless ALL_IMAGES, images with route 1 are skipped, see `Prepared.route`.
+
+    Shapes and units:
+        student_ptr, target_ptr: (B, C, h, w) and (B, C, ht, wt) logits, as in `Prepared`.
+        student_lost_ptr, target_lost_ptr: (B, h, w) and (B, ht, wt) uint8, 1 where a logit is unusable.
+        tables_ptr, route_ptr, factors_ptr, mix_ptr, target_scale, target_batch: the fields of `Prepared`.
+        pixels: `Pixels`, labels and pixel weights. label_stride_b to gate_stride_w: their strides in elements.
+        H, W: label size. temperature: T. strips: strips per image. num_lanes: columns of cells of all strips.
+            num_blocks: blocks.
+        most_columns: the largest number of label columns of a cell. steps: bit length of max(H, W).
+        scratch_ptr: float32, `scratch_size` elements per program.
+        POWER: T if it is 1 to 4 and both terms are computed, else 0. BLOCK_SUMS, BLOCK_C, UNROLL, LANES: as in
+            `Tiling`. DEPENDENT: see `take_turn`.
+    Results:
+        gradient_ptr: (B, C, h, w), or None for no gradient.
+        partials_ptr: (P, 2) float64. Row first_partial + program gets the program's sums of CE and KL in nats.
     """
     take_turn(DEPENDENT)
     HAS_GRADIENT: tl.constexpr = gradient_ptr is not None
@@ -190,13 +206,13 @@ def tiles_kernel(
                         any_peaks = 0
                         for r in range(columns):
                             exists = ()
-                            shown = ()
+                            visible = ()
                             for q in tl.static_range(ROWS):
                                 exists += (live[q] & (r < count),)
-                                shown += (in_view[q] & (r < count),)
+                                visible += (in_view[q] & (r < count),)
                             ce, kl, has_peaks = visit(
                                 r, first_y, student_rows, student_lost_rows, target_rows, target_lost_rows, mix_rows,
-                                blend, target_places, left, right, first, target_image * W, exists, shown, label_n,
+                                blend, target_places, left, right, first, target_image * W, exists, visible, label_n,
                                 label_gate_n, gate_n, label_stride_h, label_stride_w, label_gate_stride_h,
                                 label_gate_stride_w, gate_stride_h, gate_stride_w, values_ptr + lane, column_taps,
                                 target_column_taps, pixels, k_ce, k_kl, label_factors, sizes, W, wt, temperature,
@@ -232,15 +248,16 @@ def tiles_kernel(
 
 
 class Tiling(NamedTuple):
-    """The sizes of the pieces of work. Only the two numbers of classes can change a bit of the result.
+    """How `tiles_kernel` divides the work. Only `block_sums` and `block_classes` can change bits of the result.
 
     Attributes:
-        strip_rows: rows of student pixels per strip.
-        lanes: lanes per program, one warp of them on a GPU.
-        block_sums: classes that are summed at once, a divisor of C.
-        block_classes: classes whose gradient is computed at once. It is 1 on a GPU, so that each lane is one thread.
-        unroll: blocks of block_classes per turn of the loop.
-        programs: the most programs to launch. Each has a scratch buffer, 21 KiB at stride 4 and 21 classes.
+        strip_rows: rows of logits per strip.
+        lanes: lanes per program, one warp on a GPU.
+        block_sums: classes that are summed at a time, a divisor of C.
+        block_classes: classes whose gradient is computed at a time. It is 1 on a GPU, so each lane is one thread.
+        unroll: blocks of block_classes per iteration of the loop.
+        programs: the largest number of programs to launch. Each has a scratch buffer, 21 KiB at stride 4 and 21
+            classes.
     """
 
     strip_rows: int
@@ -252,11 +269,11 @@ class Tiling(NamedTuple):
 
 
 def choose_tiling(problem: LossProblem, *, all_images: bool = True) -> Tiling:
-    """Choose the tiling: on a GPU, strips short enough for ten warps per multiprocessor, in a single wave of programs.
+    """Return the `Tiling` of a problem.
 
-    If not `all_images`, the fast kernel takes most images, and only those with widely spanning logits are computed
-    here. Two warps per multiprocessor then suffice and save scratch memory. The interpreter on the CPU gets large
-    blocks.
+    On a GPU, strips are short enough for ten warps per multiprocessor in a single wave of programs. If not
+    `all_images`, `tiles_kernel` gets few images, so a fifth of the programs saves scratch memory. On the CPU (Triton's
+    interpreter), return large blocks.
     """
     B, C, h, w = problem.student.shape
     device = problem.student.device
@@ -271,28 +288,31 @@ def choose_tiling(problem: LossProblem, *, all_images: bool = True) -> Tiling:
 
 
 def most_columns(w: int, W: int, align_corners: bool) -> int:
-    """Return the largest number of label columns, of W, in one of the cells between w student columns, -1 to w - 1."""
+    """Return the largest number of label columns between two neighbouring student columns, or outside the outer ones.
+
+    `w` is the number of student columns and `W` the number of label columns.
+    """
     if w == 1:
         return W
     return max(1, -(-(W - 1) // (w - 1))) if align_corners else -(-W // w)
 
 
 def _blocks(problem: LossProblem, tiling: Tiling) -> tuple[int, int]:
-    """Return lanes, and blocks of them."""
+    """Return the number of lanes, and of the blocks of lanes."""
     B, _, h, w = problem.student.shape
     num_lanes = B * cdiv(h, tiling.strip_rows) * (w + 1)
     return num_lanes, cdiv(num_lanes, tiling.lanes - 1)
 
 
 def _scratch_size(problem: LossProblem, tiling: Tiling) -> int:
-    """Return scratch of a program."""
+    """Return the number of float32 elements of scratch that a program needs."""
     C, w = problem.student.shape[1], problem.student.shape[3]
     columns = most_columns(w, problem.size[1], problem.align_corners)
     return int(columns * ROWS.value * VALUES.value + 2 * C) * tiling.lanes
 
 
 def needs(problem: LossProblem, tiling: Tiling) -> Needs:
-    """Return the memory that `launch` needs."""
+    """Return the number of programs and the scratch memory that `launch` needs."""
     programs = min(_blocks(problem, tiling)[1], tiling.programs)
     return Needs(programs, programs * _scratch_size(problem, tiling))
 
@@ -306,11 +326,13 @@ def launch(
     *,
     all_images: bool,
 ) -> None:
-    """Run the kernel on all images, or unless `all_images` only on those with route 0, see `Prepared.route`.
+    """Launch `tiles_kernel` on all images, or if not `all_images`, on the images with route 0 (see `Prepared.route`).
 
     Shapes and units:
+        problem, prepared: the checked arguments, and the result of `prepare` for them.
         gradient: (B, C, h, w) contiguous result, written for those images. None computes no gradient.
-        buffers: the memory that `needs` asks for.
+        buffers: memory of the size that `needs` returns.
+        tiling: from `choose_tiling`.
     """
     h, w = problem.student.shape[2:]
     (H, W), device = problem.size, problem.student.device

@@ -31,9 +31,10 @@ RANKS = tl.constexpr(4)
 
 @triton.jit
 def pixels(num_pixels, total, BLOCK: tl.constexpr):
-    """Return (image, pixel, exists) of this program's lanes, in int64, because offsets can exceed int32.
+    """Return (image, pixel, exists) of this program's BLOCK lanes, with one pixel per lane.
 
-    An image has `num_pixels` pixels, and all images together have `total`.
+    An image has `num_pixels` pixels, and all images have `total`. `image` and `pixel` are int64, because offsets can
+    exceed int32. Lanes that do not exist have image 0 and pixel 0.
     """
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     exists = offs < total
@@ -44,7 +45,12 @@ def pixels(num_pixels, total, BLOCK: tl.constexpr):
 
 @triton.jit
 def first_class(logits_ptr, strides, image, pixel, w):
-    """Return pointers to class 0 of each lane's pixel, and the stride from one class to the next."""
+    """Return pointers to class 0 of each lane's pixel, and the stride from one class to the next in elements.
+
+    Shapes and units:
+        logits_ptr: (B, C, h, w) logits with `strides` in elements.
+        image, pixel: from `pixels`. w: columns of an image.
+    """
     return logits_ptr + image * strides[0] + (pixel // w) * strides[2] + (pixel % w) * strides[3], strides[1]
 
 
@@ -167,15 +173,17 @@ def _pack_kernel(
 
 @triton.jit
 def tail_fill(largest, mass, tail, num_classes, k):
-    """Return the float64 logit of each class that was not kept: these share the tail's mass evenly. Clamp it to +-6e4.
+    """Return the float64 logit that each dropped class of a top-k target gets, clamped to -6e4 to 6e4.
+
+    The dropped classes share the tail's mass evenly.
 
     Shapes and units:
-        largest: the largest kept logit. mass: sum over kept logits of exp(logit - largest).
-        tail: log-odds of the mass of the classes that were not kept.
+        largest: the largest kept logit of each pixel. mass: the sum over kept logits of exp(logit - largest).
+        tail: log-odds of the mass of the dropped classes.
         num_classes, k: C, and the number of kept classes.
     """
-    one = tl.full((), 1.0, tl.float64)
-    fill = largest.to(tl.float64) + tl.log(mass.to(tl.float64)) + tail.to(tl.float64) - tl.log((num_classes - k) * one)
+    unit = tl.full((), 1.0, tl.float64)
+    fill = largest.to(tl.float64) + tl.log(mass.to(tl.float64)) + tail.to(tl.float64) - tl.log((num_classes - k) * unit)
     # Written with comparisons, which leave a NaN what it is.
     return tl.where(fill > LIMIT, LIMIT, tl.where(fill < -LIMIT, -LIMIT, fill))
 
@@ -221,7 +229,9 @@ def _densify_kernel(
 def pack(logits_BChw: Tensor, k: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Compute `kdcache_kernels.pack` in float32 on CUDA.
 
-    Memory: the result. Dtypes other than float32, float16 and bfloat16 are first copied to float32.
+    Returns: (values, indices, tail), the last two None if k = C, as in `PackedTarget`.
+    Raises: ShapeError or ValueRangeError for wrong arguments.
+    Memory: the result. Logits other than float32, float16 and bfloat16 are first copied to float32.
     """
     check_logits(logits_BChw, k)
     logits_BChw = logits_BChw.detach()
@@ -243,9 +253,11 @@ def pack(logits_BChw: Tensor, k: int) -> tuple[Tensor, Tensor | None, Tensor | N
 
 
 def densify(values: Tensor, indices: Tensor | None, tail: Tensor | None, num_classes: int) -> Tensor:
-    """Return the (B, C, h, w) float32 logits of `kdcache_kernels.densify` on CUDA, a new, contiguous tensor.
+    """Return the (B, C, h, w) float32 logits of `kdcache_kernels.densify` on CUDA, as a new, contiguous tensor.
 
     A pixel with a class id out of range is NaN in every class. Checking the ids would wait for the device.
+
+    Raises: ShapeError for wrong shapes, dtypes or devices.
     """
     check_packed(values, indices, tail, num_classes)
     if indices is None or tail is None:

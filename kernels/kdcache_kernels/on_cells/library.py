@@ -22,14 +22,15 @@ _INPUTS = ", ".join(("str family", *(f"{_TYPES[name]} {name}" for name in _NAMES
 
 
 def arguments_of(problem: RelationProblem) -> tuple[Any, ...]:
-    """Return the values of a problem's fields in order, as the operators take them."""
+    """Return a problem's fields as a flat tuple, in the order in which the registered operators take them."""
     return tuple(getattr(problem, name) for name in _NAMES)
 
 
 def call_relation_loss(problem: RelationProblem, family: str) -> Tensor:
-    """Compute the differentiable loss of a problem with a family, "numba" or "triton".
+    """Compute the relation loss of a problem, 0-dimensional and differentiable by the student's logits.
 
-    The registered operator is called only while PyTorch traces the call, see `kdcache_kernels.library.is_traced`.
+    `family` is "numba" or "triton". The registered operator is called only if `kdcache_kernels.library.is_traced` is
+    True.
     """
     arguments = arguments_of(problem)
     loss: Tensor
@@ -65,9 +66,14 @@ def _computed(problem: RelationProblem, family: str) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op("kdcache::relation_loss", mutates_args=(), schema=f"({_INPUTS}) -> (Tensor, Tensor)")
 def relation_loss(family: str, *arguments: Any) -> tuple[Tensor, Tensor]:
-    """Compute the loss and its gradient by the student's logits, with a family, "numba" or "triton".
+    """Compute the relation loss and its gradient by the student's logits, as a registered operator.
 
-    Returns: the loss, 0-dimensional float32, and the gradient, float32 of the student's shape, or (0,) if not needed.
+    Args:
+        family: "numba" or "triton", the implementation.
+        arguments: the flattened problem, from `arguments_of`.
+    Returns: the loss, 0-dimensional float32, and the float32 gradient in the student's shape. The gradient is (0,) if
+        `need_gradient` is False.
+    Raises: ValueRangeError for windows that are empty, reversed or not finite.
     """
     return _computed(_problem(arguments), family)
 
@@ -124,7 +130,12 @@ class _DirectLoss(torch.autograd.Function):
 
 @torch.library.custom_op("kdcache::relation_moments", mutates_args=(), schema=f"({_INPUTS}) -> Tensor")
 def relation_moments(family: str, *arguments: Any) -> Tensor:
-    """Return the (6, C) float64 moments of this batch's cells, as in `RelationProblem.moments`."""
+    """Compute the (6, C) float64 `RelationProblem.moments` of this batch's cells, as a registered operator.
+
+    `family` is "numba" or "triton", and `arguments` are from `arguments_of`.
+
+    Raises: ValueRangeError for windows that are empty, reversed or not finite.
+    """
     return _moments(_problem(arguments), family)
 
 

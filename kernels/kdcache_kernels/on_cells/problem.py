@@ -19,6 +19,8 @@ MOMENTS = 6
 class RelationProblem:
     """The checked arguments of `kdcache_kernels.relation_loss`.
 
+    A cell is the area of the view that one logit of the teacher covers.
+
     Attributes:
         student: (B, C, hs, ws) logits, float32, float16 or bfloat16, any strides. float64 only for the reference.
         teacher: (B, C, h, w) logits of the view, any float dtype and strides.
@@ -55,27 +57,30 @@ class RelationProblem:
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Return (h, w), the numbers of the teacher's cells."""
+        """Return (h, w), the rows and columns of the teacher's logits. Each logit covers one cell."""
         return self.teacher.shape[2], self.teacher.shape[3]
 
     @property
     def is_resized(self) -> bool:
-        """Return True if the student's logits have another height or width than the teacher's."""
+        """Return True if the student's logits differ from the teacher's in height or width."""
         return tuple(self.student.shape[2:]) != self.grid
 
     @property
     def is_moved(self) -> bool:
-        """Return True if a window or a flip is given, whatever its values."""
+        """Return True if a window or a flip is given, even one that shows the whole, unmirrored view."""
         return self.window is not None or self.flip is not None
 
     @property
     def is_weighted(self) -> bool:
-        """Return True if a window, flip, gate or mask is given, so cells may weigh unequally. Else each weighs 1."""
+        """Return True if cells may have different weights, because a window, a flip, a gate or a mask is given."""
         return self.is_moved or self.pixel_weight is not None or self.counted is not None
 
 
 def largest_logit(temperature: float) -> float:
-    """Return the largest usable |logit|: differences of usable logits / temperature do not overflow float32."""
+    """Return the largest magnitude of a usable logit at a temperature.
+
+    Differences of usable logits, divided by the temperature, do not overflow float32.
+    """
     return torch.finfo(torch.float32).max / 8 * min(1.0, temperature)
 
 
@@ -88,8 +93,8 @@ def average_moments(moments_P6C: Tensor) -> Tensor:
     torch.Size([6, 3])
 
     Args:
-        moments_P6C: (P, 6, C) float64, the result of `relation_moments` for each part.
-    Returns: (6, C) float64, as `relation_moments`, but with the weight and the sums divided by P.
+        moments_P6C: (P, 6, C) float64, the result of `relation_moments` for each of P parts.
+    Returns: (6, C) float64, in the form of `relation_moments`. The weight and the three sums are divided by P.
     """
     weight_PC, *means_2PC = moments_P6C[:, :3].unbind(1)
     all_C = weight_PC.sum(0)
@@ -102,7 +107,9 @@ def average_moments(moments_P6C: Tensor) -> Tensor:
 
 
 def correlation(st: Tensor, ss: Tensor, tt: Tensor) -> Tensor:
-    """Return Pearson's correlation from sums of products of centred values, near 0 if one variable hardly varies.
+    """Return Pearson's correlation from sums of products of two variables minus their means, elementwise.
+
+    It is near 0 if one variable hardly varies, because 1e-8 is added to both sums of squares.
 
     Args:
         st: sum of the products of both variables.

@@ -17,13 +17,15 @@ from .problem import RelationProblem, correlation, largest_logit
 
 
 class Seen(NamedTuple):
-    """The student's and the teacher's logits on the teacher's cells.
+    """The student's and the teacher's logits, resampled to the teacher's cells.
+
+    A cell is the area of the image that one logit of the teacher covers.
 
     Attributes:
         student, teacher: (B, C, h, w) logits divided by the temperature.
-        cells: how much each cell counts and weighs.
+        cells: (B, h, w) counted share and weight of each cell in a mean over cells.
         spoilt: 0-dimensional bool tensor. It is True if a counted cell depends on a logit that is NaN, infinite or
-            above `largest_logit`. The loss must then be NaN.
+            above `largest_logit` in magnitude. The loss must then be NaN.
     """
 
     student: Tensor
@@ -49,12 +51,12 @@ def lay_logits(
 ) -> Seen:
     """Resample the student's and the teacher's logits to the teacher's cells, and divide them by the temperature.
 
-    Unusable logits (NaN, infinite or above `largest_logit`) are replaced by 0 and reported in `Seen.spoilt`.
+    Logits that are NaN, infinite or above `largest_logit` in magnitude are replaced by 0 and reported in `Seen.spoilt`.
 
     Args:
-        student_BCxx: (B, C, hs, ws) logits. The result has a gradient by them.
+        student_BCxx: (B, C, hs, ws) logits. The result is differentiable by them.
         teacher_BChw: (B, C, h, w) logits of the view, without a gradient.
-        cells: how much each cell counts, to decide whether an unusable logit matters.
+        cells: how much each cell counts. Unusable logits matter only in cells that count.
         temperature: > 0, dimensionless.
         view_size: (height, width) of the view in pixels.
         window_B4: (B, 4) float64 edges (y0, x0, y1, x1) in pixels of the view, or None for the whole view.
@@ -77,7 +79,7 @@ def lay_logits(
 
 
 def logits_on_cells(problem: RelationProblem) -> Seen:
-    """Weigh the teacher's cells of a problem, and resample both sets of logits to them."""
+    """Compute the weights of a problem's cells, and resample the student's and the teacher's logits to the cells."""
     cells = lay_cells(
         problem.window,
         problem.flip,
@@ -101,18 +103,20 @@ def logits_on_cells(problem: RelationProblem) -> Seen:
 
 
 def relation_loss_reference(problem: RelationProblem) -> Tensor:
-    """Compute `kdcache_kernels.relation_loss` from checked arguments, a 0-dimensional tensor.
+    """Compute `kdcache_kernels.relation_loss` from checked arguments with PyTorch operations.
 
-    Compute in float32 even under autocast, and in float64 for float64 logits.
+    The arithmetic is float32 even under autocast, or float64 for float64 logits.
+
+    Returns: the loss, 0-dimensional and differentiable any number of times.
     """
     with torch.autocast(problem.student.device.type, enabled=False):
-        seen = logits_on_cells(problem)
-        weight_Bhw, counted_Bhw = seen.cells.weight, seen.cells.counted
-        predictions = seen.predictions
+        resampled = logits_on_cells(problem)
+        weight_Bhw, counted_Bhw = resampled.cells.weight, resampled.cells.counted
+        predictions = resampled.predictions
         s_BChw, t_BChw = (x - x.mean(1, keepdim=True) for x in predictions)
         r_Bhw = correlation(*(x.sum(1) for x in (s_BChw * t_BChw, s_BChw.square(), t_BChw.square())))
         count = counted_Bhw.sum() if problem.count is None else problem.count
-        inter = divide(((1 - r_Bhw) * weight_Bhw).sum(), count, seen.spoilt)
+        inter = divide(((1 - r_Bhw) * weight_Bhw).sum(), count, resampled.spoilt)
         intra = _intra(predictions, weight_Bhw, problem.moments)
         loss = problem.temperature**2 * (problem.beta * inter + problem.gamma * intra)
         if problem.student.shape[1] == 1:
@@ -122,14 +126,17 @@ def relation_loss_reference(problem: RelationProblem) -> Tensor:
 
 @torch.no_grad()
 def relation_moments_reference(problem: RelationProblem) -> Tensor:
-    """Compute `kdcache_kernels.relation_moments` from checked arguments, (6, C) float64."""
+    """Compute `kdcache_kernels.relation_moments` from checked arguments with PyTorch operations.
+
+    The result is (6, C) float64.
+    """
     with torch.autocast(problem.student.device.type, enabled=False):
-        seen = logits_on_cells(problem)
-        predictions, weight_Bhw = seen.predictions, seen.cells.weight
+        resampled = logits_on_cells(problem)
+        predictions, weight_Bhw = resampled.predictions, resampled.cells.weight
         weight, means_2C = _means(predictions, weight_Bhw)
         sums_3C = _centred_sums(predictions, weight_Bhw, means_2C)
         moments_6C = torch.cat([weight.expand(1, problem.student.shape[1]), means_2C, sums_3C]).double()
-        return moments_6C.masked_fill(seen.spoilt, torch.nan)
+        return moments_6C.masked_fill(resampled.spoilt, torch.nan)
 
 
 def _intra(predictions: tuple[Tensor, Tensor], weight_Bhw: Tensor, moments_6C: Tensor | None) -> Tensor:

@@ -38,27 +38,29 @@ def relation_loss(
     moments_6C: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """Return 1 - the correlation of student and teacher over classes, plus the same over cells, on the target's cells.
+    """Return the DIST relation loss: 1 - the correlation of student and teacher over classes, plus the same over cells.
 
     >>> import kdcache_kernels
     >>> logits = torch.randn(2, 3, 4, 4, requires_grad=True)
     >>> loss = kdcache_kernels.relation_loss(logits, torch.randn(2, 3, 4, 4), view_size=(16, 16), size=(16, 16))
     >>> loss.backward()
 
-    Computes `T^2 * (beta * inter + gamma * intra)` of q = softmax(logits / T). inter is the mean over cells of 1 -
-    Pearson's correlation of q_s and q_t over the classes. intra is the mean over classes of 1 - their correlation over
-    the cells of the whole batch. 1e-8 is added to every variance.
+    It is T^2 * (beta * inter + gamma * intra), with probabilities q = softmax(logits / T). inter is the mean over cells
+    of 1 - Pearson's correlation of q_s and q_t over the classes. intra is the mean over classes of 1 - their
+    correlation over the cells of the whole batch. 1e-8 is added to every variance.
 
-    The teacher's h x w cells tile its view, and equally many tile the student's image. There the teacher is sampled and
-    the student's logits are resized, both without aligned corners. A cell counts by the share of its pixels that count,
-    and weighs that times the gate. Without counted cells, and with one class (a correlation of constants is undefined),
-    loss and gradient are exactly 0. A non-finite logit that enters a counted cell (or one so large that logits / T
-    overflow) makes the loss NaN, and its gradient at every logit of the batch.
+    A cell is the area of the view that one of the teacher's h x w logits covers. Equally many cells tile the student's
+    image. The teacher is sampled at their centres, and the student's logits are resized to them, both without aligned
+    corners. A cell counts by the share of its pixels that count, and its weight is that share times the gate.
+
+    If no cell counts, or with one class, loss and gradient are exactly 0. A logit in a counted cell may be NaN,
+    infinite, or so large that logits / T overflows. The loss and its gradient at every logit of the batch are then NaN.
 
     Args:
-        student_logits_BChw: raw logits at their own size, float32, float16, bfloat16 or float64, any strides, the only
-            input with a gradient. Computed in float32 (float64 in the reference if it is float64), also under autocast.
-        teacher_logits_BChw: (B, C, h, w) logits of all classes (`densify` makes them of a packed target).
+        student_logits_BChw: raw logits at their own size, float32, float16, bfloat16 or float64, any strides. The only
+            input with a gradient. Computed in float32 even under autocast (float64 logits: in float64 by the
+            reference).
+        teacher_logits_BChw: (B, C, h, w) logits of all classes. `densify` makes them from a packed target.
         view_size: (height, width) in pixels of the view that the teacher's cells tile.
         size: (H, W) in pixels of the student's image.
         temperature: > 0, dimensionless.
@@ -68,15 +70,16 @@ def relation_loss(
             whole view. A window outside the view has no counted cells.
         flip_B: (B,) bool, whether the window is mirrored left to right. None mirrors nothing.
         pixel_weight_BHW: gate, any dtype, taken as a number. It does not shrink the denominator.
-        counted_BHW: bool, which pixels of the view count. None is all.
-        count: denominator of inter instead of this batch's counted cells. If a batch has several parts, pass the mean
-            of their counts. The losses of the parts then average to the loss of the batch.
-        moments_6C: moments of the whole batch, to use instead of this part's: `average_moments` of every part's
-            `relation_moments`. Every part's intra is then the whole batch's.
+        counted_BHW: bool, which pixels of the view count. None counts all.
+        count: denominator of inter. None uses this batch's number of counted cells. If a batch has several parts, pass
+            the mean of their counts. The losses of the parts then average to the loss of the batch.
+        moments_6C: moments of the whole batch: `average_moments` of the `relation_moments` of all parts. Each part's
+            intra is then the intra of the whole batch. None uses this batch's moments.
         impl: "auto", "triton", "numba" or "reference", as in `distill_loss`.
-    Returns: 0-dimensional, float32 (float64). Differentiable once; with the reference any number of times.
+    Returns: 0-dimensional float32 (float64 for float64 logits). Differentiable once, or any number of times with the
+        reference.
     Raises: ShapeError, ValueRangeError naming the argument.
-    Memory: fused, on CUDA the gradient in float32; on the CPU up to four float32 tensors of the size of the teacher's
+    Memory: on CUDA, the gradient in float32. On the CPU, up to four float32 tensors of the size of the teacher's
         logits.
     Source: Huang et al. 2022, arXiv 2205.10536, equations 8 to 10. Oracle: kdcache_kernels.on_cells.reference.
     """
@@ -123,7 +126,7 @@ def relation_moments(
     counted_BHW: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """Return the moments of the predictions of a batch part, to share between parts before `relation_loss`.
+    """Return the moments of a batch part's predictions, to share between parts before `relation_loss`.
 
     >>> import kdcache_kernels
     >>> student, teacher = torch.randn(2, 2, 3, 4, 4)
@@ -161,7 +164,7 @@ def relation_moments(
 
 
 def check_logits(student: Tensor, teacher: Tensor) -> None:
-    """Raise ShapeError unless both are dense floats with four axes and have equal numbers of images and classes."""
+    """Raise ShapeError unless both are dense float tensors with four axes and equal numbers of images and classes."""
     checks.check_student(student)
     B, C = student.shape[:2]
     if not is_logits(teacher) or tuple(teacher.shape[:2]) != (B, C) or min(teacher.shape[2:]) < 1:

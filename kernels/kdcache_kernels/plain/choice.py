@@ -23,7 +23,10 @@ FILE = Path(__file__).parent / "choice.json"
 
 
 def prefers_torch(problem: LossProblem) -> bool:
-    """Return True if torch is the faster family for a problem. It is never chosen for windows and flips."""
+    """Return True if the "torch" implementation is faster for a problem than "numba", by a table of measured times.
+
+    It is False for problems with windows or flips.
+    """
     if problem.window is not None or problem.flip is not None:
         return False
     B, C, h, w = problem.student.shape
@@ -35,10 +38,10 @@ def prefers_torch(problem: LossProblem) -> bool:
 
 @lru_cache(maxsize=256)
 def torch_is_faster(kind: str, classes: int, pixels: int) -> bool:
-    """Look up in the table of measured times whether torch is the faster family.
+    """Look up in a table of measured times whether "torch" is faster than "numba".
 
     Args:
-        kind: label pixels of a cell along an axis, or "one cell" for images of one pixel.
+        kind: label pixels per logit along an axis as text, such as "4", or "one cell" for images of one pixel.
         classes: C.
         pixels: label pixels of the batch.
     """

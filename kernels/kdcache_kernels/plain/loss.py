@@ -30,39 +30,39 @@ class _Map(NamedTuple):
 
     Attributes:
         size: (H, W) in pixels.
-        own: (h, w) in cells.
-        align_corners: of the resize.
-        positions: where pixels lie in the view; None is the whole view.
+        grid: (h, w) of the logits.
+        align_corners: whether the resize aligns corners.
+        positions: where pixels lie in the view. None is the whole view.
     """
 
     size: Size
-    own: Size
+    grid: Size
     align_corners: bool
     positions: ViewPositions | None
 
     @classmethod
-    def of_view(cls, size: Size, own: Size, align_corners: bool, view_size: Size) -> "_Map":
+    def of_view(cls, size: Size, grid: Size, align_corners: bool, view_size: Size) -> "_Map":
         """Return the map of a whole view. `F.interpolate` rounds the weights of fractional ratios."""
-        whole_ratio = size[0] % own[0] == 0 and size[1] % own[1] == 0
+        whole_ratio = size[0] % grid[0] == 0 and size[1] % grid[1] == 0
         simple = view_size == size or not align_corners
-        if simple and (size == own or (whole_ratio and not align_corners)):
-            return cls(size, own, align_corners, None)
-        return cls(size, own, align_corners, view_positions(None, None, view_size, size, torch.device("cpu")))
+        if simple and (size == grid or (whole_ratio and not align_corners)):
+            return cls(size, grid, align_corners, None)
+        return cls(size, grid, align_corners, view_positions(None, None, view_size, size, torch.device("cpu")))
 
     def resize(self, x_Bchw: Tensor) -> Tensor:
         if self.positions is not None:
-            return resample(x_Bchw, *self.positions.hat_matrices(self.own, self.align_corners, x_Bchw.dtype))
-        if self.size == self.own:
+            return resample(x_Bchw, *self.positions.hat_matrices(self.grid, self.align_corners, x_Bchw.dtype))
+        if self.size == self.grid:
             return x_Bchw
         return F.interpolate(x_Bchw, self.size, mode="bilinear", align_corners=self.align_corners)
 
     def transpose(self, x_BcHW: Tensor) -> Tensor:
         if self.positions is not None:
-            rows, columns = self.positions.hat_matrices(self.own, self.align_corners, x_BcHW.dtype)
+            rows, columns = self.positions.hat_matrices(self.grid, self.align_corners, x_BcHW.dtype)
             return resample(x_BcHW, rows.mT, columns.mT)
-        if self.size == self.own:
+        if self.size == self.grid:
             return x_BcHW
-        shape = (*x_BcHW.shape[:2], *self.own)
+        shape = (*x_BcHW.shape[:2], *self.grid)
         gradient: Tensor = torch.ops.aten.upsample_bilinear2d_backward(x_BcHW, self.size, shape, self.align_corners)
         return gradient
 
@@ -83,9 +83,9 @@ class _Logits(NamedTuple):
 
 
 def distill_loss(problem: LossProblem) -> LossResult:
-    """Compute the loss, its terms and its gradient of a checked problem with PyTorch operations.
+    """Compute the CE + KL loss, its terms and its gradient with PyTorch operations on the CPU, from checked arguments.
 
-    Memory: up to eight float32 tensors of label size times classes, which are small in the cases of `impl="auto"`.
+    Memory: up to eight float32 tensors of label size times classes. `impl="auto"` uses it only if these are small.
     """
     student_BChw = problem.student.detach().to(torch.float32, memory_format=torch.contiguous_format)
     if student_BChw.shape[0] == 0 or not (problem.use_ce or problem.use_kl):
@@ -182,8 +182,8 @@ def _kl(problem: LossProblem, student: Softmax, lost_BP: Tensor | None) -> tuple
     gate_BP, counted_BP, positions = torch.ones(student.total.shape), None, None
     count: Tensor | float = float(gate_BP.numel())
     if masked:
-        shown = (problem.labels, size, problem.ignore_index, problem.window, problem.flip, problem.distill_void)
-        counted_BHW, at = kl_pixels(target, *shown)
+        options = (problem.labels, size, problem.ignore_index, problem.window, problem.flip, problem.distill_void)
+        counted_BHW, at = kl_pixels(target, *options)
         counted_BP, positions = in_pixels(counted_BHW), at if moved else None
         gate_BP, count = counted_BP.float(), counted_BP.sum()
     if problem.pixel_weight is not None:
@@ -200,10 +200,10 @@ def _kl(problem: LossProblem, student: Softmax, lost_BP: Tensor | None) -> tuple
         teacher = SparseTeacher.of(target, T)
     else:
         dense_BChw = densify(target.values, target.indices, target.tail, target.num_classes)
-        seen = _Logits.of(dense_BChw if T == 1 else dense_BChw / T, _LARGEST, on)
-        teacher = DenseTeacher(Softmax.of(seen.values))
-        if seen.lost is not None:
-            lost_BP = seen.lost if lost_BP is None else lost_BP | seen.lost
+        logits = _Logits.of(dense_BChw if T == 1 else dense_BChw / T, _LARGEST, on)
+        teacher = DenseTeacher(Softmax.of(logits.values))
+        if logits.lost is not None:
+            lost_BP = logits.lost if lost_BP is None else lost_BP | logits.lost
     per_count = _inverse(count if problem.kl_denominator is None else problem.kl_denominator)
     if lost_BP is not None and bool((lost_BP if counted_BP is None else lost_BP & counted_BP).any()):
         per_count = math.nan
@@ -213,7 +213,10 @@ def _kl(problem: LossProblem, student: Softmax, lost_BP: Tensor | None) -> tuple
 
 
 def in_pixels(x: Tensor, axis: int = 1) -> Tensor:
-    """Return a tensor with the axes of rows and columns, from `axis` on, merged, or dropped for one pixel."""
+    """Return a tensor with its two axes of rows and columns merged into one, or removed for images of one pixel.
+
+    `axis` is the axis of the rows, and the axis of the columns follows it.
+    """
     return x.flatten(axis) if x.shape[axis:].numel() > 1 else x.flatten(axis - 1)
 
 

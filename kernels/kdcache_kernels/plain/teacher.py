@@ -20,7 +20,7 @@ Smaller tensors are not worth halving."""
 
 
 def largest(x_BCP: Tensor) -> Tensor:
-    """Return the maximum over the classes, (B, P). For few pixels, compare halves of the classes, which is faster."""
+    """Return the maximum over the classes of (B, C, P) or (B, C) values."""
     while x_BCP.dim() == 3 and x_BCP.shape[2] < FEW_PIXELS and x_BCP.numel() > FEW_ELEMENTS and x_BCP.shape[1] > 1:
         half = (x_BCP.shape[1] + 1) // 2
         x_BCP = torch.maximum(x_BCP[:, :half], x_BCP[:, -half:])
@@ -28,12 +28,12 @@ def largest(x_BCP: Tensor) -> Tensor:
 
 
 class Softmax(NamedTuple):
-    """A probability for every class in each pixel.
+    """Logits and their probabilities at every pixel. P is the number of pixels. Images of one pixel have no axis P.
 
     The logarithms of the probabilities are not stored, because computing them costs as much as the softmax.
 
     Attributes:
-        logits, p: (B, C, P), logits at the temperature and their probabilities.
+        logits, p: (B, C, P), logits divided by the temperature, and their probabilities.
         total: (B, P), the logarithm of the sum of the exponentials of the logits.
     """
 
@@ -43,44 +43,53 @@ class Softmax(NamedTuple):
 
     @classmethod
     def of(cls, logits_BCP: Tensor, *, centred: bool = False) -> "Softmax":
-        """Compute the softmax over classes. With `centred`, the logits have a maximum of 0 in each pixel."""
+        """Compute the softmax of (B, C, P) logits over the classes.
+
+        `centred` says that the logits have a maximum of 0 in each pixel, which saves time.
+        """
         p_BCP = logits_BCP.softmax(1)
         total_BP = largest(p_BCP).log_().neg_()
         return cls(logits_BCP, p_BCP, total_BP if centred else total_BP.add_(largest(logits_BCP)))
 
 
 class Teacher(Protocol):
-    """The teacher's distribution over the classes in every pixel."""
+    """The interface of a teacher's distribution over the classes at every pixel."""
 
     def divergence(self, student: Softmax) -> Tensor:
-        """Return KL(teacher || student) in nats, (B, P)."""
+        """Return KL(teacher || student) at every pixel, (B, P) in nats."""
 
     def gradient(self, p_BCP: Tensor, factor_B1P: Tensor) -> Tensor:
-        """Return (p - q) * factor, written over p, the student's probabilities, with q the teacher's."""
+        """Overwrite the student's probabilities p by (p - q) * factor and return them.
+
+        q are the teacher's probabilities of the same shape.
+        """
 
 
 class DenseTeacher(NamedTuple):
-    """The teacher's distribution with a separate probability for every class."""
+    """A teacher's distribution with a separate probability for every class."""
 
     softmax: Softmax
 
     def divergence(self, student: Softmax) -> Tensor:
-        """Return KL(teacher || student) in nats, (B, P), over all classes."""
+        """Return KL(teacher || student) at every pixel, (B, P) in nats."""
         logits_BCP, q_BCP, total_BP = self.softmax
         cross_BP = (logits_BCP - student.logits).mul_(q_BCP).sum(1)
         return cross_BP + (student.total - total_BP)
 
     def gradient(self, p_BCP: Tensor, factor_B1P: Tensor) -> Tensor:
-        """Return (p - q) * factor, written over p, the student's probabilities, with q the teacher's."""
+        """Overwrite the student's probabilities p by (p - q) * factor and return them.
+
+        q are the teacher's probabilities of the same shape.
+        """
         return p_BCP.sub_(self.softmax.p).mul_(factor_B1P)
 
 
 class SparseTeacher(NamedTuple):
-    """The teacher's distribution from top-k logits, for images of one pixel. All dropped classes share one probability.
+    """A teacher's distribution from top-k logits, for images of one pixel. All dropped classes share one probability.
 
     Attributes:
         ids: (B, k) int64 ids of the kept classes.
-        log_q: (B, k) logarithms of their probabilities.
+        log_q: (B, k) logarithms of the kept classes' probabilities.
         rest: (B, 1) logarithm of the probability of each dropped class.
         missing: C - k, the number of dropped classes.
     """
@@ -92,7 +101,7 @@ class SparseTeacher(NamedTuple):
 
     @classmethod
     def of(cls, target: PackedTarget, temperature: float) -> "SparseTeacher":
-        """Compute the distribution at a temperature from a packed target of one cell per image, with finite values."""
+        """Compute the distribution at a temperature from a packed target of finite values, for images of one pixel."""
         assert target.indices is not None
         assert target.tail is not None
         missing = target.num_classes - target.k
@@ -105,14 +114,17 @@ class SparseTeacher(NamedTuple):
         return cls(target.indices.flatten(1).long(), log_q_Bk, rest_B1, missing)
 
     def divergence(self, student: Softmax) -> Tensor:
-        """Return KL(teacher || student) in nats, (B,), over the kept and the dropped classes."""
+        """Return KL(teacher || student) of every image, (B,) in nats, over the kept and the dropped classes."""
         kept_Bk, rest_B = student.logits.gather(1, self.ids), self.rest[:, 0]
         others_B = student.logits.sum(1) - kept_Bk.sum(1)
         of_kept_B = (self.log_q.exp() * (self.log_q - kept_Bk + student.total[:, None])).sum(1)
         return of_kept_B + rest_B.exp() * (self.missing * (rest_B + student.total) - others_B)
 
     def gradient(self, p_BCP: Tensor, factor_B1P: Tensor) -> Tensor:
-        """Return (p - q) * factor, written over p, the student's probabilities, with q the teacher's."""
+        """Overwrite the student's probabilities p by (p - q) * factor and return them.
+
+        q are the teacher's probabilities of the same shape.
+        """
         rest_B1 = self.rest.exp()
         gradient_BC = p_BCP.sub_(rest_B1).mul_(factor_B1P)
         return gradient_BC.scatter_add_(1, self.ids, (rest_B1 - self.log_q.exp()) * factor_B1P)

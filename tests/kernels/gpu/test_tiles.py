@@ -13,7 +13,8 @@ from triton_cases import Result, assert_close
 
 from kdcache_kernels import PackedTarget, pack
 from kdcache_kernels.gpu import loss as triton_loss
-from kdcache_kernels.gpu.prep import Prepared, prepare
+from kdcache_kernels.gpu.prep import prepare
+from kdcache_kernels.gpu.prepared import Prepared
 from kdcache_kernels.gpu.tiles import Tiling, choose_tiling, launch, needs
 from kdcache_kernels.problem import LossProblem
 from kdcache_kernels.reference import distill_loss_reference

@@ -45,11 +45,11 @@ class _Sampling(NamedTuple):
 
 
 class Grid(NamedTuple):
-    """How to read an array of logits at the target's cells.
+    """The neighbouring logits and bilinear weights with which to read a logit map at the centres of the target's cells.
 
     Attributes:
-        rows, columns: the two rows (columns) of the array around each cell's centre, and the second's weight.
-        moved: True if the array is interpolated, False if its elements are the cells.
+        rows, columns: for each row or column of cells, the two neighbours in the map and the second one's weight.
+        moved: True if reading needs interpolation. False if the map's elements are exactly the cells.
     """
 
     rows: _Sampling
@@ -58,14 +58,14 @@ class Grid(NamedTuple):
 
     @classmethod
     def of(cls, window: Tensor | None, flip: Tensor | None, view_size: Size, array: Size, grid: Size) -> "Grid":
-        """Compute where the cells of a view lie in an array that covers the view.
+        """Locate the centres of the cells of a window in a logit map that covers the whole view.
 
         Args:
             window: (B, 4) float64 edges (y0, x0, y1, x1) in pixels of the view, or None for the whole view.
             flip: (B,) bool, whether to mirror left to right, or None.
             view_size: (height, width) of the view in pixels.
-            array: (rows, columns) of the array.
-            grid: (h, w), the number of cells.
+            array: (rows, columns) of the logit map.
+            grid: (h, w), the numbers of cells of the window.
         """
         at = view_positions(window, flip, view_size, grid, torch.device("cpu"))
         rows = _Sampling.of(at.y, view_size[0], array[0])
@@ -74,25 +74,37 @@ class Grid(NamedTuple):
 
     @property
     def arguments(self) -> tuple[Array | bool, ...]:
-        """Return the fields in a flat tuple, because numba is slow to find the type of a nested one."""
+        """Return the row tables, the column tables and `moved` as one flat tuple.
+
+        numba is slow to find the type of a nested tuple.
+        """
         return (*self.rows, *self.columns, self.moved)
 
 
 @lru_cache(maxsize=32)
 def whole_grid(view_size: Size, array: Size, grid: Size) -> Grid:
-    """Return the `Grid` of an array (rows, columns) for `grid` = (h, w) cells of a whole, unmirrored view."""
+    """Return the `Grid` for reading a logit map at the cells of a whole, unmirrored view. Results are cached.
+
+    `view_size` is (height, width) in pixels. `array` is (rows, columns) of the map, and `grid` the (h, w) numbers of
+    cells.
+    """
     return Grid.of(None, None, view_size, array, grid)
 
 
 @njit(**OPTIONS)
 def read_row(c, row, start, limit, n, line, largest, usable):
-    """Copy n logits of class c from `row`, starting at element `start`, to `line[c]`.
+    """Copy n logits of class c to `line[c]` and update each cell's maximum and usability.
 
-    Raise `largest[j]` to the logit of cell j. Set `usable[j]` to 0 if its magnitude exceeds `limit` or is NaN.
+    Shapes and units:
+        row: float32 logits of one class and one row. The n logits begin at element `start`.
+        limit: the largest magnitude of a usable logit.
+        line: (C, TILE) float32 result.
+        largest: (TILE,) float32, raised to the logit where the logit is larger.
+        usable: (TILE,) uint8, set to 0 where the logit is NaN or its magnitude exceeds `limit`.
     """
-    own = row[start : start + n]
+    part = row[start : start + n]
     for j in range(n):
-        x = own[j]
+        x = part[j]
         line[c, j] = x
         usable[j] &= abs(x) <= limit
         largest[j] = max(largest[j], x)
@@ -100,13 +112,16 @@ def read_row(c, row, start, limit, n, line, largest, usable):
 
 @njit(**OPTIONS)
 def sample_row(c, upper, lower, down, left, following, right, limit, n, line, largest, usable):
-    """Interpolate n logits of class c between the rows `upper` and `lower` of an array, and write them to `line[c]`.
-
-    Raise `largest[j]` to the logit of cell j. Set `usable[j]` to 0 if its magnitude exceeds `limit` or is NaN.
+    """Interpolate n logits of class c bilinearly between two rows of a logit map, and write them to `line[c]`.
 
     Shapes and units:
-        down: weight of `lower`, a number in [0, 1].
+        upper, lower: the float32 rows above and below the cells' centres.
+        down: weight of `lower`, 0 to 1.
         left, following, right: (n,) columns to the left and right of each cell's centre, and the right column's weight.
+        limit: the largest magnitude of a usable logit.
+        line: (C, TILE) float32 result.
+        largest: (TILE,) float32, raised to the logit where the logit is larger.
+        usable: (TILE,) uint8, set to 0 where the logit is NaN or its magnitude exceeds `limit`.
     """
     for j in range(n):
         k, m, f = left[j], following[j], right[j]
@@ -120,18 +135,18 @@ def sample_row(c, upper, lower, down, left, following, right, limit, n, line, la
 
 @njit(**OPTIONS)
 def read_tile(b, i, start, n, logits, above, below, down, left, following, right, moved, limit, line, largest, usable):
-    """Read the logits of n neighbouring cells of one row, all classes, interpolating them if `moved`.
+    """Read the logits of all classes at n neighbouring cells of one row, interpolating them if `moved`.
 
     Shapes and units:
-        b, i, start: image, row of cells, and first cell of the tile.
-        logits: (B, C, rows, columns) float32.
-        above, below, down: (Bt, h) rows of the array around each row of cells, and the lower row's weight. Bt is B, or
-            1 if all images are equal.
-        left, following, right: (Bt, w) columns of the array around each cell, and the right column's weight.
+        b, i, start: image, row of cells, and first cell.
+        logits: (B, C, rows, columns) float32 logit map.
+        above, below, down: (Bt, h) the map's rows above and below each row of cells, and the weight of the row below.
+            Bt is B, or 1 if all images share them.
+        left, following, right: (Bt, w) columns to the left and right of each cell, and the right column's weight.
         limit: the largest magnitude of a usable logit.
         line: (C, TILE) result, the logits.
         largest: (TILE,) result, raised to each cell's largest logit.
-        usable: (TILE,) uint8 result, set to 0 where a logit exceeds `limit` or is NaN.
+        usable: (TILE,) uint8 result, set to 0 where a logit is NaN or its magnitude exceeds `limit`.
     """
     bt = b if above.shape[0] > 1 else 0
     if moved:
@@ -147,10 +162,13 @@ def read_tile(b, i, start, n, logits, above, below, down, left, following, right
 
 @njit(**OPTIONS)
 def weigh(weighted, counted, weight, b, i, start, usable, own, n):
-    """Write the weights of n cells of row i of image b, from cell `start` on, to `own`.
+    """Write the weights of n neighbouring cells of row i of image b to `own`, beginning with cell `start`.
 
-    A cell that is not `usable` gets NaN if it counts, else 0. If not `weighted`, every cell counts and weighs 1.
-    `counted` and `weight` are the results of `weigh_rows`.
+    Shapes and units:
+        weighted: False if every cell counts and weighs 1. `counted` and `weight` are then not read.
+        counted, weight: (B, h, w) float32, from `weigh_rows`.
+        usable: (n,) uint8, 0 for a cell with an unusable logit. Its weight becomes NaN if the cell counts, else 0.
+        own: (n,) float32 result.
     """
     if not weighted:
         for j in range(n):
@@ -169,13 +187,14 @@ def _share(cell, cells, pixel, pixels):
 
 @kernel
 def weigh_rows(first, last, inside_y, inside_x, counts, gate, counted, weight):
-    """Compute how much each cell counts and weighs. A cell is the area of one target logit.
+    """Compute which share of each cell counts in a mean over cells, and the cell's weight.
 
-    It does the rows of cells `first` to `last` - 1. Row i of image b has the number b * h + i.
+    A cell is the area of the image that one target logit covers. The rows of cells are `first` to `last` - 1. Row i of
+    image b has the number b * h + i.
 
     Shapes and units:
-        inside_y, inside_x: (Bt, H) and (Bt, W) bool, whether a pixel lies in the view along each axis. Bt is B, or 1 if
-            all images share one view.
+        inside_y, inside_x: (Bt, H) and (Bt, W) bool, whether a label row or column lies in the target's view. Bt is B
+            (the batch size), or 1 if all images share one view.
         counts: (B, H, W) uint8, 0 for pixels to leave out, or (B, 0, 0) to count all pixels inside.
         gate: (B, H, W) float32 pixel weights, or (B, 0, 0) for weights of 1.
         counted: (B, h, w) float32 result, the share of each cell's area whose pixels count, 0 to 1.
@@ -184,7 +203,7 @@ def weigh_rows(first, last, inside_y, inside_x, counts, gate, counted, weight):
     _, h, w = counted.shape
     H, W = inside_y.shape[1], inside_x.shape[1]
     masked, gated = counts.shape[1] > 0, gate.shape[1] > 0
-    counted_W, weight_W, own = np.empty(W, _f), np.empty(W, _f), np.empty(W, np.uint8)
+    counted_W, weight_W, valid_W = np.empty(W, _f), np.empty(W, _f), np.empty(W, np.uint8)
     for task in range(first, last):
         b, i = task // h, task % h
         bt = b if inside_y.shape[0] > 1 else 0
@@ -193,18 +212,18 @@ def weigh_rows(first, last, inside_y, inside_x, counts, gate, counted, weight):
             if not inside_y[bt, y]:
                 continue
             share = _share(i, h, y, H)
-            own[:] = inside_x[bt]
+            valid_W[:] = inside_x[bt]
             if masked:
                 row = counts[b, y]
                 for x in range(W):
-                    own[x] &= row[x]
+                    valid_W[x] &= row[x]
             for x in range(W):
-                counted_W[x] += share if own[x] != 0 else _f(0)
+                counted_W[x] += share if valid_W[x] != 0 else _f(0)
             if gated:
                 line = gate[b, y]
                 for x in range(W):
                     # Chosen, not multiplied: a gate of a pixel that does not count may be NaN.
-                    weight_W[x] += share * line[x] if own[x] != 0 else _f(0)
+                    weight_W[x] += share * line[x] if valid_W[x] != 0 else _f(0)
         for j in range(w):
             count, total = _f(0), _f(0)
             for x in range(j * W // w, ((j + 1) * W + w - 1) // w):
@@ -217,13 +236,17 @@ def weigh_rows(first, last, inside_y, inside_x, counts, gate, counted, weight):
 
 @kernel
 def gather_cells(first, last, cells, above, below, down, left, following, right, gradient):
-    """Apply the transpose of the student's resize to the planes `first` to `last`, numbered b * C + c.
+    """Carry a gradient from the target's cells back to the student's logits.
+
+    This is the transpose of the student's bilinear resize. The planes are `first` to `last` - 1. Class c of image b has
+    the number b * C + c.
 
     Shapes and units:
-        cells: (B, C, h, w) gradient by the logits on the cells.
-        above, below, down: (1, h) rows of the student's array around each row of cells, and the lower row's weight.
-        left, following, right: (1, w) columns around each cell, and the right column's weight.
-        gradient: (B, C, hs, ws) result.
+        cells: (B, C, h, w) float32, the gradient by the resized logits.
+        above, below, down: (1, h) the student's rows above and below each row of cells, and the weight of the row
+            below.
+        left, following, right: (1, w) columns to the left and right of each cell, and the right column's weight.
+        gradient: (B, C, hs, ws) float32 result.
     """
     _, C, h, w = cells.shape
     line = np.empty(gradient.shape[3], _f)
@@ -244,7 +267,10 @@ def gather_cells(first, last, cells, above, below, down, left, following, right,
 
 
 def weigh_cells(problem: RelationProblem) -> tuple[Array, Array]:
-    """Return how much each cell counts and weighs, see `weigh_rows`: (B, h, w) each, or (0, h, w) if all are 1."""
+    """Return which share of each cell counts and the cell's weight, see `weigh_rows`.
+
+    Returns: (counted, weight), float32 arrays of shape (B, h, w), or (0, h, w) if every cell counts and weighs 1.
+    """
     B, (h, w) = problem.student.shape[0], problem.grid
     ones = np.empty((0, h, w), _f)
     if not problem.is_weighted:
@@ -262,14 +288,14 @@ def weigh_cells(problem: RelationProblem) -> tuple[Array, Array]:
 
 
 class Laid(NamedTuple):
-    """The student's and the teacher's logits, with where the target's cells lie in each.
+    """The inputs of the relation loss on the CPU: both logit maps, and the tables to read them at the target's cells.
 
     Attributes:
-        student, teacher: where the cells lie in each array of logits.
-        logits_s: (B, C, hs, ws) float32, the student's logits, contiguous.
-        logits_t: (B, C, h, w) float32, the teacher's logits, contiguous.
-        counted, weight: (B, h, w) float32, how much each cell counts (0 to 1) and weighs (that times the gate), or
-            (0, h, w) if every cell counts and weighs 1.
+        student, teacher: the `Grid` with which to read each map.
+        logits_s: (B, C, hs, ws) contiguous float32 logits of the student.
+        logits_t: (B, C, h, w) contiguous float32 logits of the teacher.
+        counted: (B, h, w) float32, the share of each cell's area whose pixels count, 0 to 1. (0, h, w) if all are 1.
+        weight: the same shares with each pixel multiplied by its gate. (0, h, w) if all are 1.
     """
 
     student: Grid
@@ -281,7 +307,10 @@ class Laid(NamedTuple):
 
     @property
     def arguments(self) -> tuple[Array | bool, ...]:
-        """Return the arguments of every kernel: each array of logits with its `Grid`, then `counted` and `weight`."""
+        """Return the kernel arguments as a flat tuple.
+
+        They are the student's logits and `Grid`, the teacher's logits and `Grid`, `counted` and `weight`.
+        """
         student = self.logits_s.numpy(), *self.student.arguments
         return *student, self.logits_t.numpy(), *self.teacher.arguments, self.counted, self.weight
 
@@ -293,9 +322,9 @@ class Laid(NamedTuple):
 
 
 def lay(problem: RelationProblem) -> Laid:
-    """Convert both sets of logits to float32, locate the target's cells in them, and weigh the cells."""
-    own = (problem.student.shape[2], problem.student.shape[3])
-    student = whole_grid(problem.grid, own, problem.grid)
+    """Convert both logit maps to float32, locate the target's cells in them, and compute the weights of the cells."""
+    size = (problem.student.shape[2], problem.student.shape[3])
+    student = whole_grid(problem.grid, size, problem.grid)
     if problem.is_moved:
         teacher = Grid.of(problem.window, problem.flip, problem.view_size, problem.grid, problem.grid)
     else:
@@ -305,11 +334,16 @@ def lay(problem: RelationProblem) -> Laid:
 
 
 def place_for(logits: Tensor, floats: Tensor, grid: Grid, shape: tuple[int, ...] | None) -> Tensor:
-    """Return a float32 tensor of `shape` (B, C, h, w) to write results to, reusing `floats` if that is safe.
+    """Return a float32 tensor of `shape` to write results to, which is `floats` if overwriting it is safe.
 
-    `floats` holds `logits` in float32. It is reused if it is a copy of `logits` and `grid` does not interpolate it: a
-    task then reads only the row of cells that it overwrites.
+    It is safe if `floats` is a copy of `logits` that no interpolation reads: each task then reads only the row of cells
+    that it overwrites.
 
+    Args:
+        logits: the original logits.
+        floats: the same logits in contiguous float32, perhaps the same memory.
+        grid: how kernels read `floats`.
+        shape: (B, C, h, w), or None if no result is needed.
     Returns: `floats`, a new uninitialised tensor, or an empty tensor if `shape` is None.
     """
     if shape is None:
@@ -319,7 +353,10 @@ def place_for(logits: Tensor, floats: Tensor, grid: Grid, shape: tuple[int, ...]
 
 
 def on_own_grid(problem: RelationProblem, laid: Laid, cells: Tensor) -> Tensor:
-    """Turn a gradient (B, C, h, w) by the logits on the cells into one by the student's (B, C, hs, ws) logits."""
+    """Convert a gradient by the resized student logits into the gradient by the student's own logits.
+
+    `cells` is (B, C, h, w) float32 and may be returned unchanged if both sizes are equal. The result is (B, C, hs, ws).
+    """
     if not problem.is_resized:
         return cells
     gradient = torch.empty(problem.student.shape)

@@ -49,19 +49,19 @@ def _probabilities(c, s, t, inverse_s, inverse_t, even, n, st, ss, tt):
 
 
 @njit(**OPTIONS)
-def _correlate(own, st, ss, tt, weight, slope, pull, n):
+def _correlate(cell_weight, st, ss, tt, weight, slope, pull, n):
     """Write what the gradient needs of n cells, and to `st` their weighted 1 - r."""
     for j in range(n):
         both = _f(1) / np.sqrt((ss[j] + _EPS) * (tt[j] + _EPS))
-        weight[j], slope[j], pull[j] = own[j], both, st[j] / (ss[j] + _EPS)
-        st[j] = own[j] * (_f(1) - st[j] * both)
+        weight[j], slope[j], pull[j] = cell_weight[j], both, st[j] / (ss[j] + _EPS)
+        st[j] = cell_weight[j] * (_f(1) - st[j] * both)
 
 
 @njit(**OPTIONS)
 def _keep(c, line, row, start, n):
-    own = row[start : start + n]
+    part = row[start : start + n]
     for j in range(n):
-        own[j] = line[c, j]
+        part[j] = line[c, j]
 
 
 @njit(**SUMS)
@@ -102,33 +102,35 @@ def relate(
     teacher, t_above, t_below, t_down, t_left, t_next, t_right, t_moved,
     counted, weight, scale, limit, keep, p_student, p_teacher, weights, slope, pull, inter, blocks,
 ):  # fmt: skip
-    """Run the forward pass on the rows of cells `first` to `last`, numbered image by image.
+    """Run the forward pass of the relation loss on a range of rows of the target's cells.
 
-    In each cell, p and q are the student's and the teacher's probabilities of a class, and r is their correlation over
-    the C classes. The derivative of r by p is slope * ((q - 1/C) - pull * (p - 1/C)). A lost cell has a logit beyond
-    `limit`.
+    The rows are `first` to `last` - 1. Row i of image b has the number b * h + i. In each cell, p and q are the
+    student's and the teacher's probabilities of a class, and r is their correlation over the C classes. The derivative
+    of r by p is slope * ((q - 1/C) - pull * (p - 1/C)).
 
     Shapes and units:
         student, teacher: (B, C, hs, ws) and (B, C, h, w) float32 logits.
-        s_above, s_below, s_down, t_above, t_below, t_down: (Bt, h) rows of each array around a row of cells, and the
-            lower row's weight. Bt is B, or 1 if all images are equal.
-        s_left, s_next, s_right, t_left, t_next, t_right: (Bt, w) columns around a cell, and the right column's weight.
-        s_moved, t_moved: whether to interpolate the array with these tables, or read its elements as the cells.
-        counted, weight: (B, h, w), how much each cell counts and weighs, or B = 0 if each is 1.
-        scale: log2(e) / T. limit: the largest magnitude of a usable logit.
+        s_above, s_below, s_down, t_above, t_below, t_down: (Bt, h) rows of each map above and below a row of cells, and
+            the weight of the row below. Bt is B, or 1 if all images share them.
+        s_left, s_next, s_right, t_left, t_next, t_right: (Bt, w) columns to the left and right of a cell, and the right
+            column's weight.
+        s_moved, t_moved: whether to interpolate the map with these tables. Otherwise its elements are the cells.
+        counted, weight: (B, h, w) counted share and weight of each cell, or (0, h, w) if all are 1.
+        scale: log2(e) / T.
+        limit: the largest magnitude of a usable logit. A cell with another logit is lost.
         keep: whether to write p_student and p_teacher.
         p_student, p_teacher: (B, C, h, w) results, p and q.
-        weights: (B, h, w) result, `weight`, but for a lost cell NaN if it counts, else 0.
+        weights: (B, h, w) result: `weight`, but NaN for a lost cell that counts and 0 for a lost cell that does not.
         slope, pull: (B, h, w) results, the factors of the derivative above.
         inter: (B, h) float64 result, the sum of weights * (1 - r) over a row.
-        blocks: (B, h, tiles, 6, C) result, each tile's moments as in `RelationProblem.moments`.
+        blocks: (B, h, tiles, 6, C) float32 result, the moments of each tile of cells, see `RelationProblem.moments`.
     """
     _, h, tiles, _, C = blocks.shape
     w = weights.shape[2]
     weighted = weight.shape[0] > 0
     s, t = np.empty((C, TILE), _f), np.empty((C, TILE), _f)
     top_s, top_t, sum_s, sum_t = np.empty(TILE, _f), np.empty(TILE, _f), np.empty(TILE, _f), np.empty(TILE, _f)
-    st, ss, tt, own = np.empty(TILE, _f), np.empty(TILE, _f), np.empty(TILE, _f), np.empty(TILE, _f)
+    st, ss, tt, cell_weight = np.empty(TILE, _f), np.empty(TILE, _f), np.empty(TILE, _f), np.empty(TILE, _f)
     usable, even = np.empty(TILE, np.uint8), _f(1) / _f(C)
     for task in range(first, last):
         b, i = task // h, task % h
@@ -142,7 +144,7 @@ def relate(
                       s, top_s, usable)  # fmt: skip
             read_tile(b, i, start, n, teacher, t_above, t_below, t_down, t_left, t_next, t_right, t_moved, limit,
                       t, top_t, usable)  # fmt: skip
-            weigh(weighted, counted, weight, b, i, start, usable, own, n)
+            weigh(weighted, counted, weight, b, i, start, usable, cell_weight, n)
             sum_s[:], sum_t[:], st[:], ss[:], tt[:] = 0, 0, 0, 0, 0
             for c in range(C):
                 _exponentials(c, s, scale, usable, top_s, n, sum_s)
@@ -151,15 +153,15 @@ def relate(
                 sum_s[j], sum_t[j] = _f(1) / sum_s[j], _f(1) / sum_t[j]
             for c in range(C):
                 _probabilities(c, s, t, sum_s, sum_t, even, n, st, ss, tt)
-            _correlate(own, st, ss, tt, weights[b, i][here], slope[b, i][here], pull[b, i][here], n)
+            _correlate(cell_weight, st, ss, tt, weights[b, i][here], slope[b, i][here], pull[b, i][here], n)
             loss += _sum(st, n)
             moments = blocks[b, i, tile]
-            total = _sum(own, n)
+            total = _sum(cell_weight, n)
             inverse = _f(0) if total == 0 else _f(1) / total
             for c in range(C):
-                a, d = _weighted_sums(c, s, t, own, n)
+                a, d = _weighted_sums(c, s, t, cell_weight, n)
                 k, m = a * inverse, d * inverse
-                st_c, ss_c, tt_c, rest_s, rest_t = _centred_sums(c, s, t, k, m, own, n)
+                st_c, ss_c, tt_c, rest_s, rest_t = _centred_sums(c, s, t, k, m, cell_weight, n)
                 # A class that is alike everywhere has exactly its value as its mean: its factors reach 1 / EPS.
                 moments[0, c], moments[1, c], moments[2, c] = total, k + rest_s * inverse, m + rest_t * inverse
                 moments[3, c], moments[4, c], moments[5, c] = st_c, ss_c, tt_c
@@ -183,32 +185,36 @@ def _add_up(blocks, moments):
         s, t = (0.0, 0.0) if weight == 0 else (s / weight, t / weight)
         st, ss, tt = 0.0, 0.0, 0.0
         for n in range(N):
-            own, a, d = np.float64(blocks[n, 0, c]), blocks[n, 1, c] - s, blocks[n, 2, c] - t
-            st += blocks[n, 3, c] + own * a * d
-            ss += blocks[n, 4, c] + own * a * a
-            tt += blocks[n, 5, c] + own * d * d
+            block_weight, a, d = np.float64(blocks[n, 0, c]), blocks[n, 1, c] - s, blocks[n, 2, c] - t
+            st += blocks[n, 3, c] + block_weight * a * d
+            ss += blocks[n, 4, c] + block_weight * a * a
+            tt += blocks[n, 5, c] + block_weight * d * d
         moments[0, c], moments[1, c], moments[2, c] = weight, s, t
         moments[3, c], moments[4, c], moments[5, c] = st, ss, tt
 
 
 @kernel
 def learn(first, last, gradient, p_teacher, weights, slope, pull, factor, means, by_teacher, by_student):
-    """Overwrite the student's probabilities by the gradient, in the rows of cells `first` to `last`, image by image.
+    """Compute the gradient of the relation loss by the student's logits, on a range of rows of the target's cells.
 
-    In each cell, p and q are the student's and the teacher's probabilities of a class.
+    The rows are `first` to `last` - 1. Row i of image b has the number b * h + i. In each cell, p and q are the
+    student's and the teacher's probabilities of a class.
 
     Shapes and units:
-        gradient: (B, C, h, w), p on entry. The result is the gradient by the student's logits on the cells.
+        gradient: (B, C, h, w) float32. It holds p on entry, and the gradient by the student's logits on the cells
+            afterwards.
         p_teacher: (B, C, h, w), q.
-        weights, slope, pull: (B, h, w), the cells' weights and the factors of the derivative of the correlation over
-            the classes: slope * ((q - 1/C) - pull * (p - 1/C)).
-        factor: beta * T / count, with beta the weight of the correlation over the classes and count the counted cells.
+        weights: (B, h, w) weights of the cells, from `relate`.
+        slope, pull: (B, h, w), from `relate`. The correlation over the classes has the derivative slope * ((q - 1/C) -
+            pull * (p - 1/C)) by p.
+        factor: beta * T / count. beta is the weight of the correlation over the classes, count the number of counted
+            cells.
         means: (2, C), the means of p and of q over the cells.
-        by_teacher, by_student: (C,) factors of q and of p, minus their means, in the derivative of the correlation over
-            the cells. They include gamma * T / C, with gamma its weight.
+        by_teacher, by_student: (C,) factors of q minus its mean and of p minus its mean, in the derivative of the
+            correlation over the cells. They include gamma * T / C, with gamma its weight.
     """
     _, C, h, w = gradient.shape
-    g, dot, steep, own = np.empty((C, TILE), _f), np.empty(TILE, _f), np.empty(TILE, _f), np.empty(TILE, _f)
+    g, dot, steep, negative = np.empty((C, TILE), _f), np.empty(TILE, _f), np.empty(TILE, _f), np.empty(TILE, _f)
     even = _f(1) / _f(C)
     for task in range(first, last):
         b, i = task // h, task % h
@@ -218,15 +224,15 @@ def learn(first, last, gradient, p_teacher, weights, slope, pull, factor, means,
             weight, lean = weights[b, i][here], pull[b, i][here]
             dot[:] = 0
             for j in range(n):
-                own[j] = -weight[j]
-                steep[j] = factor * slope[b, i][here][j] * own[j]
+                negative[j] = -weight[j]
+                steep[j] = factor * slope[b, i][here][j] * negative[j]
             for c in range(C):
                 s, t, line = gradient[b, c, i][here], p_teacher[b, c, i][here], g[c]
                 mean_s, mean_t, k_t, k_s = means[0, c], means[1, c], by_teacher[c], by_student[c]
                 for j in range(n):
                     p, q = s[j], t[j]
                     x = steep[j] * ((q - even) - lean[j] * (p - even))
-                    x += own[j] * (k_t * (q - mean_t) - k_s * (p - mean_s))
+                    x += negative[j] * (k_t * (q - mean_t) - k_s * (p - mean_s))
                     line[j] = x
                     dot[j] += p * x
             for c in range(C):
@@ -255,12 +261,12 @@ class _Walked(NamedTuple):
 
 
 def relation_loss(problem: RelationProblem) -> tuple[Tensor, Tensor]:
-    """Compute `kdcache_kernels.relation_loss` of a checked problem.
+    """Compute the relation loss and its gradient on the CPU, from checked arguments.
 
-    Returns: the loss, a 0-dimensional float32 tensor, and its gradient by the student's (B, C, hs, ws) logits in
-        float32.
-    Memory: a float32 copy of logits in another dtype, and both (B, C, h, w) probabilities. The gradient overwrites the
-        student's probabilities.
+    Returns: the loss, 0-dimensional float32, and its float32 gradient by the student's (B, C, hs, ws) logits. The
+        gradient is empty if it is not needed.
+    Memory: float32 copies of logits in other dtypes, and both (B, C, h, w) maps of probabilities. The gradient
+        overwrites the student's probabilities.
     """
     if problem.student.shape[0] == 0:
         return torch.zeros(()), torch.zeros(problem.student.shape if problem.need_gradient else 0)
@@ -288,7 +294,7 @@ def relation_loss(problem: RelationProblem) -> tuple[Tensor, Tensor]:
 
 
 def relation_moments(problem: RelationProblem) -> Tensor:
-    """Compute `kdcache_kernels.relation_moments` of a checked problem, (6, C) float64."""
+    """Compute `kdcache_kernels.relation_moments` on the CPU from checked arguments. The result is (6, C) float64."""
     if problem.student.shape[0] == 0:
         return torch.zeros((MOMENTS, problem.student.shape[1]), dtype=torch.float64)
     return torch.from_numpy(_walk(problem, keep=False).moments)

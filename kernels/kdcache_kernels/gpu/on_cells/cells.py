@@ -27,11 +27,12 @@ BLOCKS = (128, 32)
 
 
 class Samples(NamedTuple):
-    """An array of logits and where the target's cells lie in it, as the kernels take them.
+    """A logit map and the tables to read it at the centres of the target's cells, as kernels take them.
 
     Attributes:
-        logits: tensor (pointer in a kernel).
-        rows, columns: `geometry.Taps`, where the cells lie in the array, or None if its elements are the cells.
+        logits: the tensor, a pointer inside a kernel.
+        rows, columns: `geometry.Taps` with the neighbouring logits of each row and column of cells. None if the map's
+            elements are exactly the cells.
     """
 
     logits: Any
@@ -48,9 +49,16 @@ def tables_kernel(
     h, w, hs, ws, H, W, view_height, view_width,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Write where an image's pixels and cells lie in the view, and where its cells lie in the student's array.
+    """Write the neighbour tables that the relation loss needs. One program writes the tables of one image.
 
-    The tables are `geometry.Taps`. Those that are None are left out.
+    Shapes and units:
+        window_ptr: (B, 4) float64 edges in pixels of the view, or None for the whole view. flip_ptr: (B,) uint8, or
+            None.
+        pixel_rows, pixel_columns: `geometry.Taps` results for the H label rows and W columns in the view's h x w cells.
+        cell_rows, cell_columns: results for the window's h rows and w columns of cells in the same cells.
+        student_rows, student_columns: results for h rows and w columns of cells in the student's hs x ws logits.
+        view_height, view_width: size of the view in pixels. BLOCK: entries that are written at a time.
+        Results that are None are left out.
     """
     image = tl.program_id(0)
     flip = image < 0
@@ -77,7 +85,7 @@ def tables_kernel(
 
 @triton.jit
 def cells_of_program(plane, blocks, BLOCK: tl.constexpr):
-    """Return this program's image, the indices of its BLOCK cells in it, and which of these cells exist.
+    """Return this program's image, the indices of its BLOCK cells in the image, and which of these cells exist.
 
     An image has `plane` cells and `blocks` programs. Cells that do not exist have index 0.
     """
@@ -105,16 +113,21 @@ def weights_kernel(
     gate_stride_h, gate_stride_w, counted_ptr, weight_ptr, totals_ptr, h, w, H, W, rows, columns, blocks,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Compute how much each cell counts and weighs, (B, h, w) float32 each, and the sum of the counts per program.
+    """Compute which share of each target cell counts in the relation loss's mean over cells, and the cell's weight.
 
-    A cell counts by the share of its area whose pixels are inside the view and not masked out. Its weight is that share
-    with each pixel multiplied by its gate.
+    A cell is the area of the image that one target logit covers. One program handles BLOCK cells of one image.
 
     Shapes and units:
-        inside_y_ptr, inside_x_ptr: (B, H) and (B, W), whether pixels lie in the view, or None.
-        mask_ptr, gate_ptr: (B, H, W) with strides, which pixels count and their weights, or None.
-        counted_ptr, weight_ptr: (B, h, w) results. totals_ptr: one float64 result per program.
-        rows, columns: the most pixels of a cell along each axis. blocks: programs of an image.
+        inside_y_ptr, inside_x_ptr: (B, H) and (B, W) uint8, whether label rows and columns lie in the view, or None for
+            all.
+        mask_ptr: (B, H, W) uint8, 0 for pixels to leave out, or None. gate_ptr: (B, H, W) weights of pixels, or None.
+            Their strides are in elements.
+        h, w, H, W: numbers of cells, and label size in pixels.
+        rows, columns: the largest number of label pixels that touch a cell along each axis. blocks: programs per image.
+    Results:
+        counted_ptr: (B, h, w) float32, the share of the cell's area whose pixels count, 0 to 1.
+        weight_ptr: (B, h, w) float32, the same share with each pixel multiplied by its gate.
+        totals_ptr: (B * blocks,) float64, the sum of the counted shares per program.
     """
     image, cell_n, exists = cells_of_program(h * w, blocks, BLOCK)
     image64 = image.to(tl.int64)
@@ -157,10 +170,14 @@ def weights_kernel(
 
 @triton.jit
 def corners(samples, image, batched, cell_n, h, w, stride_h, stride_w, FLAT: tl.constexpr):
-    """Return where to read the logits of cells: the offsets of the four array elements around each, and two weights.
+    """Return the offsets of the four logits around the centre of each cell, and two bilinear weights.
 
-    Returns: (top left, top right, bottom left, bottom right, weight of the bottom, weight of the right). All four
-        offsets are equal if the array is not resampled.
+    Shapes and units:
+        samples: `Samples`. Without tables, all four offsets are the cell's own logit, and both weights are 0.
+        image: index of the image. batched: 1 if the tables differ between images, else 0.
+        cell_n: indices of the cells in the image. h, w: rows and columns of cells.
+        stride_h, stride_w: strides of the logits in elements. FLAT: whether rows follow each other without a gap.
+    Returns: (top left, top right, bottom left, bottom right, weight of the bottom, weight of the right).
     """
     i_n, j_n = cell_n // w, cell_n % w
     # With an else: the compiler also compiles what stands behind a return.
@@ -181,7 +198,13 @@ def corners(samples, image, batched, cell_n, h, w, stride_h, stride_w, FLAT: tl.
 
 @triton.jit
 def logit(ptr, corners, exists, SAMPLED: tl.constexpr):
-    """Return one class's float32 logit at each cell, interpolated between its `corners` if SAMPLED."""
+    """Return one class's float32 logits at a block of cells, interpolated bilinearly if SAMPLED.
+
+    Shapes and units:
+        ptr: pointer to the class's logits of the image.
+        corners: offsets and weights of each cell, from the function `corners`.
+        exists: bool block, whether the cell exists. Cells that do not exist get 0.
+    """
     x = tl.load(ptr + corners[0], mask=exists, other=0.0).to(tl.float32)
     if SAMPLED:
         next_x = tl.load(ptr + corners[1], mask=exists, other=0.0).to(tl.float32)
@@ -194,10 +217,13 @@ def logit(ptr, corners, exists, SAMPLED: tl.constexpr):
 
 @triton.jit
 def take(x, limit, scale, top, total, lost):
-    """Add one class's logits x to a running softmax over classes, and return its state (top, total, lost).
+    """Add one class's logits to a running softmax over the classes, and return its new state (top, total, lost).
 
-    top is the largest logit, total the sum of exp2((logit - top) * scale), and lost 1 if a logit exceeded `limit` or
-    was NaN. Such a logit is replaced by 0.
+    Shapes and units:
+        x: float32 logits of a block of cells. A logit that is NaN or exceeds `limit` in magnitude is replaced by 0.
+        scale: log2(e) / T.
+        top: the largest logit so far. total: the sum of exp2((logit - top) * scale) so far.
+        lost: int32, 1 if a logit so far was NaN or too large, else 0.
     """
     usable = tl.abs(x) <= limit
     x = tl.where(usable, x, 0.0)
@@ -208,9 +234,13 @@ def take(x, limit, scale, top, total, lost):
 
 @triton.jit
 def weigh(counted_ptr, weight_ptr, offs, exists, lost):
-    """Return the float32 weights of cells. A lost cell has NaN if it counts, else 0. Cells that do not exist have 0.
+    """Return the float32 weights of a block of cells in the relation loss.
 
-    `lost` is nonzero for cells with an unusable logit. Without `weight_ptr`, every cell counts and weighs 1.
+    Shapes and units:
+        counted_ptr, weight_ptr: (B, h, w) float32 from `weights_kernel`, or None if every cell counts and weighs 1.
+        offs: offsets of the cells in these tensors.
+        exists: bool, whether the cell exists. Otherwise its weight is 0.
+        lost: int32, not 0 if a logit of the cell is unusable. Its weight becomes NaN if the cell counts, else 0.
     """
     weight = tl.where(exists, 1.0, 0.0)
     counts = exists
@@ -232,13 +262,15 @@ def _weight_of(taps, cell_n, pixel_n, exists):
 def gather_kernel(
     cells_ptr, row_taps, column_taps, gradient_ptr, h, w, hs, ws, rows, columns, blocks, BLOCK: tl.constexpr
 ):
-    """Apply the transpose of the student's resize: sum the gradient of all cells that read a lane's pixel.
+    """Carry a gradient from the target's cells back to the student's logits.
+
+    This is the transpose of the student's bilinear resize. One program handles BLOCK logits of one of the B * C planes.
 
     Shapes and units:
-        cells_ptr: (B, C, h, w) gradient by the logits on the cells. gradient_ptr: (B, C, hs, ws) result.
-        row_taps, column_taps: where the cells lie in the student's array.
-        rows, columns: the most cells that read a student pixel along each axis.
-        blocks: programs for each of the B * C planes.
+        cells_ptr: (B, C, h, w) float32, the gradient by the resized logits.
+        row_taps, column_taps: `geometry.Taps`, the student's neighbouring logits of each row and column of cells.
+        gradient_ptr: (B, C, hs, ws) float32 result.
+        rows, columns: the largest number of cells that read a logit, along each axis. blocks: programs per plane.
     """
     offs_n = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     exists = offs_n < hs * ws
@@ -268,10 +300,11 @@ Axes = tuple[Taps, Taps] | tuple[None, None]
 
 
 def launch_tables(problem: RelationProblem) -> tuple[Axes, Axes, Axes]:
-    """Compute where pixels and cells lie in the view, and where cells lie in the student's array.
+    """Compute the neighbour tables that the relation loss needs, see `tables_kernel`.
 
-    Returns: three pairs (rows, columns) of `geometry.Taps`. The first two are (None, None) without window and flip, the
-        third if the student's logits lie on the cells.
+    Returns: three pairs (rows, columns) of `geometry.Taps`: label pixels in the view, cells in the view, and cells in
+        the student's logits. The first two are (None, None) without window and flip. The third is (None, None) if the
+        student has the target's size.
     """
     B, (H, W), (h, w), device = problem.student.shape[0], problem.size, problem.grid, problem.student.device
 
@@ -296,10 +329,14 @@ def launch_tables(problem: RelationProblem) -> tuple[Axes, Axes, Axes]:
 def launch_weights(
     problem: RelationProblem, pixel_taps: Axes, block: int
 ) -> tuple[Tensor, Tensor, Tensor] | tuple[None, None, None]:
-    """Compute how much cells count and weigh, see `weights_kernel`.
+    """Compute which share of each target cell counts and the cell's weight, see `weights_kernel`.
 
-    Returns: (counted, weight, counts), or three times None if each cell counts 1. counted and weight are (B, h, w),
-        counts is float64 with the sum of counted over each program's cells.
+    Args:
+        problem: the checked arguments of the relation loss.
+        pixel_taps: (rows, columns) of the label pixels in the view, from `launch_tables`.
+        block: cells per program.
+    Returns: (counted, weight, counts), or (None, None, None) if each cell counts and weighs 1. counted and weight are
+        (B, h, w) float32. counts is float64 with the sum of counted per program.
     """
     if not problem.is_weighted:
         return None, None, None
@@ -321,21 +358,20 @@ def launch_weights(
 
 
 class Laid(NamedTuple):
-    """The arguments that the kernels on cells share. A cell is the area of one target logit.
+    """The inputs that the relation kernels on CUDA share.
 
-    An interpolation table has, for each row or column of cells, the first of the two logits around it and the second's
-    weight.
+    A cell is the area of the image that one target logit covers.
 
     Attributes:
-        samples: the student's `Samples` and strides, the teacher's `Samples` and strides, and 1 if the teacher's
-            interpolation tables differ between images, else 0.
-        taps: interpolation tables of the rows and columns of cells in the student's logits, or (None, None) if the
-            student's grid equals the target's.
-        flat: constants S_FLAT and T_FLAT: whether rows of the student's and the teacher's logits follow each other
-            without a gap.
-        block, blocks: cells of a program, and programs of an image.
-        counted, weight: (B, h, w) how much cells count and weigh, or None if each counts 1.
-        counts: (B * blocks,) float64, sum of `counted` over the cells of each program, or None.
+        samples: kernel arguments: the student's `Samples` and four strides, the teacher's `Samples` and four strides,
+            and 1 if the teacher's tables differ between images, else 0.
+        taps: (rows, columns), the student's neighbouring logits of each row and column of cells. (None, None) if the
+            student has the target's size.
+        flat: the constants S_FLAT and T_FLAT: whether the rows of the student's and the teacher's logits follow each
+            other in memory without a gap.
+        block, blocks: cells per program, and programs per image.
+        counted, weight: (B, h, w) counted share and weight of each cell, or None if each is 1.
+        counts: (B * blocks,) float64, the sum of `counted` over each program's cells, or None.
     """
 
     samples: tuple[Any, ...]
@@ -349,7 +385,7 @@ class Laid(NamedTuple):
 
 
 def lay(problem: RelationProblem) -> Laid:
-    """Compute the tables and weights of a problem's cells, and choose the sizes of the launches."""
+    """Return the shared inputs of the relation kernels: neighbour tables, weights of the cells, and launch sizes."""
     student, teacher, device = problem.student.detach(), problem.teacher, problem.student.device
     B, (h, w) = student.shape[0], problem.grid
     if teacher.dtype == torch.float64:
@@ -368,7 +404,10 @@ def lay(problem: RelationProblem) -> Laid:
 
 
 def on_own_grid(problem: RelationProblem, laid: Laid, cells: Tensor) -> Tensor:
-    """Turn a gradient (B, C, h, w) by the logits on the cells into one by the student's (B, C, hs, ws) logits."""
+    """Convert a gradient by the resized student logits into the gradient by the student's own logits.
+
+    `cells` is (B, C, h, w) float32 and is returned unchanged if both sizes are equal. The result is (B, C, hs, ws).
+    """
     if not problem.is_resized:
         return cells
     gradient = torch.empty(problem.student.shape, device=cells.device)
@@ -383,7 +422,10 @@ def on_own_grid(problem: RelationProblem, laid: Laid, cells: Tensor) -> Tensor:
 
 
 def check_offsets(problem: RelationProblem) -> None:
-    """Raise ShapeError for an image whose elements cannot be counted in 32 bits, as the kernels count them."""
+    """Raise ShapeError if one image of the student's or teacher's logits spans 2^31 elements or more.
+
+    The kernels count elements in 32 bits.
+    """
     for name, tensor in (("student_logits_BChw", problem.student), ("teacher_logits_BChw", problem.teacher)):
         reach = sum((n - 1) * abs(stride) for n, stride in zip(tensor.shape[1:], tensor.stride()[1:], strict=True))
         if (elements := max(reach, tensor[0].numel())) >= OFFSETS:

@@ -1,6 +1,6 @@
 """The loss of relations on CUDA: a cell of the target per lane, dynamic loops over the classes, no wait for the device.
 
-Six launches at most: tables of taps (with a window, a flip or two grids) and weights of cells (where they may be
+Six launches at most: tables of neighbours (with a window, a flip or two grids) and weights of cells (where they may be
 unequal) of `cells.py`, relations, classes, totals, gradient; one more carries the gradient back to a student's
 own grid. Probabilities are never written: the second walk computes them again from seven numbers per cell.
 
@@ -43,22 +43,24 @@ def relations_kernel(
     limit, scale,
     S_FLAT: tl.constexpr, T_FLAT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Run the forward pass: compute what the gradient needs of each cell, and the moments of each block of cells.
+    """Run the forward pass of the relation loss. One program handles BLOCK target cells of one image.
 
     In each cell, p and q are the student's and the teacher's probabilities of a class, and r is their correlation over
-    the C classes. The derivative of r by p is slope * ((q - 1/C) - pull * (p - 1/C)).
+    the C classes. The derivative of r by p is slope * ((q - 1/C) - pull * (p - 1/C)). N is the number of programs.
 
     Shapes and units:
-        student, teacher: `Samples`, with strides (image, class, row, column). t_batched: 1 if the teacher's tables
-            differ between images, else 0.
-        counted_ptr, weight_ptr: (B, h, w), how much cells count and weigh, or None if each is 1.
-        cells_ptr: (B, 7, h w) result: the student's largest logit and 1 / its sum of exponentials, the same two of the
-            teacher, weight (NaN if a lost cell counts), slope, pull.
-        blocks_ptr: (6, C, N) result, each block's moments as in `RelationProblem.moments`. The weights are written for
+        student, teacher: `Samples`, each followed by its strides (image, class, row, column) in elements.
+        t_batched: 1 if the teacher's neighbour tables differ between images, else 0.
+        counted_ptr, weight_ptr: (B, h, w) counted share and weight of each cell, or None if each is 1.
+        plane: h * w. blocks: programs per image. num_blocks: N.
+        limit: the largest magnitude of a usable logit. A cell with another logit is lost. scale: log2(e) / T.
+        S_FLAT, T_FLAT: whether rows of the student's and the teacher's logits follow each other without a gap.
+    Results:
+        cells_ptr: (B, 7, h * w) float32. Per cell: the student's largest logit and 1 / its sum of exponentials, the
+            same two of the teacher, weight (NaN for a lost cell that counts), slope, pull.
+        blocks_ptr: (6, C, N) float32, each program's moments, see `RelationProblem.moments`. Weights are written for
             class 0 only.
-        inter_ptr: (N,) float64 result, weighted sum of 1 - r of each block.
-        plane: cells of an image. blocks: blocks of an image. num_blocks: N.
-        limit: the largest magnitude of a usable logit. scale: log2(e) / T.
+        inter_ptr: (N,) float64, the sum of weight * (1 - r) over each program's cells.
     """
     image, cell_n, exists = cells_of_program(plane, blocks, BLOCK)
     image64, program = image.to(tl.int64), tl.program_id(0)
@@ -131,20 +133,24 @@ def classes_kernel(
     num_classes, num_blocks, num_counts, cells, gamma,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Combine the moments of all blocks, for class c in program c, and add up the cells' losses in program C.
+    """Combine the partial sums of `relations_kernel` into the two correlations of the relation loss.
 
-    r is the correlation of the student's and the teacher's probabilities of a class over the cells.
+    Program c < C handles class c. r is the correlation of its student and teacher probabilities over the cells. Program
+    C adds up the sums over cells.
 
     Shapes and units:
-        blocks_ptr, inter_ptr: results of `relations_kernel`.
-        counts_ptr: sums of counted cells to add up, or None to use `cells`. count_ptr: the count to use instead, or
-            None.
-        shared_ptr: (6, C) moments of the whole batch, or None if this process has the whole batch.
-        moments_ptr: (6, C) float64 result, the moments of this process's cells.
-        factors_ptr: (4, C) float32 result: the student's and the teacher's mean probability, and gamma / C times the
-            factors of teacher - its mean and student - its mean in the derivative of r.
-        intra_ptr: (C,) float64 result, 1 - r.
-        sums_ptr: (2,) float64 result: the weighted sum of 1 - correlation over the cells, and 1 / the count.
+        blocks_ptr, inter_ptr: (6, C, num_blocks) and (num_blocks,), results of `relations_kernel`.
+        counts_ptr: (num_counts,) float64 counted cells to add up, or None to use `cells`, the number of all cells.
+        count_ptr: one float, the number of counted cells to use instead, or None.
+        shared_ptr: (6, C) float64 moments of the whole batch, or None if this process has the whole batch.
+        gamma: weight of the correlation over the cells. BLOCK: partial sums that are read at a time.
+    Results:
+        moments_ptr: (6, C) float64, the moments of this process's cells, see `RelationProblem.moments`.
+        factors_ptr: (4, C) float32: the student's and the teacher's mean probability, and the factors of (teacher - its
+            mean) and (student - its mean) in gamma / C times the derivative of r.
+        intra_ptr: (C,) float64, 1 - r.
+        sums_ptr: (2,) float64: the sum of weight * (1 - correlation over the classes) over the cells, and 1 / the
+            count.
     """
     c = tl.program_id(0)
     step = num_classes * num_blocks
@@ -170,10 +176,10 @@ def classes_kernel(
     for start in range(0, num_blocks, BLOCK):
         offs_n = start + tl.arange(0, BLOCK)
         exists = offs_n < num_blocks
-        own = tl.load(blocks_ptr + offs_n, mask=exists, other=0.0).to(tl.float64)
-        weight += own
-        s += own * tl.load(block_ptr + step + offs_n, mask=exists, other=0.0)
-        t += own * tl.load(block_ptr + 2 * step + offs_n, mask=exists, other=0.0)
+        block_weight = tl.load(blocks_ptr + offs_n, mask=exists, other=0.0).to(tl.float64)
+        weight += block_weight
+        s += block_weight * tl.load(block_ptr + step + offs_n, mask=exists, other=0.0)
+        t += block_weight * tl.load(block_ptr + 2 * step + offs_n, mask=exists, other=0.0)
     total = tl.sum(weight, 0)
     inverse = tl.where(total == 0, 0.0, 1.0 / tl.where(total == 0, 1.0, total))
     s_mean, t_mean = tl.sum(s, 0) * inverse, tl.sum(t, 0) * inverse
@@ -181,12 +187,12 @@ def classes_kernel(
     for start in range(0, num_blocks, BLOCK):
         offs_n = start + tl.arange(0, BLOCK)
         exists = offs_n < num_blocks
-        own = tl.load(blocks_ptr + offs_n, mask=exists, other=0.0).to(tl.float64)
+        block_weight = tl.load(blocks_ptr + offs_n, mask=exists, other=0.0).to(tl.float64)
         a = tl.load(block_ptr + step + offs_n, mask=exists, other=0.0) - s_mean
         b = tl.load(block_ptr + 2 * step + offs_n, mask=exists, other=0.0) - t_mean
-        st_n += tl.load(block_ptr + 3 * step + offs_n, mask=exists, other=0.0) + own * a * b
-        ss_n += tl.load(block_ptr + 4 * step + offs_n, mask=exists, other=0.0) + own * a * a
-        tt_n += tl.load(block_ptr + 5 * step + offs_n, mask=exists, other=0.0) + own * b * b
+        st_n += tl.load(block_ptr + 3 * step + offs_n, mask=exists, other=0.0) + block_weight * a * b
+        ss_n += tl.load(block_ptr + 4 * step + offs_n, mask=exists, other=0.0) + block_weight * a * a
+        tt_n += tl.load(block_ptr + 5 * step + offs_n, mask=exists, other=0.0) + block_weight * b * b
     st, ss, tt = tl.sum(st_n, 0), tl.sum(ss_n, 0), tl.sum(tt_n, 0)
     moments_ptr += c
     tl.store(moments_ptr, total)
@@ -236,17 +242,18 @@ def relations_gradient_kernel(
     temperature,
     S_FLAT: tl.constexpr, T_FLAT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Compute the gradient of the relation loss (`relations_totals_kernel`) by the student's logits, in a second pass.
+    """Compute the gradient of the relation loss by the student's logits.
 
-    A cell is the area of one target logit, and the student's logits are resized to the cells.
+    One program handles BLOCK target cells of one image. A cell is the area of the image that one target logit covers.
+    The student's logits are resized to the cells first.
 
     Shapes and units:
-        student, teacher: `Samples`, with strides (image, class, row, column) in elements.
-        t_batched: 1 if the teacher's interpolation tables differ between images, else 0.
-        cells_ptr: (B, 7, h w) float32, seven numbers per cell from `relations_kernel`.
-        factors_ptr: (4, C) float32, and sums_ptr: (2,) float64, both from `classes_kernel`.
-        gradient_ptr: (B, C, h, w) float32 result, without the gradient of the resize.
-        plane: h * w, the cells of an image. blocks: programs of an image, each for BLOCK cells.
+        student, teacher: `Samples`, each followed by its strides (image, class, row, column) in elements.
+        t_batched: 1 if the teacher's neighbour tables differ between images, else 0.
+        cells_ptr: (B, 7, h * w) float32, seven numbers per cell from `relations_kernel`.
+        factors_ptr, sums_ptr: (4, C) float32 and (2,) float64 from `classes_kernel`.
+        gradient_ptr: (B, C, h, w) float32 result, the gradient by the resized logits.
+        plane: h * w. blocks: programs per image.
         limit: the largest magnitude of a usable logit. scale: log2(e) / T. temperature: T.
         beta: weight of the correlation over the classes.
         S_FLAT, T_FLAT: whether rows of the student's and the teacher's logits follow each other without a gap.
@@ -294,7 +301,14 @@ def relations_gradient_kernel(
 
 @triton.jit(do_not_specialize=["num_classes", "beta", "gamma", "temperature"])
 def relations_totals_kernel(sums_ptr, intra_ptr, loss_ptr, num_classes, beta, gamma, temperature, BLOCK: tl.constexpr):
-    """Compute the loss T^2 * (beta * inter + gamma * intra) from the sums over cells and the values of the classes."""
+    """Compute the relation loss T^2 * (beta * inter + gamma * intra) from the results of `classes_kernel`.
+
+    There is one program. inter is sums[0] * sums[1], and intra is the mean of the C values at `intra_ptr`.
+
+    Shapes and units:
+        sums_ptr: (2,) float64. intra_ptr: (C,) float64. loss_ptr: one float32 result.
+        beta, gamma: weights of inter and intra. temperature: T. BLOCK: classes that are read at a time.
+    """
     intra = tl.full((BLOCK,), 0.0, tl.float64)
     for start in range(0, num_classes, BLOCK):
         offs_c = start + tl.arange(0, BLOCK)
@@ -322,12 +336,12 @@ class _Walked(NamedTuple):
 
 
 def relation_loss(problem: RelationProblem) -> tuple[Tensor, Tensor]:
-    """Compute `kdcache_kernels.relation_loss` of a checked problem on CUDA, bit-identical every time.
+    """Compute the relation loss and its gradient on CUDA, from checked arguments, with the same bits every time.
 
-    Returns: the loss, 0-dimensional float32, and its gradient by the student's logits in float32.
+    Returns: the loss, 0-dimensional float32, and its float32 gradient by the student's (B, C, hs, ws) logits. The
+        gradient is empty if it is not needed.
     Raises: ShapeError for an image of 2^31 logits or more, or whose strides reach as many elements.
-    Memory: the gradient on the cells and on the student's grid, 28 bytes per cell, 20 bytes per class and block of
-        cells.
+    Memory: the gradient at both sizes, 28 bytes per cell, and 20 bytes per class and block of cells.
     """
     student, device = problem.student, problem.student.device
     shape = student.shape if problem.need_gradient else (0,)
@@ -354,7 +368,7 @@ def relation_loss(problem: RelationProblem) -> tuple[Tensor, Tensor]:
 
 
 def relation_moments(problem: RelationProblem) -> Tensor:
-    """Compute `kdcache_kernels.relation_moments` of a checked problem on CUDA, (6, C) float64."""
+    """Compute `kdcache_kernels.relation_moments` on CUDA from checked arguments. The result is (6, C) float64."""
     if problem.student.shape[0] == 0:
         shape = (MOMENTS, problem.student.shape[1])
         return torch.zeros(shape, dtype=torch.float64, device=problem.student.device)
@@ -381,11 +395,11 @@ def _walk(problem: RelationProblem) -> _Walked:
         largest_logit(problem.temperature), LOG2_E.value / problem.temperature, **laid.flat, BLOCK=laid.block,
         num_warps=1,
     )  # fmt: skip
-    own, intra, sums = (empty(*shape, dtype=torch.float64) for shape in ((MOMENTS, C), (C,), (2,)))
+    process_moments, intra, sums = (empty(*shape, dtype=torch.float64) for shape in ((MOMENTS, C), (C,), (2,)))
     factors = empty(4, C)
     shared = None if problem.moments is None else problem.moments.contiguous()
     classes_kernel[(C + 1,)](
-        moments, inter, laid.counts, problem.count, shared, own, factors, intra, sums, C, num_blocks,
+        moments, inter, laid.counts, problem.count, shared, process_moments, factors, intra, sums, C, num_blocks,
         0 if laid.counts is None else num_blocks, B * h * w, problem.gamma, BLOCK=ENTRIES, num_warps=4,
     )  # fmt: skip
-    return _Walked(laid, cells, factors, intra, sums, own)
+    return _Walked(laid, cells, factors, intra, sums, process_moments)
