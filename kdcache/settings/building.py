@@ -22,7 +22,7 @@ _stored = partial(setting, panel=STORED)
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherSettings:
-    """The teacher of a build: one model, an ensemble, or one per fold."""
+    """Settings for the teacher of a build: one model, an ensemble, or a model for each fold. Each field is a flag."""
 
     teacher: tuple[str, ...] = setting(
         REQUIRED,
@@ -45,7 +45,10 @@ class TeacherSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class BuildSettings:
-    """Which views a build renders and what it stores. `kdcache.teacher.BuildOptions` documents each field."""
+    """Settings for the views that a build renders, and for what it stores. Each field is a flag.
+
+    `kdcache.teacher.BuildOptions` documents the fields.
+    """
 
     teacher_size: Size | None = _teacher(
         None, "Size of the teacher's input for the same window; free in training.", metavar="HxW"

@@ -15,7 +15,10 @@ _engine = partial(setting, panel="Several machines")
 
 @dataclass(frozen=True, kw_only=True)
 class EngineSettings:
-    """Who runs a build or a sweep. All settings except `engine` are for Ray."""
+    """Settings for what runs a build or a sweep: this machine or a Ray cluster. Each field is a flag.
+
+    All fields except `engine` need `--engine ray`.
+    """
 
     engine: Literal["local", "ray"] = _engine("local", "local: this machine. ray: actors or jobs on a Ray cluster.")
     actors: Count | None = _engine(None, "Actors of --engine ray (default: as many as have room).", ranged=True)
@@ -29,7 +32,7 @@ class EngineSettings:
 
     @property
     def is_ray(self) -> bool:
-        """Whether Ray runs the work. Raises: RecipeError for Ray settings without Ray."""
+        """True if Ray runs the work. Raises: RecipeError if settings for Ray are given without `--engine ray`."""
         table: dict[str, Entry] = entries(EngineSettings)
         mine = {entry.flag: getattr(self, name) for name, entry in table.items() if name != "engine"}
         if self.engine == "local" and any(mine.values()):

@@ -13,7 +13,7 @@ from kdcache.settings.setting import Spelling
 from kdcache.tasks import TASKS
 
 LOGGERS = ("tensorboard", "wandb")
-"""Where metrics can be sent; each is also the name of a package, and of the extra that installs it."""
+"""Services for metrics. Each is also the name of a package and of the pip extra that installs it."""
 
 Positive = Annotated[float, Gt(0), Predicate(isfinite)]
 Weight = Annotated[float, Ge(0), Predicate(isfinite)]
@@ -21,7 +21,7 @@ Count = Annotated[int, Ge(1)]
 
 
 def parse_size(text: str) -> tuple[int, int]:
-    """Parse '144x192' as (144, 192): height, then width."""
+    """Return the (height, width) of a text: '144x192' becomes (144, 192). Raises: ValueError for other text."""
     parts = text.lower().split("x")
     if len(parts) != 2 or not all(part.isdigit() and int(part) > 0 for part in parts):
         raise ValueError
@@ -29,13 +29,16 @@ def parse_size(text: str) -> tuple[int, int]:
 
 
 def parse_range(text: str) -> tuple[float, float]:
-    """Parse '0.5:2' as (0.5, 2.0)."""
+    """Return the two numbers of a text: '0.5:2' becomes (0.5, 2.0). Raises: ValueError for other text."""
     low, high = map(float, text.split(":"))
     return low, high
 
 
 def parse_every(value: Any) -> Any:
-    """Parse '500' as 500 steps. '5e', epochs, stays as text until the data is known."""
+    """Return a number of steps: '500' or 500 becomes 500. A number of epochs such as '5e' is returned as text.
+
+    Raises: ValueError for any other value.
+    """
     if isinstance(value, bool) or not re.fullmatch(r"[1-9][0-9]*e?", str(value)):
         raise ValueError
     text = str(value)
@@ -43,7 +46,7 @@ def parse_every(value: Any) -> Any:
 
 
 def parse_bytes(text: str) -> int:
-    """Parse '50GiB' or '200MB' as a number of bytes. Raises: ValueError for other text."""
+    """Return the number of bytes of a text such as '50GiB' or '200MB'. Raises: ValueError for other text."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([kmgt]?)(i?)b?)", text.strip().lower())
     count = 0
     if match is not None:
@@ -55,37 +58,39 @@ def parse_bytes(text: str) -> int:
 
 
 def parse_words(text: str) -> tuple[str, ...]:
-    """Parse 'a,b' as ('a', 'b'), each once, and '' as ()."""
+    """Return the words of a text without repetitions: 'a,b' becomes ('a', 'b'), and '' becomes ()."""
     return tuple(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
 
 
 def parse_numbers(text: str) -> tuple[float, ...]:
-    """Parse '2,1' as (2.0, 1.0)."""
+    """Return the numbers of a text: '2,1' becomes (2.0, 1.0). Raises: ValueError for other text."""
     return tuple(map(float, text.split(",")))
 
 
 def parse_colour(text: str) -> tuple[float, float, float]:
-    """Parse '0.485,0.456,0.406' as three numbers."""
+    """Return the three numbers of a text such as '0.485,0.456,0.406'. Raises: ValueError for other text."""
     red, green, blue = map(float, text.split(","))
     return red, green, blue
 
 
 def parse_top_k(text: str) -> int | None:
-    """Parse a number of classes, and 'auto' as None."""
+    """Return a number of classes: '8' becomes 8, and 'auto' becomes None. Raises: ValueError for other text."""
     if text != "auto" and not text.isdigit():
         raise ValueError
     return None if text == "auto" else int(text)
 
 
 def parse_views(text: str) -> int:
-    """Parse a number of views per sample, and 'full' as 1."""
+    """Return a number of views per sample: '4' becomes 4, and 'full' becomes 1. Raises: ValueError for other text."""
     if text != "full" and not (text.isdecimal() and int(text)):
         raise ValueError
     return 1 if text == "full" else int(text)
 
 
 def parse_logs(value: Any) -> Any:
-    """Parse 'wandb,tensorboard', or a list of such, as a tuple with each logger once. Other values pass unchanged.
+    """Return the names of loggers without repetitions: 'wandb,tensorboard' becomes ('wandb', 'tensorboard').
+
+    A list of such texts is also accepted. Any other value is returned unchanged.
 
     Raises: RecipeError, with the nearest name, for an unknown logger.
     """
@@ -101,12 +106,18 @@ def parse_logs(value: Any) -> Any:
 
 
 def parse_lr_scales(value: Any) -> Any:
-    """Parse 'encoder=0.1', or a list of such, as a tuple of texts. Raises: as `lr_scales`."""
+    """Check texts such as 'encoder=0.1', and return them as a tuple: one text, or a list of them.
+
+    Any other value is returned unchanged. Raises: ValueError if a text is not PREFIX=FACTOR (see `lr_scales`).
+    """
     return _each(value, lr_scales)
 
 
 def lr_scales(texts: tuple[str, ...]) -> dict[str, float]:
-    """Return learning-rate factors by prefix of parameter names. Raises: ValueError for text other than PREFIX=X."""
+    """Return factors on the learning rate by prefix of parameter names: ('encoder=0.1',) becomes {'encoder': 0.1}.
+
+    Raises: ValueError if a text is not PREFIX=FACTOR, if a prefix is repeated, or if a factor is not above 0.
+    """
     scales = {prefix: float(factor) for prefix, _, factor in (text.partition("=") for text in texts)}
     if len(scales) < len(texts) or not all(prefix and 0 < factor < inf for prefix, factor in scales.items()):
         raise ValueError
@@ -114,12 +125,18 @@ def lr_scales(texts: tuple[str, ...]) -> dict[str, float]:
 
 
 def parse_task_weights(value: Any) -> Any:
-    """Parse 'depth=0.7', or a list of such, as a tuple of texts. Raises: as `task_weights`."""
+    """Check texts such as 'depth=0.7', and return them as a tuple: one text, or a list of them.
+
+    Any other value is returned unchanged. Raises: ValueError if a text is not TASK=WEIGHT (see `task_weights`).
+    """
     return _each(value, task_weights)
 
 
 def task_weights(texts: tuple[str, ...]) -> dict[str, float]:
-    """Return weights by task from 'depth=0.7'. Raises: ValueError for other text than TASK=X, each task once."""
+    """Return weights of tasks: ('depth=0.7',) becomes {'depth': 0.7}.
+
+    Raises: ValueError if a text is not TASK=WEIGHT, if a task is unknown or repeated, or if a weight is below 0.
+    """
     weights = {task.strip(): float(weight) for task, _, weight in (text.partition("=") for text in texts)}
     if len(weights) < len(texts) or set(weights) - set(TASKS) or not all(0 <= x < inf for x in weights.values()):
         raise ValueError
@@ -127,7 +144,7 @@ def task_weights(texts: tuple[str, ...]) -> dict[str, float]:
 
 
 def _each(value: Any, read: Callable[[tuple[str, ...]], object]) -> Any:
-    """Return a text, or a list of texts, as a tuple. Other values pass unchanged. Raises: as `read` for the texts."""
+    """Check a text, or a list of texts, with `read`. Return a tuple of them, or any other value unchanged."""
     parts = (value,) if isinstance(value, str) else value
     if isinstance(parts, list | tuple) and all(isinstance(part, str) for part in parts):
         read(tuple(parts))
@@ -136,13 +153,21 @@ def _each(value: Any, read: Callable[[tuple[str, ...]], object]) -> Any:
 
 
 def parse_caches(value: Any) -> Any:
-    """Parse a cache, or a list of caches to join, as a tuple of texts, or None if empty. Other values pass."""
+    """Return the paths of caches as a tuple of texts: 'a.zarr' becomes ('a.zarr',). An empty list becomes None.
+
+    A path or a list of paths is accepted. Any other value is returned unchanged.
+    """
     parts = (value,) if isinstance(value, str | Path) else value
     return (tuple(map(str, parts)) or None) if isinstance(parts, list | tuple) else value
 
 
 def parse_tasks(value: Any) -> Any:
-    """Return 'all', 'none' or tasks joined by +, or a list of them, as text. Raises: ValueError for other words."""
+    """Check 'all', 'none' or tasks such as 'segmentation+depth', and return the text.
+
+    A list of tasks is joined with '+'.
+
+    Raises: ValueError for unknown or repeated tasks.
+    """
     words = value.split("+") if isinstance(value, str) else value
     if not isinstance(words, list | tuple):
         raise ValueError
@@ -153,7 +178,10 @@ def parse_tasks(value: Any) -> Any:
 
 
 def parse_jitter(value: Any) -> Any:
-    """Parse a strength from 0 to 1, or return 'randaugment:N,M' as text. Raises: ValueError for anything else."""
+    """Return the strength of colour jitter as a number from 0 to 1, or 'randaugment:N,M' unchanged.
+
+    Raises: ValueError for any other value.
+    """
     if isinstance(value, str) and rand_augment(value) is not None:
         return value
     if isinstance(value, bool) or not 0 <= (strength := float(value)) <= 1:
@@ -162,7 +190,10 @@ def parse_jitter(value: Any) -> Any:
 
 
 def rand_augment(text: str) -> tuple[int, int] | None:
-    """Parse operations and magnitude of 'randaugment:2,9', or return None for other text or invalid numbers."""
+    """Return the settings of RandAugment: 'randaugment:2,9' becomes (2, 9), which means 2 operations of magnitude 9.
+
+    Return None for other text, and for numbers outside 1 to 16 operations and magnitudes 0 to 30.
+    """
     match = re.fullmatch(r"randaugment:([1-9]|1[0-6]),([12]?[0-9]|30)", text.replace(" ", ""))
     return None if match is None else (int(match[1]), int(match[2]))
 
@@ -172,7 +203,7 @@ RARE_TEMPERATURE = 0.01
 
 
 def parse_sampling(text: str) -> str:
-    """Check even, rare or rare:T. Raises: ValueError."""
+    """Check 'even', 'rare' or 'rare:T', with a temperature T above 0, and return the text. Raises: ValueError."""
     kind, colon, temperature = text.partition(":")
     if text != "even" and (kind != "rare" or (colon and not 0 < float(temperature) < inf)):
         raise ValueError
@@ -180,20 +211,20 @@ def parse_sampling(text: str) -> str:
 
 
 def rare_temperature(sampling: str) -> float | None:
-    """Return the temperature T of 'rare:T' (0.01 for 'rare'), or None for 'even'."""
+    """Return the temperature of rare-class sampling: 'rare:0.1' gives 0.1, 'rare' gives 0.01, and 'even' gives None."""
     kind, _, temperature = sampling.partition(":")
     return None if kind == "even" else float(temperature or RARE_TEMPERATURE)
 
 
 def parse_schedule(text: str) -> str:
-    """Check 'constant', 'fade' or 'warmup:500' and return it. Raises: ValueError for anything else."""
+    """Check 'constant', 'fade' or 'warmup:500', and return the text. Raises: ValueError for other text."""
     if text not in ("constant", "fade") and not warmup_steps(text):
         raise ValueError
     return text
 
 
 def warmup_steps(text: str) -> int:
-    """Return the number of steps of 'warmup:500', or 0 for any other text."""
+    """Return the number of steps of a schedule: 'warmup:500' gives 500. Any other text gives 0."""
     kind, _, steps = text.partition(":")
     return int(steps) if kind == "warmup" and steps.isdecimal() else 0
 

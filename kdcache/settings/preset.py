@@ -10,12 +10,12 @@ _FOLDER = Path(__file__).parent / "presets"
 
 
 def preset_names() -> list[str]:
-    """Return the names of all presets, in order."""
+    """Return the names of all presets, sorted. A preset is a group of training settings with one name."""
     return sorted(path.stem for path in _FOLDER.glob("*.toml"))
 
 
 def read_preset(name: str) -> dict[str, Any]:
-    """Return the settings of a preset by name, with values as in a recipe.
+    """Return the settings of a preset: name of the setting, with underscores -> value.
 
     Raises: RecipeError for an unknown preset.
     """

@@ -11,19 +11,24 @@ from kdcache.settings.training import TRAINING
 from kdcache.settings.validate import dump_values
 
 FORMAT = 2
-"""The format of recipe.toml. Since 2, it holds the settings that the training took, and no others."""
+"""The format of recipe.toml. Since format 2, it holds only the settings that the training uses."""
 
 
 def to_recipe(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings in the form of recipe.toml. None is left out, because TOML has no null."""
+    """Return settings of a training as recipe.toml holds them: flag without its dashes -> TOML value.
+
+    `settings` has names with underscores. Settings that are None are left out, because TOML has no null.
+    """
     written = dump_values({name: value for name, value in settings.items() if value is not None}, *TRAINING)
     return {name.replace("_", "-"): value for name, value in written.items()}
 
 
 def settings_of(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of a recipe.toml, without its format and without removed keys that nobody had set.
+    """Return the settings of a recipe.toml without the key `format`.
 
-    Raises: RecipeError for a format of a later version.
+    Settings that no longer exist are also left out, if they had their default.
+
+    Raises: RecipeError if a later version of kdcache wrote the recipe.
     """
     number = recipe.get("format", 1)
     if number not in (1, FORMAT):
@@ -35,13 +40,19 @@ def settings_of(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def source_of(settings: Mapping[str, Any]) -> str | None:
-    """Return the source of a training or a stream: its caches joined by ' + ', or its data set."""
+    """Return where the samples of a training or a stream come from: its caches, joined by ' + ', or its data set.
+
+    Return None if the settings name neither.
+    """
     named = settings.get("cache") or settings.get("data")
     return " + ".join(map(str, named)) if isinstance(named, list | tuple) else named
 
 
 def with_defaults(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a recipe with the defaults of all missing settings, to compare recipes."""
+    """Return a recipe with the defaults of all missing settings, so that recipes can be compared.
+
+    A recipe without the key `verb` is returned unchanged.
+    """
     return {**_defaults(), **recipe} if "verb" in recipe else dict(recipe)
 
 

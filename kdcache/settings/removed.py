@@ -9,12 +9,11 @@ from kdcache.errors import RecipeError
 
 @dataclass(frozen=True)
 class Removed:
-    """One removed name.
+    """A flag, verb or value of an earlier version that no longer exists.
 
     Attributes:
-        fix: what to do instead, in the imperative.
-        unused: for a setting, the value in a recipe.toml if nobody set it, or a tuple of values that mean nothing to a
-            run that has begun. They are read as absent.
+        fix: what the user can do instead, in the imperative.
+        unused: the value, or a tuple of values, at which a setting in an old recipe.toml has no effect and is ignored.
     """
 
     fix: str
@@ -30,7 +29,7 @@ VERBS: Mapping[str, Removed] = {
     "bench-loader": Removed("In a clone of kdcache, use python benchmarks/loader.py --cache CACHE."),
     "kernels": Removed("In a clone of kdcache, use python benchmarks/precompile.py --arch ARCH --out ARCHIVE."),
 }
-"""Verbs by their words after `kdcache`."""
+"""Removed verbs: the words after `kdcache` -> the replacement."""
 
 _PLAIN_PYTORCH = "Use --case dist: dist alone has its own kernel. To time dkd or cwd, use train-student --method dkd."
 FLAGS: Mapping[str, Removed] = {
@@ -44,7 +43,7 @@ FLAGS: Mapping[str, Removed] = {
     "bench-kernels --case mix": Removed("Use --case trained. A pasted target is a second call of the loss."),
     **{f"bench-kernels --case {name}": Removed(_PLAIN_PYTORCH) for name in ("dkd", "cwd", "dkd-warp", "cwd-warp")},
 }
-"""Flags of one verb and values of them, where other verbs have the flag."""
+"""Flags, or values of flags, that one verb no longer has and other verbs may have."""
 
 SETTINGS: Mapping[str, Removed] = {
     "download": Removed("Fetch VOC with torchvision: torchvision.datasets.VOCSegmentation(DIR, download=True)."),
@@ -57,14 +56,14 @@ SETTINGS: Mapping[str, Removed] = {
     "opacity": Removed("Leave it out. Overlays have an opacity of 0.5."),
     "collapse": Removed("Leave it out. A training notes a teacher that knows few classes.", unused=("note", "refuse")),
 }
-"""Flags of any verb, which are also keywords and keys of recipes. Keys have underscores."""
+"""Flags that no verb has any more, and their keywords and keys of recipes. Names have underscores."""
 
 KEYS: Mapping[str, Removed] = {
     "rounds": Removed(
         "Write each round as a cache and an arm, as the recipe self-train does. Write audit = true into [store]."
     ),
 }
-"""Keys of a recipe that are no flags."""
+"""Removed keys of a sweep's recipe that are not flags."""
 
 TEACHERS: Mapping[str, Removed] = {
     "--teacher HEAD=TEACHER": Removed(
@@ -72,18 +71,23 @@ TEACHERS: Mapping[str, Removed] = {
         "from both: train-student --cache a.zarr --cache NAME=b.zarr."
     ),
 }
-"""Forms of --teacher."""
+"""Removed forms of --teacher."""
 
 STATISTICS: Mapping[str, Removed] = {
     "confidence": Removed("Leave it out. Gates and terms compute it from the stored logits, as --gate confidence:0.7."),
     "entropy": Removed("Leave it out. Compute it from the stored logits."),
     "agreement": Removed("Leave it out. Build one cache for each teacher and compare their logits."),
 }
-"""Values of --statistics."""
+"""Removed values of --statistics."""
 
 
 def removal(name: str, *tables: Mapping[str, Removed]) -> RecipeError | None:
-    """Return the error for a removed name (as in its table, with hyphens, or as a flag), or None."""
+    """Return the error for a removed name, which says what replaces it, or None for any other name.
+
+    Args:
+        name: a key of the tables, such as `evaluate of pseudo labels`. Or a flag such as `--opacity`.
+        tables: the tables of this module to search: removed name -> replacement.
+    """
     key = name.removeprefix("--").replace("-", "_")
     for table in tables:
         row = table.get(name) or table.get(key)
@@ -93,7 +97,7 @@ def removal(name: str, *tables: Mapping[str, Removed]) -> RecipeError | None:
 
 
 def without_removed(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a recipe.toml of an earlier version without the removed keys that nobody had set."""
+    """Return a recipe of an earlier version without removed settings that have no effect (see `Removed.unused`)."""
     return {k: v for k, v in recipe.items() if k not in SETTINGS or not _is_unused(v, SETTINGS[k].unused)}
 
 

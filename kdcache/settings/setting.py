@@ -13,23 +13,23 @@ from annotated_types import Ge, Gt, Le, Lt, MinLen
 T = TypeVar("T")
 
 REQUIRED: Any = MISSING
-"""The default of a setting that must be given."""
+"""The default of a required setting."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A setting as the command line shows it.
+    """How the command line shows a setting.
 
     Attributes:
-        help: one or two sentences.
-        panel: heading of the help that lists the flag. None is the first, `Options`.
-        metavar: placeholder of the value in the help. None is the type.
-        repeated: the flag may be given several times, each time with one entry of the value.
-        automatic: the flag has no default. Its value is chosen when the data and the machine are known.
-        ranged: the help shows the range of the type, which the command line checks by itself.
-        default_shown: the help shows the default.
-        code: the value may name code to import, which a recipe from elsewhere must not do without --trust.
-        words: what a shell completes the value with, if the type has no choices.
+        help: its help text, one or two sentences.
+        panel: the heading in the help that lists the flag. None is the first heading, `Options`.
+        metavar: the placeholder for the value in the help. None uses the type.
+        repeated: True if the flag may be given several times. The value collects all.
+        automatic: True if there is no default, because the data and the machine determine it.
+        ranged: True if the help shows the range of numbers, and the command line itself checks it.
+        default_shown: True if the help shows the default.
+        code: True if the value may name code to import. A recipe from elsewhere then needs --trust.
+        words: values that a shell completes, if the type has no choices.
     """
 
     help: str
@@ -44,22 +44,28 @@ class Setting:
 
 
 def setting(default: T, help: str, **shown: Any) -> T:
-    """Return a field of a table with a default. `help` and `shown` are attributes of `Setting`."""
-    made: Any = field(default=default, metadata={"setting": Setting(help, **shown)})
-    return cast(T, made)
+    """Return a dataclass field for a setting of a table, with its default and its help.
+
+    Args:
+        default: the default, or REQUIRED.
+        help: the help text.
+        shown: further attributes of `Setting`.
+    """
+    declared: Any = field(default=default, metadata={"setting": Setting(help, **shown)})
+    return cast(T, declared)
 
 
 @dataclass(frozen=True)
 class Spelling:
-    """How a value is written as text. It is a mark in the annotation of a type, which pydantic applies.
+    """How a value is written as text, for example a size as `288x384`. It annotates the type of a setting.
 
     Attributes:
-        parse: makes the value from a text. Raises ValueError or RecipeError.
-        rule: what the text is, as in "--size is HEIGHTxWIDTH in pixels", or None if the type or `parse` has the rule.
+        parse: returns the value of a text. It raises ValueError or RecipeError.
+        rule: describes the text in errors, such as "HEIGHTxWIDTH in pixels". None if the type or `parse` does.
         example: a valid text.
-        show: makes the text of a value, or None if a recipe holds the value itself.
-        nothing: the text that stands for None.
-        text_only: `parse` is called only for texts, else for any value.
+        show: returns the text of a value for a recipe. None if a recipe holds the value itself.
+        nothing: the text for the value None.
+        text_only: True if `parse` is called for texts only. Other values then pass unchanged.
     """
 
     parse: Callable[[Any], Any]
@@ -70,26 +76,32 @@ class Spelling:
     text_only: bool = True
 
     def read(self, value: Any) -> Any:
-        """Return the value of a text, or of another value. Raises: as `parse`."""
+        """Return the value that a text stands for. If `text_only` is False, other values are also parsed.
+
+        Raises: ValueError or RecipeError for an invalid text.
+        """
         return value if self.text_only and not isinstance(value, str) else self.parse(value)
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Callable[[Any], Any]) -> Any:
         from pydantic_core import core_schema
 
-        shown = None if self.show is None else core_schema.plain_serializer_function_ser_schema(self.show)
-        return core_schema.no_info_before_validator_function(self.read, handler(source), serialization=shown)
+        serializer = None if self.show is None else core_schema.plain_serializer_function_ser_schema(self.show)
+        return core_schema.no_info_before_validator_function(self.read, handler(source), serialization=serializer)
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One setting of a table.
+    """A setting of a table, as its dataclass field declares it.
 
     Attributes:
-        hint: the whole annotation.
-        type: the type without marks and without None. For choices, `Literal[...]`.
-        optional: the value may be None.
-        default: `dataclasses.MISSING` if the setting is required.
-        marks: everything else in the annotation, such as ranges of annotated-types.
+        name: the field's name, such as `batch_size`.
+        hint: the field's full annotation.
+        type: the type without None and without marks. For choices it is `Literal[...]`.
+        optional: True if the value may be None.
+        default: the default, or `dataclasses.MISSING` if the setting is required.
+        setting: how the command line shows it.
+        spelling: how the value is written as text, or None.
+        marks: all marks in the annotation, such as ranges of annotated-types.
     """
 
     name: str
@@ -103,17 +115,17 @@ class Entry:
 
     @property
     def flag(self) -> str:
-        """The name of the flag, such as `--batch-size`."""
+        """The flag, such as `--batch-size`."""
         return "--" + self.name.replace("_", "-")
 
     @property
     def required(self) -> bool:
-        """Whether the setting has no default."""
+        """True if the setting has no default."""
         return self.default is MISSING
 
     @property
     def text(self) -> Any:
-        """The default as a user would type it, or None if it cannot be typed."""
+        """The default as a user would type it, such as `288x384`. None if there is none to type."""
         if self.setting.automatic or self.setting.repeated or self.required:
             return None
         if self.spelling is None:
@@ -125,26 +137,34 @@ class Entry:
 
 @cache
 def entries(*tables: type) -> dict[str, Entry]:
-    """Return the settings of tables by name, in order, without fields that have no `Setting`."""
-    made = {}
+    """Return the settings of tables, in order: name, such as `batch_size` -> entry.
+
+    A table is a dataclass whose fields are made by `setting`. Other fields are left out.
+    """
+    found = {}
     for table in tables:
         hints = get_type_hints(table, include_extras=True)
-        for own in fields(table):
-            kind, optional, marks = _bare(hints[own.name])
+        for declared in fields(table):
+            kind, optional, marks = _bare(hints[declared.name])
             spelling = next((mark for mark in marks if isinstance(mark, Spelling)), None)
-            if "setting" in own.metadata:
-                shown = own.metadata["setting"]
-                made[own.name] = Entry(own.name, hints[own.name], kind, optional, own.default, shown, spelling, marks)
-    return made
+            if "setting" in declared.metadata:
+                display = declared.metadata["setting"]
+                found[declared.name] = Entry(
+                    declared.name, hints[declared.name], kind, optional, declared.default, display, spelling, marks
+                )
+    return found
 
 
 def names(*tables: type, panel: str | None) -> tuple[str, ...]:
-    """Return the names of the settings under one panel of the help."""
+    """Return the names of the settings that the help lists under the heading `panel`.
+
+    None is the heading `Options`.
+    """
     return tuple(name for name, entry in entries(*tables).items() if entry.setting.panel == panel)
 
 
 def _bare(annotation: Any) -> tuple[Any, bool, tuple[Any, ...]]:
-    """Return (Type, whether None is one of its values, marks at any depth) of an annotation."""
+    """Return (type, True if the value may be None, all marks) of an annotation."""
     if get_origin(annotation) is Annotated:
         inner, *outer = get_args(annotation)
         kind, optional, marks = _bare(inner)
@@ -158,7 +178,7 @@ def _bare(annotation: Any) -> tuple[Any, bool, tuple[Any, ...]]:
 
 
 def choices(kind: Any) -> tuple[str, ...] | None:
-    """Return the words of `Literal[...]`, or None for another type."""
+    """Return the words of a type `Literal[...]`, or None for another type."""
     return get_args(kind) if get_origin(kind) is Literal else None
 
 
@@ -169,9 +189,9 @@ _KINDS: dict[Any, str] = {
 
 
 def describe_values(kind: Any, bounds: Sequence[Any]) -> str:
-    """Describe the values of a type: 'a whole number from 0 to 256', 'one of adamw, adam, sgd'.
+    """Return the values of a type in words, such as 'a whole number from 0 to 256' or 'one of adamw, adam, sgd'.
 
-    `bounds` are marks of annotated-types.
+    `bounds` are ranges of annotated-types, such as `Ge(0)`.
     """
     if get_origin(kind) is Annotated:
         inner, *more = get_args(kind)
@@ -195,7 +215,7 @@ def describe_values(kind: Any, bounds: Sequence[Any]) -> str:
 
 def _range(bounds: Sequence[Any]) -> str:
     """Return ' from 0 to below 1', ' above 0', ' from 1 on', ', not empty' or nothing."""
-    flat = [one for bound in bounds for one in getattr(bound, "metadata", [bound])]
+    flat = [mark for bound in bounds for mark in getattr(bound, "metadata", [bound])]
     if any(isinstance(bound, MinLen) for bound in flat):
         return ", not empty"
     low = next((f" from {bound.ge}" for bound in flat if isinstance(bound, Ge)), "")

@@ -18,12 +18,12 @@ FOLDS_BY = "Keep sequences in one fold: a pattern for their names, as '^(.+)_'."
 Weights = Literal["best", "last", "best-ema", "last-ema"]
 FitChoice = Literal["auto", "squash", "crop", "pad"]
 Crop = Literal["none", "garg"]
-"""The part of a label of depth that is judged."""
+"""The part of a depth label on which predictions are evaluated."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataSettings:
-    """The data that a verb works on."""
+    """The setting `data`: the data set that a verb works on."""
 
     data: str = _data(
         REQUIRED,
@@ -33,14 +33,14 @@ class DataSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class SourceSettings:
-    """The data of a cache that may hold no pixels."""
+    """The setting `data` for a cache without stored images: the data set with the images."""
 
     data: str | None = _data(None, "Data folder, needed for a cache built with --pixels source.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageSettings:
-    """Which images of the data to use, their `size` (H, W) in pixels, and how they are fitted into it."""
+    """Settings for images: the split, the size (height, width) in pixels, and how images are fitted to it."""
 
     split: str = _data("train", "Which split of it.")
     size: Size | None = _data(None, "Height and width of the pixels, e.g. 288x384.", metavar="HxW")
@@ -52,7 +52,7 @@ class ImageSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class MachineSettings:
-    """Device and CPU threads of a verb."""
+    """Settings for the device and the number of CPU threads."""
 
     threads: Annotated[int, Ge(0)] = _machine(0, "CPU threads; 0 lets torch choose.")
     device: str = _machine("auto", "auto, cpu or cuda.", metavar="auto|cpu|cuda", words=("auto", "cpu", "cuda"))
@@ -60,7 +60,7 @@ class MachineSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class CopySettings:
-    """The folder for copies of a remote cache's shards, and its limit in bytes."""
+    """Settings for local copies of a remote cache's shards: the folder, and the most bytes that copies may take."""
 
     cache_dir: str | None = _machine(
         None,
@@ -75,7 +75,7 @@ class CopySettings:
 
 @dataclass(frozen=True, kw_only=True)
 class JudgeSettings:
-    """How runs are evaluated and timed."""
+    """Settings for how runs are evaluated and how their speed is measured. Each field is a flag."""
 
     weights: Weights = setting("best", "Weights of a run, with --ema also best-ema or last-ema.")
     window: Size | None = setting(
@@ -91,7 +91,7 @@ class JudgeSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class DepthSettings:
-    """Which pixels of a depth label are judged."""
+    """Settings for the pixels of depth labels on which predictions are evaluated. Depths are in metres."""
 
     min_depth: Positive = setting(1e-3, "Labels of depth up to it do not count.", metavar="METRES")
     max_depth: Positive | None = setting(
@@ -104,7 +104,7 @@ class DepthSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class CompareSettings:
-    """The data to compare runs on, and the baseline."""
+    """Settings for a comparison of runs: the data, the teacher and the baseline. Each field is a flag."""
 
     data: str | None = setting(
         None,

@@ -24,14 +24,14 @@ from kdcache.settings.setting import REQUIRED, entries, names, setting
 from kdcache.settings.training import PART, TRAINING, Augmentation, Data, Loss
 
 _MISSPELT = 0.82
-"""From this likeness on, a word is a misspelt key, else the next part of a value with commas."""
+"""From this similarity on, a word is a misspelt key. Below, it is the next part of a value with commas."""
 _LARGEST = 4096
 """The largest batch that a fix names."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StreamSettings:
-    """The settings that only a stream has."""
+    """The settings that only a stream has. In addition, a stream can override many settings of the training."""
 
     name: str = setting(REQUIRED, "Name of the stream.")
     share: Annotated[float, Gt(0), Le(1)] | None = setting(None, "Its share of every batch (default: of what is left).")
@@ -42,46 +42,52 @@ class StreamSettings:
 
 
 SOURCE = ("cache", "data", "split")
-"""The settings that say where a stream's samples come from."""
+"""The settings for where a stream's samples come from."""
 _WHOLE = ("balance", "task_weight", "distill_schedule", "val_fold", "mix")
-"""Settings that only the whole training has, and no stream of its own."""
+"""Settings of the whole training that a stream cannot override."""
 _OF_TERMS = ("weight", "temperature", "class_weights")
-"""Settings of a stream that a term has, too: behind a term it would not be clear whose they are."""
+"""Settings that both a stream and a loss term have. After a term, it would not be clear which is meant."""
 _OF_STREAMS = (*entries(Loss), *names(Data, panel=PART), *entries(Augmentation))
 OVERRIDDEN = (
     *SOURCE,
     *(name for name in _OF_STREAMS if name not in _WHOLE),
 )
-"""The settings of a training that a stream may have of its own."""
+"""The settings of a training that a stream can override."""
 
 
 def parse_stream(value: Any) -> Any:
-    """Parse a line `NAME,KEY=VALUE,...` or a table of a recipe into a table keyed with underscores. Others pass.
+    """Return the settings of a stream: name with underscores -> value.
 
-    Raises: RecipeError for a line without a name, and for keys that a stream does not have.
+    Args:
+        value: the line of a flag, such as `kitti,cache=kitti.zarr,share=0.5`, or a table of a recipe. Any other value
+            is returned unchanged.
+    Raises: RecipeError for a line without a name, and for unknown settings.
     """
     if isinstance(value, str):
         value = _of_line(value)
     if not isinstance(value, Mapping):
         return value
-    table = {str(key).replace("-", "_"): own for key, own in value.items()}
+    table = {str(key).replace("-", "_"): entry for key, entry in value.items()}
     allowed = [*entries(StreamSettings), *OVERRIDDEN]
     for key in table:
         if key not in allowed:
             if (gone := removal(key, SETTINGS)) is not None:
                 raise gone
-            shown, own = key.replace("_", "-"), sorted(name.replace("_", "-") for name in allowed)
+            spelled, known = key.replace("_", "-"), sorted(name.replace("_", "-") for name in allowed)
             raise RecipeError(
-                f"Unknown key {shown!r} of {table.get('name', 'a stream')}",
+                f"Unknown key {spelled!r} of {table.get('name', 'a stream')}",
                 fix="Give it next to the streams: it is a setting of the whole training."
                 if key in entries(*TRAINING)
-                else suggest(shown, own, f"Use one of {', '.join(own)}."),
+                else suggest(spelled, known, f"Use one of {', '.join(known)}."),
             )
     return table
 
 
 def to_line(table: Mapping[str, Any]) -> str:
-    """Return a table of a recipe as a line of the command line, with each item of a list (`term`) on its own."""
+    """Return the settings of a stream as the value of --stream: `kitti,cache=kitti.zarr,share=0.5`.
+
+    `parse_stream` reverses it.
+    """
     fields = [str(table.get("name", ""))]
     for key, value in sorted(table.items(), key=lambda item: item[0] == "term"):
         if key == "name":
@@ -98,15 +104,17 @@ def to_line(table: Mapping[str, Any]) -> str:
 
 
 def term_line(table: Mapping[str, Any]) -> str:
-    """Return a [[term]] of a recipe as a line of the command line: the kind first, then its options."""
+    """Return a table `[[term]]` of a recipe as the value of --term: `cosine,weight=0.1`."""
     options = [f"{key.replace('-', '_')}={value}" for key, value in table.items() if key != "kind"]
     return ",".join([str(table.get("kind", "")), *options])
 
 
 def shares_of(named: Mapping[str, float | None]) -> list[float]:
-    """Return the share of every stream by name. Streams without a share divide the rest evenly.
+    """Return the share of each stream in a batch, in the given order. The shares sum to 1.
 
-    Raises: RecipeError for shares that do not sum up to 1.
+    Args:
+        named: the name of each stream -> its share, above 0 to 1. Streams with None divide the rest evenly.
+    Raises: RecipeError if the shares do not sum to 1.
     """
     total = sum(share for share in named.values() if share is not None)
     open_streams = sum(share is None for share in named.values())
@@ -121,9 +129,12 @@ def shares_of(named: Mapping[str, float | None]) -> list[float]:
 
 
 def rows_of(shares: Sequence[float], batch_size: int, together: int = 1) -> list[int]:
-    """Return each stream's rows of a batch, by largest remainders, for any number of processes.
+    """Return how many samples of a batch come from each stream. The numbers do not depend on the number of processes.
 
-    `together` rows of a stream stay together (pairs, if samples are pasted).
+    Args:
+        shares: the share of each stream, which sum to 1.
+        batch_size: the samples of a batch.
+        together: numbers are multiples of it. It is 2 if samples are pasted in pairs.
     """
     exact = [share * (batch_size // together) for share in shares]
     rows = [math.floor(units + 1e-9) for units in exact]
@@ -134,9 +145,14 @@ def rows_of(shares: Sequence[float], batch_size: int, together: int = 1) -> list
 
 
 def check_rows(named: Mapping[str, float], batch_size: int, together: int = 1, parts: int = 1) -> list[int]:
-    """Return each stream's rows, given shares by name, if `parts` processes and parts of a batch can share them evenly.
+    """Return how many samples of a batch come from each stream. Check that the batch can be divided evenly.
 
-    Raises: RecipeError with the next larger batch that works.
+    Args:
+        named: the name of each stream -> its share.
+        batch_size: the samples of a batch.
+        together: numbers are multiples of it. It is 2 if samples are pasted in pairs.
+        parts: into how many equal parts the batch is divided: processes times parts for accumulated gradients.
+    Raises: RecipeError, with the next larger batch size that works.
     """
     shares, unit = list(named.values()), together * parts
 
@@ -148,7 +164,7 @@ def check_rows(named: Mapping[str, float], batch_size: int, together: int = 1, p
         return rows
     sizes = range(-(-batch_size // unit) * unit, max(_LARGEST, 2 * batch_size) + 1, unit)
     size = next((size for size in sizes if works(size)), None)
-    texts = [f"{name} {own} of {share:g}" for (name, share), own in zip(named.items(), rows, strict=True)]
+    texts = [f"{name} {count} of {share:g}" for (name, share), count in zip(named.items(), rows, strict=True)]
     raise RecipeError(
         f"Cannot give every stream rows of --batch-size {batch_size}: the shares are {', '.join(texts)} rows"
         + (f", for {parts} processes and parts" if parts > 1 else "")
@@ -160,14 +176,14 @@ def check_rows(named: Mapping[str, float], batch_size: int, together: int = 1, p
 
 
 def _check_quotes(options: Sequence[str]) -> None:
-    """Raise RecipeError for a value with unquoted commas, as far as its next part shows it."""
-    own = [*entries(StreamSettings), *OVERRIDDEN, *entries(*TRAINING)]
+    """Raise a RecipeError for a value with commas that is not in quotes, if the next part of the line shows it."""
+    known = [*entries(StreamSettings), *OVERRIDDEN, *entries(*TRAINING)]
     for option, following in itertools.pairwise(options):
         key, _, value = option.partition("=")
         name = following.partition("=")[0].strip().replace("-", "_")
-        broken = not suggest(name, own, cutoff=_MISSPELT)
-        whole = not value or "," in value or key not in ("data", "term")
-        if not whole and (broken or (key == "term" and name in _OF_TERMS)):
+        broken = not suggest(name, known, cutoff=_MISSPELT)
+        complete = not value or "," in value or key not in ("data", "term")
+        if not complete and (broken or (key == "term" and name in _OF_TERMS)):
             raise RecipeError(
                 f"Missing quotes around a value with commas in --stream: {option},{following}",
                 fix=f"""Write '"{option},{following}"' if both are one value."""

@@ -18,11 +18,11 @@ from kdcache.settings.validate import Wording, read_value
 from kdcache.tasks import AUXILIARY, DEPTH, SEGMENTATION, TASKS
 
 MAXIMUM = "targets/segmentation/max"
-"""The array of the teacher's largest logits, which makes stored logits raw again."""
+"""The array of the teacher's largest logit in each pixel. With it, stored logits become raw logits again."""
 MASK = ("gate", "distill_void", "class_trust", "class_balance")
-"""The settings that weigh the pixels of a teacher's terms."""
+"""The settings that weigh pixels in the terms that learn from a teacher."""
 SCHEDULE = "distill_schedule"
-"""The setting that weighs the terms of a teacher, and pseudo labels of the student itself, over the training."""
+"""The setting that changes the weight of terms during a training: teacher terms, and pseudo labels of the student."""
 
 Share = Annotated[float, Gt(0), Lt(1)]
 Name = Annotated[str, MinLen(1)]
@@ -33,7 +33,12 @@ _ADDED = {
 
 
 class Missing(NamedTuple):
-    """What a cache lacks, and the flag of `kdcache build-teacher-cache` that adds it."""
+    """Something that a loss term needs and a cache lacks.
+
+    Attributes:
+        what: the need, in words.
+        flag: the flag of `kdcache build-teacher-cache` that stores it.
+    """
 
     what: str
     flag: str
@@ -42,26 +47,25 @@ class Missing(NamedTuple):
 @dataclass_transform(frozen_default=True, kw_only_default=True)
 @dataclass(frozen=True, kw_only=True)
 class LossTerm:
-    """One term of a loss. Its fields are its options, as in `[[term]]` of a recipe and in `--term`.
-
-    Raises: RecipeError for an invalid value of an option.
+    """The base class of all loss terms, as settings. Fields are options, as in `--term cosine,weight=0.1`.
 
     Attributes:
-        kind: the term's name.
-        fused: it is computed by `DistillLoss` itself, and set only by flags.
-        learns_from: labels, teacher or predictions.
-        compares: logits, features, similarity, or the task of a regression, such as depth.
-        whole_batch: whether its value is not a mean over the samples of a batch.
-        follows_mix, follows_paste: its data are pasted together with the pixels of a sample of the same stream, of
-            another one.
-        whole_view: it needs whole stored views, so views are replayed and no window moves them.
-        head: the student's head that it compares. Terms of features also have `segmentation`.
-        all_classes: it reads the teacher's logits of all classes.
-        raw_logits: it reads them unnormalised.
-        partly_labelled: it learns from labels, but also runs on data without labels.
-        takes: settings of the training that set it, in addition to its own options.
-        weight: None is automatic (`default_weight`).
-        given: names of the options that were written down, including defaults.
+        kind: the term's name, such as `cosine`.
+        fused: True if the loss kernels compute it, and only flags set it (`ce`, `kl`).
+        learns_from: `labels`, `teacher`, or `predictions` of the student.
+        compares: `logits`, `features`, `similarity` (of features), or `depth`.
+        whole_batch: True if its value is not a mean over samples, so it needs the whole batch at once.
+        follows_mix: True if it works with `--mix`, which pastes pixels of other samples of the same stream.
+        follows_paste: True if it works with pixels pasted from another stream.
+        whole_view: True if it needs whole stored views, without random crops.
+        head: the student's head that it reads.
+        all_classes: True if it needs the teacher's logits of all classes.
+        raw_logits: True if it needs the teacher's raw logits, not only the differences between classes.
+        partly_labelled: True if it learns from labels, but also works on samples without labels.
+        takes: the settings of the training that affect it, in addition to its own options.
+        weight: the factor on it. None uses `default_weight`.
+        given: the names of the options that the user gave.
+    Raises: RecipeError for an invalid value of an option.
     """
 
     kind: ClassVar[str]
@@ -93,81 +97,85 @@ class LossTerm:
 
     @classmethod
     def options(cls) -> tuple[str, ...]:
-        """Return the names of its options."""
+        """Return the names of the term's options."""
         return tuple(entries_of(cls))
 
     def table(self) -> dict[str, Any]:
-        """Return its table of a recipe, for `parse_term`: given options, and those other than the default."""
+        """Return the term as a table `[[term]]` of a recipe: `kind` and option -> value.
+
+        It has the options that the user gave, and options that differ from their default. `parse_term` reverses it.
+        """
         values = {option: getattr(self, option) for option in self.options()}
-        own = {k: v for k, v in values.items() if k in self.given or v != getattr(type(self), k)}
-        return {"kind": self.kind, **{option: value for option, value in own.items() if value is not None}}
+        written = {k: v for k, v in values.items() if k in self.given or v != getattr(type(self), k)}
+        return {"kind": self.kind, **{option: value for option, value in written.items() if value is not None}}
 
     @property
     def default_weight(self) -> float:
-        """The weight of a term with a `weight` of None."""
+        """The weight that is used if `weight` is None."""
         return 1.0
 
     @property
     def active(self) -> bool:
-        """Whether its weight is above 0."""
+        """True if the weight is not 0."""
         return self.weight != 0
 
     @property
     def reads_teacher(self) -> bool:
-        """Whether it learns from a teacher, or from labels in its place."""
+        """True if the term learns from a teacher. With `--teacher labels`, labels replace this teacher."""
         return self.learns_from == "teacher"
 
     @property
     def reads_labels(self) -> bool:
-        """Whether it learns from labels."""
+        """True if the term learns from labels."""
         return self.learns_from == "labels"
 
     @property
     def needs_labels(self) -> bool:
-        """Whether it is active and fails without any label."""
+        """True if the term is active and fails on data without labels."""
         return self.reads_labels and self.active and not self.partly_labelled
 
     @property
     def labels_itself(self) -> bool:
-        """Whether it is active, with pseudo labels from the student or its average in training."""
+        """True if the term is active and learns from pseudo labels of the student or of the student's EMA."""
         return False
 
     @property
     def reads_taps(self) -> bool:
-        """Whether it compares features of student and teacher instead of head outputs."""
+        """True if the term compares features of student and teacher."""
         return self.compares in ("features", "similarity")
 
     @property
     def reads_logits(self) -> bool:
-        """Whether it reads the teacher's logits of segmentation."""
+        """True if the term reads the teacher's segmentation logits."""
         return self.reads_teacher and self.compares == "logits"
 
     @property
     def task(self) -> str:
-        """The task that the term belongs to."""
+        """The task of the term: `segmentation` or `depth`."""
         return self.compares if self.compares in TASKS else SEGMENTATION
 
     @property
     def numeric(self) -> bool:
-        """Whether it compares the numbers of a regression, such as depth."""
+        """True if the term compares numbers, such as depth, instead of classes."""
         return TASKS[self.task].head == "regression"
 
     @property
     def takes(self) -> tuple[str, ...]:
-        """The settings of masks and schedules that it takes."""
+        """The settings for masks and schedules that affect the term, such as `gate`."""
         # Numbers have neither classes nor void pixels.
         mask = MASK if self.reads_teacher and not self.numeric else ()
         return (*mask, SCHEDULE) if self.reads_teacher or self.labels_itself else mask
 
     def arrays(self, manifest: Any) -> tuple[str, ...]:
-        """Return the paths of the arrays that it reads in addition to the packed target. Its taps must be filled in.
+        """Return the paths of those arrays in a cache that the term reads, except the packed logits.
 
-        `manifest` is an open cache's, or None with labels in the teacher's place.
+        `manifest` is the cache's manifest, or None if labels replace the teacher. `teacher_tap` must be known (see
+        `resolved`).
         """
         return (MAXIMUM,) if self.raw_logits and self.reads_logits and manifest is not None else ()
 
     def missing(self, manifest: Any) -> list[Missing]:
-        """Return what a cache lacks for it."""
+        """Return what the term needs and a cache with this manifest lacks."""
         if not self.reads_teacher:
             return []
         lacks = _missing_head(manifest, self.task)
@@ -183,16 +191,22 @@ class LossTerm:
 
     @property
     def in_metres(self) -> bool:
-        """Whether it compares depth in metres, not only its shape."""
+        """True if the term compares depth in metres, not only up to a scale and a shift."""
         return False
 
     def check_unit(self, whose: str, head: Any) -> None:
-        """Check the unit of a head that it compares. Raises: RecipeError."""
+        """Check that a head has values in a unit that the term can compare.
+
+        Args:
+            whose: the owner of the head for the message, such as "the student's".
+            head: the head, with its `unit`.
+        Raises: RecipeError for another unit.
+        """
 
     def check_student(self, heads: Mapping[str, Any]) -> None:
-        """Check that `heads`, of a student in training, have the head that the term compares, with the right kind.
+        """Check that a student has the head that the term reads.
 
-        Raises: RecipeError.
+        `heads` are the student's heads: name -> kind. Raises: RecipeError if the head is missing or of another kind.
         """
         if self.reads_taps:
             return
@@ -209,13 +223,16 @@ class LossTerm:
     def resolved(
         self, manifest: Any, student_taps: Sequence[str], grids: Mapping[str, tuple[int, int]] | None = None
     ) -> Self:
-        """Return the term with its taps filled in, or itself without taps.
+        """Return a copy of the term with its taps chosen. A term that reads no taps is returned unchanged.
 
-        The teacher's tap is the last one in the cache, if possible of the main one. The student's tap is the one with
-        the nearest grid to the teacher's, among equals the one of the same name, else the last. `student_taps` has the
-        most useful last, and `grids` their (h, w) for a whole view. None takes equal ones.
+        Without `teacher_tap`, the cache's last tap is taken. Without `student_tap`, the tap whose grid is nearest to
+        the teacher's is taken, if possible the one of the same name.
 
-        Raises: RecipeError for taps that the cache or the student lacks.
+        Args:
+            manifest: the cache's manifest, or None if labels replace the teacher.
+            student_taps: the student's taps.
+            grids: the (h, w) of each student tap for a whole view. None treats all as equal.
+        Raises: RecipeError if the cache or the student lacks a tap or another need of the term.
         """
         check_terms([self], manifest)
         return self
@@ -226,7 +243,7 @@ TERMS: dict[str, type[LossTerm]] = {}
 
 
 class FeatureTerm(LossTerm):
-    """A term that compares features of student and teacher."""
+    """A base class of loss terms that compare features of student and teacher."""
 
     compares = "features"
     stored: ClassVar[tuple[str, str]] = ("features/{}", "--features {}")
@@ -236,17 +253,17 @@ class FeatureTerm(LossTerm):
     teacher_tap: Name | None = setting(None, "The teacher's tap (default: the cache's last tap).")
 
     def _grid(self, manifest: Any, tap: str) -> tuple[int, int]:
-        """Return (h, w) of what the cache has of a tap."""
+        """Return the (h, w) of a tap's stored features or statistic."""
         stored = manifest.features.get(tap) or next(v for k, v in manifest.statistics.items() if k.endswith(f".{tap}"))
         height, width = stored.size
         return height, width
 
     def offered(self, manifest: Any) -> list[str]:
-        """Return the teacher's taps that it can use, most useful last: summaries come before maps."""
+        """Return the taps in a cache that the term can use. The last is the default."""
         return sorted(manifest.features, key=lambda tap: not is_summary(manifest.features[tap]))
 
     def arrays(self, manifest: Any) -> tuple[str, ...]:
-        """Return the arrays that the term reads. A tap in 8 bits also needs its scales."""
+        """Return the paths of the arrays in a cache that the term reads: features, and the scales of 8-bit ones."""
         if not self.reads_taps:
             return super().arrays(manifest)
         tap = str(self.teacher_tap)
@@ -254,7 +271,10 @@ class FeatureTerm(LossTerm):
         return (f"features/{tap}", *([f"scales/{tap}"] if scaled else []))
 
     def missing(self, manifest: Any) -> list[Missing]:
-        """Return the features or statistics that a cache lacks for it. Raises: RecipeError for an unknown tap."""
+        """Return the features or statistics that the term needs and a cache with this manifest lacks.
+
+        Raises: RecipeError if `teacher_tap` is unknown.
+        """
         if not self.reads_taps:
             return super().missing(manifest)
         offered = self.offered(manifest)
@@ -270,13 +290,23 @@ class FeatureTerm(LossTerm):
         what, flag = (text.format(tap) for text in self.stored)
         what = what if self.teacher_tap else "features of the teacher"
         prefix = f"{name}:" if name else ""
-        own = [each.removeprefix(prefix) for each in dict.fromkeys(offered) if each.startswith(prefix)]
-        return [Missing(f"{what}, but {name or 'the cache'} has {', '.join(own) or 'none'}", flag)]
+        named_taps = [each.removeprefix(prefix) for each in dict.fromkeys(offered) if each.startswith(prefix)]
+        return [Missing(f"{what}, but {name or 'the cache'} has {', '.join(named_taps) or 'none'}", flag)]
 
     def resolved(
         self, manifest: Any, student_taps: Sequence[str], grids: Mapping[str, tuple[int, int]] | None = None
     ) -> Self:
-        """Fill in the taps as `LossTerm` does. Raises: RecipeError for taps that cache or student lack."""
+        """Return a copy of the term with its taps chosen.
+
+        Without `teacher_tap`, the cache's last tap is taken. Without `student_tap`, the tap whose grid is nearest to
+        the teacher's is taken, if possible the one of the same name.
+
+        Args:
+            manifest: the cache's manifest, or None if labels replace the teacher.
+            student_taps: the student's taps.
+            grids: the (h, w) of each student tap for a whole view. None treats all as equal.
+        Raises: RecipeError if the cache or the student lacks a tap or another need of the term.
+        """
         check_terms([self], manifest)
         if not self.reads_taps:
             return self
@@ -300,21 +330,21 @@ class FeatureTerm(LossTerm):
 
 
 def _taps_of(manifest: Any) -> tuple[str, ...]:
-    """Return the taps of a cache's teacher, or () if it is not one of the listed models."""
+    """Return the taps of a cache's teacher, or () if the teacher is not a listed model."""
     spec = getattr(getattr(manifest, "teacher", None), "spec", "")
     return next((tuple(info.taps) for info in list_models(spec) if info.spec == spec), ()) if spec else ()
 
 
 def _split_tap(tap: str, joined: Sequence[str]) -> tuple[str, str]:
-    """Split NAME:TAP of a joined cache, with '' for the main cache. `joined` names the caches, the main one first.
+    """Split NAME:TAP into the name of a joined cache and the tap. The first cache has the name ''.
 
     Raises: RecipeError for an unknown name.
     """
-    name, _, own = tap.rpartition(":")
+    name, _, plain = tap.rpartition(":")
     if name and name in joined[:1]:
         raise RecipeError(
             f"Cannot name the first cache in teacher_tap={tap}: its arrays have no name",
-            fix=f"Write teacher_tap={own}.",
+            fix=f"Write teacher_tap={plain}.",
         )
     if name and name not in joined:
         raise RecipeError(
@@ -322,34 +352,47 @@ def _split_tap(tap: str, joined: Sequence[str]) -> tuple[str, str]:
             + (f"the further caches are {', '.join(joined[1:])}" if joined else "the training has one cache"),
             fix=suggest(name, joined[1:], f"Join it: --cache {name}=CACHE."),
         )
-    return name, own
+    return name, plain
 
 
 def _nearest_grids(grids: Mapping[str, tuple[int, int]], grid: tuple[int, int]) -> list[str]:
-    """Return the taps whose number of cells is nearest to a grid's, by their ratio."""
-    apart = {tap: abs(math.log(math.prod(own) / math.prod(grid))) for tap, own in grids.items()}
+    """Return the taps whose number of elements has the ratio to the grid's that is nearest to 1."""
+    apart = {tap: abs(math.log(math.prod(size) / math.prod(grid))) for tap, size in grids.items()}
     return [tap for tap, distance in apart.items() if math.isclose(distance, min(apart.values()), abs_tol=1e-9)]
 
 
 def is_summary(feature: Any) -> bool:
-    """Return True if a tap of a manifest has one cell, so one vector for each view."""
+    """Return True if a tap's features are one vector per view: their stored size is (1, 1).
+
+    `feature` is the tap's entry in a manifest.
+    """
     return tuple(feature.size) == (1, 1)
 
 
 def entries_of(term: type) -> dict[str, Entry]:
-    """Return the options of a term by name."""
+    """Return the options of a class of loss terms: name -> setting."""
     return entries(term)
 
 
 def untaken(given: Mapping[str, Any], taken: Collection[str]) -> dict[str, Any]:
-    """Return the `given` settings of terms that are not in `taken`, with values. A weight of 0 is always taken."""
+    """Return those settings of loss terms that have no effect: name with underscores -> value.
+
+    Args:
+        given: the settings that the user gave: name -> value.
+        taken: the names of the settings that the terms in use read. A weight of 0 never counts as without effect.
+    """
     named = {name.replace("-", "_"): value for name, value in given.items()}
     idle = {name: value for name, value in named.items() if name not in taken and _takers(name)}
     return {name: value for name, value in idle.items() if not (name.endswith("_weight") and float(value) == 0)}
 
 
 def no_effect(idle: Mapping[str, Any], loss: str) -> RecipeError:
-    """Return the error for settings that no term of a loss takes. `loss` describes the loss."""
+    """Return the error for settings that have no effect, because no term of the loss reads them.
+
+    Args:
+        idle: the settings: name -> value.
+        loss: the loss in words, for the message.
+    """
     owners: dict[str, list[str]] = {}
     for name in idle:
         takers = _takers(name)
@@ -365,7 +408,7 @@ def no_effect(idle: Mapping[str, Any], loss: str) -> RecipeError:
 
 
 def _typed(name: str, value: Any) -> str:
-    """Return a setting as a command has it."""
+    """Return a setting as typed in a command, such as `--kl-weight 0.3`."""
     flag = name.replace("_", "-")
     if isinstance(value, bool):
         return f"--{flag}" if value else f"--no-{flag}"
@@ -377,9 +420,11 @@ def _takers(name: str) -> list[str]:
 
 
 def check_terms(terms: Iterable[LossTerm], manifest: Any) -> None:
-    """Check that a cache has the arrays that some terms read. `manifest` is None with labels in the teacher's place.
+    """Check that a cache has all arrays that some loss terms read.
 
-    Raises: RecipeError that names all build flags that would help.
+    `manifest` is the cache's manifest, or None if labels replace the teacher.
+
+    Raises: RecipeError, with the build flags that store what is missing.
     """
     terms = list(terms)
     if manifest is None:
@@ -415,7 +460,7 @@ def _check_logits_alone(terms: Sequence[LossTerm]) -> None:
 
 
 def _missing_head(manifest: Any, name: str) -> list[Missing]:
-    """Return the head of a task that a cache lacks, or has of another kind."""
+    """Return the head of a task if a cache lacks it or has it with another kind, else []."""
     kind, head = TASKS[name].head, manifest.heads.get(name)
     if head is not None and _kind(head) == kind:
         return []

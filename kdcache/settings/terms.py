@@ -19,20 +19,20 @@ class _OnLabels(LossTerm):
 
 
 class OfLogits(LossTerm):
-    """A term of the teacher's logits with a temperature."""
+    """A base class of loss terms that compare logits with the teacher's, at a temperature."""
 
     temperature: Positive = setting(1.0, "Temperature of both softmaxes.")
 
 
 class Projected(FeatureTerm):
-    """A term of features that projects the student's."""
+    """A base class of loss terms that project the student's features to the teacher's channels."""
 
     standardise: Literal["none", "channels"] = setting("none", "Standardise the teacher's channels.")
     projector: Literal["linear", "mlp"] = setting("linear", "How the student's features are projected.")
 
 
 class PseudoLabels(LossTerm):
-    """A term of hard pseudo labels."""
+    """A base class of loss terms that learn from pseudo labels."""
 
     follows_paste = True
 
@@ -42,8 +42,8 @@ class PseudoLabels(LossTerm):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        chosen = "threshold" in self.given or self.threshold != type(self).threshold
-        if chosen and self.quantile is not None:
+        has_threshold = "threshold" in self.given or self.threshold != type(self).threshold
+        if has_threshold and self.quantile is not None:
             raise RecipeError(
                 f"Cannot choose pseudo labels of {self.kind} by threshold {self.threshold} and by quantile "
                 f"{self.quantile}",
@@ -52,12 +52,12 @@ class PseudoLabels(LossTerm):
 
     @property
     def whole_batch(self) -> bool:  # type: ignore[override]
-        """Whether a quantile depends on the whole batch."""
+        """True if a quantile is set, because it is computed over the whole batch."""
         return self.quantile is not None
 
 
 class Depth(_OnLabels):
-    """A term of depth in metres."""
+    """A base class of loss terms that compare depth with labels or with the teacher's depth."""
 
     compares = head = DEPTH
     follows_mix = follows_paste = True
@@ -66,16 +66,19 @@ class Depth(_OnLabels):
 
     @property
     def learns_from(self) -> str:  # type: ignore[override]
-        """What depth is compared with: labels or the teacher's depth."""
+        """`labels` or `teacher`: the depth that the student's depth is compared with."""
         return self.reference
 
     @property
     def in_metres(self) -> bool:
-        """True: depth is compared in metres."""
+        """Always True: depth is compared in metres."""
         return True
 
     def check_unit(self, whose: str, head: Any) -> None:
-        """Check that a head has metres. Raises: RecipeError."""
+        """Check that a head predicts metres. `whose` names its owner in the message.
+
+        Raises: RecipeError for another unit.
+        """
         if head.unit != METRES:
             raise RecipeError(
                 f"{self.kind} needs depth in metres, but {whose} head {DEPTH} has unit {head.unit!r}",
@@ -84,7 +87,7 @@ class Depth(_OnLabels):
 
 
 class CrossEntropy(_OnLabels):
-    """`ce`, set by flags: cross-entropy with the labels, fused with `kl`, at the label's pixels."""
+    """The loss term `ce`: cross-entropy with the labels, at the label's size. Flags set it, not --term."""
 
     kind = "ce"
     fused = partly_labelled = follows_mix = follows_paste = True
@@ -108,12 +111,12 @@ class CrossEntropy(_OnLabels):
 
     @property
     def takes(self) -> tuple[str, ...]:
-        """The flags that set it."""
+        """The settings of the training that affect the term: its weight and its other options."""
         return ("ce_weight", "label_smoothing", "focal_gamma", "class_weights")
 
 
 class KL(OfLogits):
-    """`kl`, set by flags: divergence from the teacher's classes, fused with `ce`, at the label's pixels."""
+    """The loss term `kl`: KL divergence from the teacher's classes, at the label's size. Flags set it, not --term."""
 
     kind = "kl"
     fused = follows_mix = follows_paste = True
@@ -123,36 +126,39 @@ class KL(OfLogits):
 
     @property
     def takes(self) -> tuple[str, ...]:
-        """The flags that set it, and those of all teacher terms."""
+        """The settings of the training that affect the term: its options, and settings for masks and schedules."""
         return ("kl_weight", "temperature", *super().takes)
 
 
 class Pseudo(PseudoLabels):
-    """Compares the student's classes with the teacher's best at confident pixels."""
+    """The loss term `pseudo`: cross-entropy with the teacher's best class, at pixels where the teacher is confident."""
 
     kind = "pseudo"
     class_weights: Literal["none", "median", "sqrt"] = setting("none", "Weights by how rare a class is among targets.")
 
 
 class Attention(FeatureTerm):
-    """Compares attention maps on the teacher's cells."""
+    """The loss term `at`: the difference between attention maps of student and teacher, on the teacher's grid."""
 
     kind = "at"
     stored = ("the attention map or features of {}", "--statistics at:{}")
     weight: Weight | None = setting(None, "Factor on the term (default: h w / 2 of the teacher's cells).")
 
     def offered(self, manifest: Any) -> list[str]:
-        """Return the taps, those with a stored map last, because a map is smaller than its features."""
+        """Return the taps in a cache that the term can use: with features, then with stored attention maps.
+
+        The last is the default.
+        """
         return super().offered(manifest) + _made_of(manifest, "at")
 
     def arrays(self, manifest: Any) -> tuple[str, ...]:
-        """Return the stored map if there is one, else the features."""
+        """Return the paths of the arrays in a cache that the term reads: the stored attention map, or else features."""
         mapped = self.teacher_tap in _made_of(manifest, "at")
         return (f"statistics/at.{self.teacher_tap}",) if mapped else super().arrays(manifest)
 
 
 class Similarity(FeatureTerm):
-    """Compares which images of the batch are similar, each model on its own cells."""
+    """The loss term `sp`: it compares which images of a batch have similar features."""
 
     kind = "sp"
     compares = "similarity"
@@ -161,7 +167,7 @@ class Similarity(FeatureTerm):
 
 
 class TokenSimilarity(FeatureTerm):
-    """Compares which cells of an image are similar, by stored similarities or features of the teacher."""
+    """The loss term `similarity`: it compares which positions of an image have similar features."""
 
     kind = "similarity"
     compares = "similarity"
@@ -170,18 +176,24 @@ class TokenSimilarity(FeatureTerm):
     temperature: Positive = setting(0.07, "Temperature of both softmaxes.")
 
     def offered(self, manifest: Any) -> list[str]:
-        """Return the taps of maps, those with stored similarities last."""
+        """Return the taps in a cache that the term can use: with features, then with stored similarities.
+
+        Taps with one vector per view are left out. The last is the default.
+        """
         maps = [tap for tap in super().offered(manifest) if not is_summary(manifest.features[tap])]
         return maps + _made_of(manifest, "similarity")
 
     def arrays(self, manifest: Any) -> tuple[str, ...]:
-        """Return the stored similarities if there are any, else the features."""
-        made = self.teacher_tap in _made_of(manifest, self.kind)
-        return (f"statistics/{self.kind}.{self.teacher_tap}",) if made else super().arrays(manifest)
+        """Return the paths of the arrays in a cache that the term reads: stored similarities, or else features."""
+        stored = self.teacher_tap in _made_of(manifest, self.kind)
+        return (f"statistics/{self.kind}.{self.teacher_tap}",) if stored else super().arrays(manifest)
 
 
 class Queue(FeatureTerm):
-    """Compares which of the last images an image is similar to, by summaries (taps of one cell)."""
+    """The loss term `queue`: it compares which recent images are similar to an image.
+
+    It reads taps with one vector per view.
+    """
 
     kind = "queue"
     compares = "similarity"
@@ -191,26 +203,26 @@ class Queue(FeatureTerm):
     length: Annotated[int, Ge(1)] = setting(1024, "Summaries that the ring keeps.")
 
     def offered(self, manifest: Any) -> list[str]:
-        """Return the taps of one cell."""
+        """Return the taps in a cache that have one vector per view. The last is the default."""
         return [tap for tap in super().offered(manifest) if is_summary(manifest.features[tap])]
 
 
 class Hint(Projected):
-    """Compares the student's projected features with the teacher's by their difference, on the teacher's cells."""
+    """The loss term `hint`: the difference between the student's projected features and the teacher's."""
 
     kind = "hint"
     distance: Literal["mse", "smooth-l1"] = setting("mse", "How features are compared.")
 
 
 class Cosine(Projected):
-    """Compares the student's projected features with the teacher's by their cosine, on the teacher's cells."""
+    """The loss term `cosine`: the cosine distance between the student's projected features and the teacher's."""
 
     kind = "cosine"
     weight: Weight | None = setting(2.0, "Factor on the term.")
 
 
 class Channels(FeatureTerm):
-    """Compares where each class (or channel of a tap) is strong, on the teacher's cells."""
+    """The loss term `cwd`: it compares where in the image each class, or each channel of a tap, is strong."""
 
     kind = "cwd"
     all_classes = raw_logits = True
@@ -219,17 +231,17 @@ class Channels(FeatureTerm):
 
     @property
     def compares(self) -> str:  # type: ignore[override]
-        """Features if a tap is named, else logits."""
+        """`features` if a tap is given, else `logits`."""
         return "logits" if self.student_tap is None and self.teacher_tap is None else "features"
 
     @property
     def default_weight(self) -> float:
-        """The weight for logits or for a tap."""
+        """The weight that is used if `weight` is None: 3 for features, 0.15 for logits."""
         return 3.0 if self.reads_taps else 0.15
 
 
 class Relations(OfLogits):
-    """Compares how predictions vary over classes and over cells, on the target's cells."""
+    """The loss term `dist`: correlations between the student's and the teacher's predictions."""
 
     kind = "dist"
     whole_batch = True
@@ -238,7 +250,7 @@ class Relations(OfLogits):
 
 
 class Decoupled(OfLogits):
-    """Compares the target class and the other classes separately, on the target's cells."""
+    """The loss term `dkd`: it compares the labelled class and the other classes separately with the teacher's."""
 
     kind = "dkd"
     all_classes = True
@@ -249,19 +261,19 @@ class Decoupled(OfLogits):
 
 
 class Dice(_OnLabels):
-    """Measures the overlap of predictions and labels by Dice, without a teacher."""
+    """The loss term `dice`: the overlap of predictions and labels, by the Dice coefficient. It needs no teacher."""
 
     kind = "dice"
 
 
 class Lovasz(_OnLabels):
-    """Measures the overlap of predictions and labels by IoU, without a teacher."""
+    """The loss term `lovasz`: the overlap of predictions and labels, by IoU. It needs no teacher."""
 
     kind = "lovasz"
 
 
 class Auxiliary(_OnLabels):
-    """A second cross-entropy, on the auxiliary head. It needs labels, and takes settings of the first one."""
+    """The loss term `auxiliary`: cross-entropy of the auxiliary head with the labels. It needs `--model MODEL+aux`."""
 
     kind = "auxiliary"
     head = AUXILIARY
@@ -270,12 +282,12 @@ class Auxiliary(_OnLabels):
 
     @property
     def takes(self) -> tuple[str, ...]:
-        """The settings of cross-entropy that it shares."""
+        """The settings of the training that affect the term: those that it shares with cross-entropy."""
         return ("label_smoothing",)
 
 
 class Entropy(LossTerm):
-    """Measures how undecided predictions are, without a teacher or labels."""
+    """The loss term `entropy`: the entropy of the student's predictions. It needs neither teacher nor labels."""
 
     kind = "entropy"
     learns_from = "predictions"
@@ -283,7 +295,10 @@ class Entropy(LossTerm):
 
 
 class Consistency(PseudoLabels):
-    """Compares predictions with the confident ones on the weak view."""
+    """The loss term `consistency`: predictions for a strong view learn from confident ones for a weak view.
+
+    The strong view is the same image with stronger augmentation.
+    """
 
     kind = "consistency"
     threshold: Share = setting(0.968, "Least probability of a pseudo label.")
@@ -292,17 +307,17 @@ class Consistency(PseudoLabels):
 
     @property
     def learns_from(self) -> str:  # type: ignore[override]
-        """The teacher if it is stored, else predictions."""
+        """`teacher` if the pseudo labels come from the cache (`by=store`), else `predictions` of the student."""
         return "teacher" if self.by == "store" else "predictions"
 
     @property
     def labels_itself(self) -> bool:
-        """Whether it is active without a stored teacher."""
+        """True if the term is active and its pseudo labels come from the student or the student's EMA."""
         return self.by != "store" and self.active
 
 
 class Adversarial(LossTerm):
-    """Compares predictions on a stream with those on another, by a discriminator."""
+    """The loss term `adversarial`: predictions for one stream should look like another stream's to a discriminator."""
 
     kind = "adversarial"
     learns_from = "predictions"
@@ -313,33 +328,36 @@ class Adversarial(LossTerm):
 
     @property
     def default_weight(self) -> float:
-        """The weight by kind of loss and head."""
+        """The weight that is used if `weight` is None. It depends on `loss` and `head`."""
         return (0.01 if self.loss == "least-squares" else 0.001) * (1 if self.head == SEGMENTATION else 0.2)
 
 
 class DepthL1(Depth):
-    """Compares depth by the absolute error in metres."""
+    """The loss term `depth-l1`: the absolute error of depth in metres."""
 
     kind = "depth-l1"
     weight: Weight | None = setting(0.1, "Factor on the term.")
 
 
 class DepthBerhu(Depth):
-    """Compares depth by the reverse Huber loss in metres."""
+    """The loss term `depth-berhu`: the reverse Huber loss of depth in metres."""
 
     kind = "depth-berhu"
     weight: Weight | None = setting(0.04, "Factor on the term.")
 
 
 class DepthSilog(Depth):
-    """Compares depth by the scale-invariant logarithmic error."""
+    """The loss term `depth-silog`: the scale-invariant logarithmic error of depth."""
 
     kind = "depth-silog"
     weight: Weight | None = setting(0.1, "Factor on the term.")
 
 
 class DepthSsi(Depth):
-    """Compares depth after aligning scale and shift, because many teachers' depths have no unit."""
+    """The loss term `depth-ssi`: the error of depth after scale and shift are aligned.
+
+    So it also learns from teachers whose depth has no unit.
+    """
 
     kind = "depth-ssi"
     weight: Weight | None = setting(0.3, "Factor on the term.")
@@ -348,15 +366,15 @@ class DepthSsi(Depth):
 
     @property
     def in_metres(self) -> bool:
-        """Whether the reference is a label, which is in metres."""
+        """True if the term compares with labels, which are in metres."""
         return self.reads_labels
 
     def check_unit(self, whose: str, head: Any) -> None:
-        """Accept a head of any unit."""
+        """Do nothing: the term compares depth of any unit."""
 
 
 class DepthGradient(Depth):
-    """Compares the edges of depth at four scales."""
+    """The loss term `depth-gradient`: it compares the edges of depth at four scales."""
 
     kind = "depth-gradient"
     weight: Weight | None = setting(0.5, "Factor on the term.")
@@ -368,15 +386,22 @@ METHODS = ("kl", *KINDS)  # of `--method`
 
 
 def parse_term(value: Any) -> LossTerm:
-    """Parse 'cosine,weight=0.1,teacher_tap=layer4', or a table of a recipe. Raises: RecipeError for anything else."""
+    """Return the loss term of a text such as 'cosine,weight=0.1,teacher_tap=layer4', or of a table of a recipe.
+
+    A LossTerm is returned unchanged. Raises: RecipeError for unknown or repeated options, and for invalid values.
+    """
     if isinstance(value, LossTerm):
         return value
     if isinstance(value, str):
         kind, *options = value.split(",")
         pairs: list[tuple[str, Any]] = [("kind", kind), *map(_option, options)]
     else:
-        pairs = [(key, own) for key, own in value.items() if own is not None] if isinstance(value, Mapping) else []
-    named = {str(key).replace("-", "_"): own for key, own in pairs}
+        pairs = (
+            [(key, option_value) for key, option_value in value.items() if option_value is not None]
+            if isinstance(value, Mapping)
+            else []
+        )
+    named = {str(key).replace("-", "_"): option_value for key, option_value in pairs}
     if len(named) < len(pairs):
         raise RecipeError(
             f"A term has an option twice: {', '.join(str(key) for key, _ in pairs)}",
@@ -393,12 +418,18 @@ def parse_term(value: Any) -> LossTerm:
 
 
 def loss_term(kind: str, **options: Any) -> LossTerm:
-    """Make a term by its kind. Raises: RecipeError for an unknown kind, option or value."""
+    """Return a loss term: `loss_term("cosine", weight=0.1)`.
+
+    Raises: RecipeError for an unknown kind or option, or an invalid value.
+    """
     return parse_term({"kind": kind, **options})
 
 
 def parse_method(text: str) -> tuple[LossTerm, ...]:
-    """Parse `none`, or a sum of kinds such as `kl+at`. Raises: RecipeError for unknown or repeated kinds."""
+    """Return the loss terms of a method: 'kl+at' gives two terms with their defaults, and 'none' gives ().
+
+    Raises: RecipeError for an unknown or a repeated term.
+    """
     kinds = [part.strip() for part in text.split("+")]
     if kinds == ["none"]:
         return ()
@@ -418,7 +449,10 @@ def parse_method(text: str) -> tuple[LossTerm, ...]:
 
 
 def auto_method(*, parted: bool) -> str:
-    """Return the method that `auto` means: `kl` if a batch is `parted` (pasted pixels, or parts), else `dist`."""
+    """Return the method that `--method auto` stands for: `kl` if `parted` is True, else `dist`.
+
+    `parted` is True if pixels are pasted between samples, or if a batch is processed in parts.
+    """
     return "kl" if parted else "dist"
 
 
@@ -444,6 +478,6 @@ def _option(text: str) -> tuple[str, Any]:
 
 
 def _made_of(manifest: Any, kind: str) -> list[str]:
-    """Return the taps with a stored statistic of a kind."""
+    """Return the taps in a cache that have a stored statistic of a kind."""
     statistics: Mapping[str, Any] = getattr(manifest, "statistics", {})
     return [name.removeprefix(f"{kind}.") for name in statistics if name.startswith(f"{kind}.")]

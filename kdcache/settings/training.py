@@ -75,7 +75,12 @@ _data = partial(setting, panel=DATA)
 
 
 def parse_terms(value: Any) -> tuple[LossTerm, ...]:
-    """Parse a list of terms, or one. Raises: ValueError for anything else; RecipeError as `parse_term`."""
+    """Return the loss terms of a list, or of a single term: a text, a table of a recipe, or a LossTerm.
+
+    Raises:
+        ValueError: the value is of another type.
+        RecipeError: a term is invalid (see `parse_term`).
+    """
     if not isinstance(value, str | Mapping | list | tuple | LossTerm):
         raise ValueError
     return tuple(map(parse_term, value if isinstance(value, list | tuple) else (value,)))
@@ -95,7 +100,7 @@ Terms = Annotated[
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What to train, and how to follow the training."""
+    """Settings for what to train, and for logs and checkpoints. Each field is a flag."""
 
     verb: Literal["train-teacher", "train-student"] = setting(REQUIRED, "The verb that trains.")
     model: str = setting(
@@ -128,7 +133,7 @@ class Run:
 
 @dataclass(frozen=True, kw_only=True)
 class Data(SourceSettings, ImageSettings, CopySettings):
-    """The samples that a training learns from, and those to validate on."""
+    """Settings for the samples that a training uses, and for the validation data. Each field is a flag."""
 
     cache: Caches | None = _data(
         None,
@@ -176,7 +181,7 @@ class Data(SourceSettings, ImageSettings, CopySettings):
 
 @dataclass(frozen=True, kw_only=True)
 class Loss:
-    """The terms of the loss, and the pixels and samples that they count."""
+    """Settings for the loss terms, and for the pixels and samples that they count. Each field is a flag."""
 
     method: str = _loss(
         "auto",
@@ -232,7 +237,7 @@ class Loss:
 
 @dataclass(frozen=True, kw_only=True)
 class Augmentation:
-    """Random changes that are drawn again for each sample."""
+    """Settings for random changes of images, which are drawn again each time. Each field is a flag."""
 
     augment: Literal["auto", "warp", "replay", "none"] = _view(
         "auto",
@@ -260,7 +265,7 @@ class Augmentation:
 
 @dataclass(frozen=True, kw_only=True)
 class Optimizer:
-    """The steps of a training. Lengths are optimizer steps."""
+    """Settings for the optimizer and the length of a training, in optimizer steps. Each field is a flag."""
 
     iterations: Count | None = _step(None, f"Optimizer steps (default: {DEFAULT_ITERATIONS}).")
     epochs: Count | None = _step(None, "Instead of --iterations: passes over all samples.")
@@ -300,7 +305,7 @@ class Optimizer:
 
 @dataclass(frozen=True, kw_only=True)
 class Machine(MachineSettings):
-    """How the steps run on this machine. Nothing here changes what is learnt."""
+    """Settings for how steps run on this machine. They do not change what is learnt. Each field is a flag."""
 
     step: Literal["auto", "eager", "compiled", "graphed"] = _machine(
         "auto",

@@ -13,22 +13,27 @@ Table = TypeVar("Table")
 
 
 ALL_FLAGS = "--help-all lists all flags."
-"""Where all settings are listed."""
+"""The advice that says where all settings are listed."""
 
 
 @dataclass(frozen=True)
 class Wording:
-    """How errors write a setting: patterns for its name ({flag} or {name}), and for its name with its value."""
+    """How errors write a setting, as patterns. `{flag}` is replaced by `--batch-size`, `{name}` by `batch_size`.
+
+    Attributes:
+        name: the pattern for the setting.
+        typed: the pattern for the setting with its value, which replaces `{value}`.
+    """
 
     name: str
     typed: str
 
     def setting(self, name: str) -> str:
-        """Return the setting without a value, for example --size."""
+        """Return the text for a setting without its value, for example `--size`. `name` has underscores."""
         return self.name.format(name=name, flag=_flag(name))
 
     def given(self, name: str, value: Any) -> str:
-        """Return the setting with its value, for example --size 3."""
+        """Return the text for a setting with its value, for example `--size 3`. `name` has underscores."""
         return self.typed.format(name=name, flag=_flag(name), value=value)
 
 
@@ -36,13 +41,24 @@ FLAGS = Wording("{flag}", "{flag} {value}")
 
 
 def read(table: type[Table], settings: Mapping[str, Any], wording: Wording = FLAGS) -> Table:
-    """Make a table from its settings among `settings`. Raises: RecipeError for the first wrong value."""
+    """Return a table (a dataclass of settings) with checked values.
+
+    Args:
+        table: the dataclass.
+        settings: name with underscores -> value. Names that the table does not have are ignored.
+        wording: how errors write a setting.
+    Raises: RecipeError for the first wrong value.
+    """
     return table(**read_values(settings, table, wording=wording))
 
 
 def read_values(settings: Mapping[str, Any], *tables: type, wording: Wording = FLAGS) -> dict[str, Any]:
-    """Return the checked values of the `settings` that the tables declare. Automatic settings of None are left out.
+    """Return the checked values of settings: name -> value.
 
+    Args:
+        settings: name with underscores -> value.
+        tables: the dataclasses that declare settings. Other names in `settings` are ignored.
+        wording: how errors write a setting.
     Raises: RecipeError for the first wrong value.
     """
     mine = {name: entry for name, entry in entries(*tables).items() if name in settings}
@@ -54,11 +70,14 @@ def read_values(settings: Mapping[str, Any], *tables: type, wording: Wording = F
 
 
 def read_value(entry: Entry, value: Any, wording: Wording = FLAGS, *, strict: bool = False) -> Any:
-    """Return the checked value of one setting, given as text or in its type.
+    """Return the checked value of a setting.
 
-    `strict` accepts numbers only as numbers, and not as text.
-
-    Raises: RecipeError with the values that the setting takes.
+    Args:
+        entry: the setting.
+        value: its value, as text or in its type.
+        wording: how the error writes the setting.
+        strict: True does not accept a text for a number.
+    Raises: RecipeError, which describes the values that the setting takes.
     """
     spelling = entry.spelling
     try:
@@ -69,13 +88,19 @@ def read_value(entry: Entry, value: Any, wording: Wording = FLAGS, *, strict: bo
 
 
 def dump_values(values: Mapping[str, Any], *tables: type) -> dict[str, Any]:
-    """Return the values of tables by name, in the form of recipes."""
+    """Return the values of settings as recipes hold them: name -> TOML value. For example (288, 384) becomes '288x384'.
+
+    `tables` are the dataclasses that declare the settings.
+    """
     table = entries(*tables)
     return {name: _adapter(table[name].hint).dump_python(value, mode="json") for name, value in values.items()}
 
 
 def check_names(given: Collection[str], names: Collection[str]) -> None:
-    """Check that settings have known names. Raises: RecipeError with the replacement, or the nearest name."""
+    """Check that all given settings are known. Names have underscores.
+
+    Raises: RecipeError for an unknown setting, with its replacement or the nearest name.
+    """
     for name in given:
         if name in names:
             continue
@@ -95,9 +120,9 @@ def _invalid(entry: Entry, value: Any, wording: Wording) -> RecipeError:
         rule, example = entry.spelling.rule or rule, entry.spelling.example
     elif words:
         example = words[0]
-    shown = None if example in (None, (), "", MISSING) else wording.given(entry.name, example)
+    example_text = None if example in (None, (), "", MISSING) else wording.given(entry.name, example)
     near = suggest(str(value), words)
-    end = f"for example {shown}" if shown else "or leave it out."
+    end = f"for example {example_text}" if example_text else "or leave it out."
     return RecipeError(
         f"Invalid value of {wording.setting(entry.name)}: {_quoted(value)}",
         fix=f"{near} Give {rule}." if near else f"Give {rule}, {end}",
@@ -105,7 +130,7 @@ def _invalid(entry: Entry, value: Any, wording: Wording) -> RecipeError:
 
 
 def _quoted(value: Any) -> str:
-    """Return a value for an error, with commas between the values of a repeated flag."""
+    """Return a value for an error. Values of a repeated flag are separated by commas."""
     several = isinstance(value, list | tuple) and value and all(isinstance(part, str) for part in value)
     return ", ".join(map(repr, value)) if several else repr(value)
 
