@@ -85,7 +85,9 @@ class JoinedCache(Cache):
             cache.check_files()
 
     def read_into(self, record: int, path: str, out: Array) -> None:
-        """Decode one record of the array `path` into `out`, a C-contiguous array of the record's shape and dtype.
+        """Decode record number `record` of the array `path` into `out`.
+
+        `out` must be a writable C-contiguous array with the record's shape and dtype.
 
         Raises: CorruptError for a damaged file; IndexError for a missing record; StoreError for an unsuitable `out`.
         """

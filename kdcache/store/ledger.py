@@ -92,7 +92,12 @@ R = TypeVar("R", ShardRecord, Completion)
 
 
 class Ledger:
-    """The ledger of a sealed cache: sizes and checksums of all its files. It is read from `place` on first use."""
+    """The ledger of a sealed cache: sizes and checksums of all its files. It is read on first use.
+
+    Args:
+        place: the cache's location.
+        completion: the cache's seal.
+    """
 
     def __init__(self, place: Place, completion: Completion) -> None:
         self.place = place
@@ -166,9 +171,7 @@ def record_key(shard: int) -> str:
 
 
 def publish_shard(place: Place, record: ShardRecord) -> None:
-    """Write a shard's ledger entry. Call it after the shard's files are written.
-
-    From then on the shard counts as finished.
+    """Write the ledger entry `record`, after the shard's files are written. From then on the shard counts as finished.
 
     Raises: StoreError if another worker has already finished the shard with other bytes.
     """
@@ -184,13 +187,16 @@ def publish_shard(place: Place, record: ShardRecord) -> None:
 
 
 def is_of(manifest: Manifest, shard: int, record: ShardRecord) -> bool:
-    """Return True if a ledger entry fits shard number `shard` of this cache: its number, record range and file keys."""
+    """Return True if the ledger entry `record` fits shard number `shard` of the cache with this manifest.
+
+    The shard's number, its range of records and the keys of its files must be equal.
+    """
     keys = {shard_key(spec, shard) for spec in record_arrays(manifest)}
     return (record.shard, record.records, set(record.files)) == (shard, manifest.shard_range(shard), keys)
 
 
 def is_published(place: Place, record: ShardRecord) -> bool:
-    """Return True if the shard's ledger entry on disk exists and equals `record`."""
+    """Return True if the ledger entry on disk for the shard of `record` equals `record`."""
     try:
         return place.read(record_key(record.shard)) == canonical(record)
     except (OSError, ValueError):
@@ -339,5 +345,8 @@ def read_completion(place: Place) -> Completion | None:
 
 
 def canonical(record: ShardRecord) -> bytes:
-    """Return a ledger entry as one line of JSON with sorted keys, in UTF-8. Equal entries give equal bytes."""
+    """Return the ledger entry `record` as one line of JSON with sorted keys, in UTF-8.
+
+    Equal entries give equal bytes.
+    """
     return (json.dumps(record.model_dump(mode="json"), sort_keys=True) + "\n").encode()

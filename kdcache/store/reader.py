@@ -157,7 +157,7 @@ class Cache:
             )
 
     def column(self, name: str) -> Array:
-        """Return the array `records/<name>` of all R records, (R, ...), such as `flip` or `window`.
+        """Return the array `records/NAME` of all R records, (R, ...), where NAME is `name`, such as "flip" or "window".
 
         Raises: CorruptError for a damaged file; StoreError if there is no such array.
         """
@@ -176,8 +176,9 @@ class Cache:
         return {task: np.not_equal(bits & bit, 0) for task, bit in LABEL_BITS.items()}
 
     def read(self, record: int, paths: Sequence[str]) -> dict[str, Array]:
-        """Read one record of several arrays, and return path -> new array with the record's shape and dtype.
+        """Read record number `record` of the arrays `paths`, such as "features/stage4".
 
+        Returns: path -> new array with the shape and dtype of one record.
         Raises: CorruptError if a file fails its checksum; StoreError if there is no such array.
         """
         rows = {}
@@ -188,7 +189,9 @@ class Cache:
         return rows
 
     def read_into(self, record: int, path: str, out: Array) -> None:
-        """Decode one record of the array `path` into `out`, a C-contiguous array of the record's shape and dtype.
+        """Decode record number `record` of the array `path` into `out`.
+
+        `out` must be a writable C-contiguous array with the record's shape and dtype.
 
         Raises: CorruptError for a damaged file, which leaves `out` undefined; IndexError for a missing record;
             StoreError for an unsuitable `out`.
@@ -201,7 +204,9 @@ class Cache:
             self._array(path).read_into(record, out)
 
     def feature(self, record: int, tap: str) -> Array:
-        """Return one record's features of a tap, (c, h, w): float16, or float32 if the cache stores them in 8 bits.
+        """Return the features of the tap `tap` for record number `record`, (c, h, w).
+
+        They are float16, or float32 if the cache stores them in 8 bits.
 
         Raises: CorruptError for a damaged file; StoreError if the cache does not have the tap.
         """
@@ -237,7 +242,7 @@ class Cache:
 
             losses = DistillLoss(cache, ce_weight=0)(logits, cache.targets_for(ids, windows, flips), labels=masks)
 
-        The targets of the whole images are moved as `CacheDataset(augment="warp")` moves them.
+        The loss moves the whole image's targets with each crop, as `CacheDataset(augment="warp")` does.
 
         Args:
             ids: ids of B samples, such as a list from a batch.
@@ -245,8 +250,8 @@ class Cache:
                 lists. They may reach beyond the image. None is the whole view.
             flips: (B,), whether your augmentation mirrored each crop left to right. None mirrors nothing.
             heads: the heads to read. None reads all.
-            depth_zoom: what a zooming crop does to depth in metres: "divide" by the zoom, or "keep". None forbids
-                zooming.
+            depth_zoom: what happens to depth in metres in a zooming crop: "divide" by the zoom, or "keep". None forbids
+                zooming if a head is in metres.
 
         Raises:
             DataError: unknown ids or invalid windows.
@@ -347,15 +352,15 @@ def open_cache(
     (32, 7, (48, 64))
 
     Args:
-        location: its folder, or an address such as s3://bucket/prefix.
+        location: the cache's folder, or an address such as s3://bucket/prefix.
         cache_dir: folder for local copies of remote shards. Default: kdcache in the user's cache folder.
         cache_bytes: maximum size of these copies in bytes. Default: half of the free space of that disk.
 
     Raises:
-        IncompleteError: the build is not finished. The message says how many shards are.
+        IncompleteError: the build is not finished. The message gives the number of finished shards.
         CorruptError: the seal, or metadata that it covers, was changed.
-        VersionError: its format, or the layout of an array, is not supported.
-        StoreError: it is not a cache.
+        VersionError: the cache's format, or the layout of an array, is not supported.
+        StoreError: there is no cache at the location.
     """
     place = open_place(location, None if cache_dir is None else Path(cache_dir), cache_bytes)
     manifest = read_manifest(place)
@@ -368,7 +373,7 @@ def open_cache(
 
 
 def require_complete(place: Place, manifest: Manifest) -> ledger.Completion:
-    """Return the seal of a finished cache.
+    """Return the seal of the finished cache at `place`, whose manifest is `manifest`.
 
     Raises: IncompleteError with the number of finished shards if there is no seal; CorruptError for a damaged seal.
     """
@@ -418,7 +423,7 @@ def store_exists(location: str | Path | Place) -> bool:
 
 
 def read_manifest(location: str | Path | Place) -> Manifest:
-    """Return the manifest of a cache, finished or not.
+    """Return the manifest of the cache at `location`, finished or not.
 
     Raises: StoreError if there is no cache; CorruptError for a damaged manifest; VersionError for an unsupported
         format.
@@ -435,7 +440,7 @@ def read_manifest(location: str | Path | Place) -> Manifest:
 
 
 def begun_manifest(location: str | Path | Place) -> Manifest | None:
-    """Return the manifest of a cache, finished or not, or None if there is no cache.
+    """Return the manifest of the cache at `location`, finished or not, or None if there is no cache.
 
     If zarr.json is damaged, the spare copy is read. If both are damaged, the result is None.
     """

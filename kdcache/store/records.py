@@ -76,11 +76,11 @@ class Records:
             )
 
     def sample(self, record: int) -> str:
-        """Return the id of the sample that the record shows."""
+        """Return the id of the sample that record number `record` shows."""
         return self.cache.ids[record // self.cache.manifest.view.views_per_sample]
 
     def pixels(self, record: int) -> Array:
-        """Return the view's pixels, uint8 (H, W, 3).
+        """Return the pixels of record number `record`, uint8 (H, W, 3).
 
         Raises: CorruptError for a damaged cache; DataError for an image that cannot be read; MismatchError for an image
             that no longer renders to the pixels that the teacher saw.
@@ -90,7 +90,7 @@ class Records:
         return self._checked_view(record)[0]
 
     def label(self, record: int, task: str = SEGMENTATION) -> Array:
-        """Return the view's label for a task.
+        """Return the label of record number `record` for the task `task`, "segmentation" or "depth".
 
         Returns: uint8 (H, W) with 255 for void, or for depth float32 (H, W) in metres with NaN for unknown.
         Raises: CorruptError for a damaged cache; DataError for a label that cannot be read; MismatchError for an image
@@ -103,7 +103,7 @@ class Records:
         return self._checked_view(record)[1]
 
     def target(self, record: int, head: str = SEGMENTATION) -> dict[str, Array]:
-        """Return the stored target of a head by part.
+        """Return the stored target of the head `head` for record number `record`, by name of its part.
 
         Returns: for segmentation `values` float16 (k, h, w), and for top-k also `indices` (k, h, w) and `tail` (h, w).
             For a numeric head `values` (c, h, w) in the head's unit, float16 or float32.
@@ -119,7 +119,7 @@ class Records:
         return {path.rsplit("/", 1)[1]: row for path, row in rows.items()}
 
     def window(self, record: int) -> tuple[Window, bool]:
-        """Return the record's window in pixels of its image, and whether the view is mirrored.
+        """Return the window of record number `record` in pixels of its image, and whether the view is mirrored.
 
         This needs a data set.
         """
@@ -155,9 +155,9 @@ class Records:
         return RENDERERS[task](numbers, window, flip=flip, size=self.cache.view_size, zoom=zoom)
 
     def is_same(self, record: int, pixels: Array) -> bool:
-        """Return True if `pixels`, uint8 (H, W, 3), have the checksum of the view that the teacher saw.
+        """Return True if `pixels`, uint8 (H, W, 3), are the pixels that the teacher saw for record number `record`.
 
-        This needs a data set.
+        Their checksums are compared. This needs a data set.
         """
         return pixel_checksum(pixels) == int(self._checksums[record])
 

@@ -25,7 +25,10 @@ SPARE = "manifest.json"
 
 
 def spare_of(root: bytes) -> bytes:
-    """Return the content of the spare copy, `manifest.json`, for the content of the cache's top-level zarr.json."""
+    """Return the content of the spare copy, `manifest.json`.
+
+    `root` is the content of the cache's top-level zarr.json.
+    """
     content = {"sha256": hashlib.sha256(root).hexdigest(), ROOT: root.decode()}
     return (json.dumps(content, indent=1, sort_keys=True) + "\n").encode()
 
@@ -76,9 +79,10 @@ def check_metadata(place: Place, completion: Completion, keys: Iterable[str]) ->
 
 
 def is_intact(place: Place, completion: Completion | None) -> bool:
-    """Return True if the cache's top-level zarr.json can be trusted.
+    """Return True if the top-level zarr.json of the cache at `place` can be trusted.
 
-    This is so if the spare copy is intact, or if the seal has the file's digest, or if there is no seal.
+    This is so if the spare copy is intact, if the seal `completion` has the file's digest, or if there is no seal
+    (None).
     """
     root = read_or_none(place, ROOT, MAX_JSON_BYTES) or b""
     sealed = None if completion is None else completion.metadata.get(ROOT)

@@ -18,7 +18,7 @@ def evenly_spread(total: int, most: int) -> list[int]:
 
 
 def spread_samples(source: Cache, count: int) -> list[int]:
-    """Return the indices of `count` samples, evenly spread over the cache.
+    """Return the indices of `count` samples, evenly spread over the cache `source`.
 
     Raises: StoreError if `count` is below 1 or above the number of samples.
     """

@@ -16,11 +16,13 @@ from kdcache.store.format.codec import Array
 
 @dataclass(frozen=True)
 class SampleTargets:
-    """The stored targets of B samples, moved to your augmentation's crops. Give them to `DistillLoss` with your labels.
+    """The stored targets of B samples, with the part of each view that your augmentation shows.
+
+    Give them to `DistillLoss` together with your labels.
 
     Attributes:
-        arrays: path, such as `targets/segmentation/values` -> stored array of the B samples, (B, ...).
-        window: float64 (B, 4), edges (y0, x0, y1, x1) of the crops in pixels of the stored views.
+        arrays: path, such as `targets/segmentation/values` -> stored array of the B samples' whole views, (B, ...).
+        window: float64 (B, 4), edges (y0, x0, y1, x1) of your crops in pixels of the stored views.
         flip: bool (B,), whether the crop is mirrored left to right.
         inside: float64 (B, 4), edges of the part of each stored view that shows the image. The rest is grey. None means
             that the whole view shows the image.

@@ -48,8 +48,12 @@ _POLL_SECONDS = 0.5  # between checks of the shards of others
 class StoreWriter:
     """Writes the shards of one cache. Use `open_writer`, which creates or continues the cache.
 
+    Args:
+        place: the cache's location.
+        manifest: the manifest on disk.
+        worker: this process's part of the build.
+
     Attributes:
-        manifest: the manifest on disk. Its `created` is the time of the first build.
         finished: numbers of the shards that are finished on disk.
         repaired: the manifest's note on shards that this build writes again with other library versions, or None.
     """
@@ -132,7 +136,7 @@ class StoreWriter:
         return ShardRecord(shard=shard, records=self.manifest.shard_range(shard), files=files)
 
     def finish(self, record: ShardRecord) -> None:
-        """Write a shard's ledger entry after its files are written, and release the claim.
+        """Write the ledger entry `record`, after the shard's files are written, and release the claim.
 
         The shard then counts as finished.
 
@@ -408,16 +412,16 @@ def _another(place: Place, differences: Sequence[str], *, intact: bool = True) -
 
 
 class Encoder:
-    """Encodes arrays into the bytes of shard files, and decodes them, in memory."""
+    """Encodes the arrays of a cache into the bytes of shard files, and decodes them, in memory."""
 
     def __init__(self, manifest: Manifest) -> None:
         self._files: dict[str, Any] = {}
         self._arrays = create_arrays(_new_group(self._files, manifest), manifest, ())
 
     def encode(self, spec: ArraySpec, shard: int, rows: Array) -> bytes:
-        """Return the bytes of an array's shard file.
+        """Return the bytes of the file of shard number `shard` of the array `spec`.
 
-        `rows` holds all records of shard number `shard`, in the array's dtype.
+        `rows` holds all records of the shard, in the array's dtype.
         """
         array: Any = self._arrays[spec.path]
         first = shard * array.shards[0]
@@ -431,7 +435,10 @@ class Encoder:
         return content
 
     def decode(self, spec: ArraySpec, shard: int, content: bytes) -> Array | None:
-        """Return the records in the content of an array's shard file, or None if its checksums are wrong."""
+        """Return the records in `content`, the bytes of the file of shard number `shard` of the array `spec`.
+
+        Returns None if the checksums in `content` are wrong.
+        """
         array: Any = self._arrays[spec.path]
         first = shard * array.shards[0]
         key = shard_key(spec, shard)

@@ -15,6 +15,8 @@ from kdcache.tasks import DEPTH
 def check_data(sweep: Sweep) -> None:
     """Check before any training that the data of all streams of a sweep have the same classes as the validation data.
 
+    Streams with a class map are not compared.
+
     Raises: MismatchError for other classes; DataError for a stream without the labels that its loss needs, or with data
         that cannot be opened.
     """

@@ -32,6 +32,8 @@ _REPEATED = "build-teacher-cache"
 class Inputs:
     """The digests of the inputs of a sweep's jobs, kept in its folder. They show which jobs must run again.
 
+    A job's inputs are its command, its data sets, and the results of the jobs that it needs.
+
     Raises: MismatchError if a data set has changed since the sweep was first run; DataError if it cannot be opened;
         RecipeError for a damaged inputs.json.
     """
@@ -123,7 +125,7 @@ def is_done(job: Job) -> bool:
 
 
 def without_folders(words: Sequence[str]) -> list[str]:
-    """Return a job's command without the folders of its data sets.
+    """Return `words`, a job's command, without the folders of its data sets.
 
     Folders may be renamed. The contents of the data sets are compared instead.
     """

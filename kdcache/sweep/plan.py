@@ -114,7 +114,7 @@ def plan_sweep(
 
 
 def data_of_streams(recipe: Recipe, sources: Mapping[str, str]) -> dict[str, str]:
-    """Return the name of each stream -> its data set, for the streams that all arms share.
+    """Return the data set of each stream that all arms share, by the stream's name.
 
     `sources` maps names of streams to data sets that replace the recipe's own.
 

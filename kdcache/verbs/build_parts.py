@@ -229,9 +229,9 @@ def _shown(value: Any) -> str:
 
 
 def reuse_notes(earlier: Cache, source: Split) -> Iterator[str]:
-    """Yield texts about what has changed since an earlier cache was built.
+    """Yield texts about what has changed since the cache `earlier` was built.
 
-    They name changes of its data set, and of the library that decodes images.
+    They name changes of the data set `source`, and of the library that decodes images.
     """
     renewed = data_changes(earlier, source)
     yield from renewed.notes()

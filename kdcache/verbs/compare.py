@@ -58,9 +58,9 @@ def compare(
 def places_of(
     runs: str | Path | Run | Sequence[str | Path | Run], data: Data | None, split: str | None
 ) -> tuple[list[str], str | None, str | None]:
-    """Return the names of the runs, the data set's spec, and the name of its split.
+    """Convert the arguments of `compare` to texts: the names of the runs, the data set's spec, and the split's name.
 
-    The spec and the split are None if they are not given.
+    Spec and split are None if `data` and `split` are None. A split in `data` also gives the name.
 
     Raises: RecipeError for a split that is only a part of its data set.
     """
@@ -72,7 +72,7 @@ def places_of(
 
 
 def judging_of(settings: Mapping[str, Any]) -> EvalSettings:
-    """Return how runs are evaluated, and set torch's number of threads.
+    """Convert settings to the settings of an evaluation, and set torch's number of threads.
 
     `settings` maps names of settings to values.
 
@@ -94,7 +94,7 @@ def judging_of(settings: Mapping[str, Any]) -> EvalSettings:
 
 
 def options_of(settings: Mapping[str, Any]) -> CompareOptions:
-    """Return how runs are compared, and set torch's number of threads.
+    """Convert settings to the options of a comparison, and set torch's number of threads.
 
     `settings` maps names of settings to values.
 

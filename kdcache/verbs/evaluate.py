@@ -86,12 +86,12 @@ class Evaluated:
 
     @property
     def segmentation(self) -> Metrics | None:
-        """The segmentation metrics on the first data set, such as mIoU, or None."""
+        """The segmentation metrics on the first data set, such as mIoU, or None without a segmentation head."""
         return self.metrics.segmentation
 
     @property
     def depth(self) -> DepthMetrics | None:
-        """The depth metrics on the first data set, or None."""
+        """The depth metrics on the first data set, or None without a depth head."""
         return self.metrics.depth
 
 

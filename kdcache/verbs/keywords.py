@@ -52,9 +52,9 @@ def _type(entry: Entry) -> Any:
 
 
 def default_of(entry: Entry) -> Any:
-    """Return a setting's default as a keyword. None stands for a default that depends on the data or the machine.
+    """Return a setting's default value as a keyword of a function.
 
-    A required setting has the default `inspect.Parameter.empty`.
+    It is None if the default depends on the data or the machine, and `inspect.Parameter.empty` for a required setting.
     """
     return Parameter.empty if entry.required else None if entry.setting.automatic else entry.default
 

@@ -29,9 +29,10 @@ def place_of(cache: str | Path | Cache, cache_dir: str | Path | None, cache_byte
 
 
 def copies_of(cache_dir: str | Path | None, cache_bytes: Any) -> tuple[Path | None, int | None]:
-    """Return the folder for local copies of remote files as a path, and its maximum size in bytes as an integer.
+    """Return `cache_dir` as a path and `cache_bytes` as an integer.
 
-    None stands for the default, in arguments and results. `cache_bytes` may be a text such as "50GiB".
+    They are the folder for local copies of remote files, and its maximum size. None stands for the default.
+    `cache_bytes` may be a number of bytes, or a text such as "50GiB".
 
     Raises: RecipeError for an invalid size.
     """

@@ -88,19 +88,17 @@ def plan(
     Args:
         data: the data set, as in `kdcache.build_cache`.
         teacher: the teacher, as in `kdcache.build_cache`.
-        out: the place for the cache. Only its free space is read.
-        split: the split, as in `kdcache.build_cache`.
+        out: the folder or address for the cache. Only its free space is read.
+        split: name of the split. Default: train.
         measure_disk: also write at most 2 GB to the disk of `out`, measure its speed, and delete them.
         records: number of records to measure. More make the estimate more precise.
         student: model spec of a student. Its training is then also estimated, with the cache and with a live teacher.
         epochs: length of the student's training, in passes over the images.
         progress: show progress bars, or lines without a terminal.
         settings: the other settings of `kdcache.build_cache`, such as `size`, `views` and `top_k`.
-
-    Returns:
-        The cost. `estimate.chosen.bytes` and `estimate.chosen.seconds` belong to the whole cache. `free` is the
+    Returns: the cost. `estimate.chosen.bytes` and `estimate.chosen.seconds` belong to the whole cache. `free` is the
         free space at `out` in bytes.
-    Raises: KDCacheError of every kind.
+    Raises: KDCacheError, the base class of all errors of kdcache.
     """
     check_views(settings)
     values = checked(plan, settings, *TABLES)

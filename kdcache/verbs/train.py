@@ -44,7 +44,7 @@ def train(
     >>> run.recipe["iterations"]
     2
 
-    With the setting `cache` it trains a student, without it a teacher.
+    With the setting `cache`, or a stream that has a cache, it trains a student. Otherwise it trains a teacher.
 
     Args:
         out: the run folder. It must be new or empty, or with `resume` an earlier run.

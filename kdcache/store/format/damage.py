@@ -12,9 +12,9 @@ AGAIN = f"Run {_COMMAND} again"
 
 
 def without_spare(error: KDCacheError, store: object) -> KDCacheError:
-    """Return the same error with another fix: zarr.json is damaged and no spare copy exists to restore it.
+    """Return a copy of `error` whose fix says that zarr.json is damaged and has no spare copy.
 
-    `store` is the cache's path or address.
+    `store` is the cache's path or address, for the fix.
     """
     before = error.fix.partition(AGAIN)[0]
     return type(error)(f"{error.problem}, and zarr.json has no spare copy", fix=before + restored(store))
@@ -29,9 +29,13 @@ def restored(store: object) -> str:
 
 
 def damaged(file: object, what: str) -> CorruptError:
-    """Return the error for a damaged shard file. `what` says what is wrong with it.
+    """Return the error for a damaged shard file.
 
     The error's fix is to run the build or copy again, which writes the file again. In an object store, delete it first.
+
+    Args:
+        file: path or address of the file.
+        what: what is wrong with it, such as "the file is missing".
     """
     return CorruptError(
         f"Damaged cache file {file}: {what}",
@@ -47,9 +51,13 @@ def fix_of_files(*, remote: bool) -> str:
 
 
 def damaged_metadata(file: object, what: str = "it was changed or removed") -> CorruptError:
-    """Return the error for a damaged manifest, id file, ledger or seal. `what` says what is wrong with it.
+    """Return the error for a damaged manifest, id file, ledger or seal.
 
     The error's fix is to run the build again, which writes this file again.
+
+    Args:
+        file: path or address of the file.
+        what: what is wrong with it.
     """
     return CorruptError(f"Damaged cache file {file}: {what}", fix=f"{AGAIN}: it writes this file again.")
 
@@ -57,10 +65,16 @@ def damaged_metadata(file: object, what: str = "it was changed or removed") -> C
 def unreadable(
     file: object, what: str, error: Exception, damage: Callable[[object, str], CorruptError] = damaged
 ) -> KDCacheError:
-    """Return the error for a file that could not be read because of `error`.
+    """Return the error for a file that could not be read.
 
-    The result is a StoreError if this process may not open the file or has too many open files. Otherwise the file
-    counts as damaged, and the result is `damage(file, what)` with the text of `error` added.
+    It is a StoreError if this process may not open the file or has too many open files. Otherwise the file counts as
+    damaged.
+
+    Args:
+        file: path or address of the file.
+        what: what is wrong with it, such as "the shard cannot be opened".
+        error: the exception that was raised.
+        damage: returns the error for a damaged file, given `file` and a text.
     """
     number = getattr(error, "errno", None)
     if number in _OURS:
@@ -71,8 +85,14 @@ def unreadable(
 
 
 def unreadable_metadata(file: object, error: Exception, what: str = "it was changed or removed") -> KDCacheError:
-    """Return the error for a manifest, id file, ledger or seal that could not be read because of `error`.
+    """Return the error for a manifest, id file, ledger or seal that could not be read.
 
-    The result is a StoreError if this process may not open the file, otherwise `damaged_metadata(file, what)`.
+    It is a StoreError if this process may not open the file or has too many open files. Otherwise the file counts as
+    damaged.
+
+    Args:
+        file: path or address of the file.
+        error: the exception that was raised.
+        what: what is wrong with the file.
     """
     return unreadable(file, what, error, damaged_metadata)

@@ -107,9 +107,13 @@ def quantise(maps_Rchw: Array) -> tuple[Array, Array]:
 
 
 def restore(bytes_Rchw: Array, scales_R2c: Array) -> Array:
-    """Return float32 features (R, c, h, w) from the bytes and scales of `quantise`.
+    """Return float32 features (R, c, h, w) from the results of `quantise`.
 
     For a single record, leave the dimension R out of both arguments.
+
+    Args:
+        bytes_Rchw: uint8 (R, c, h, w).
+        scales_R2c: float16 (R, 2, c): the value of byte 0, then the step per byte.
     """
     low, step = np.moveaxis(scales_R2c.astype(np.float32), -2, 0)[..., None, None]
     restored: Array = low + bytes_Rchw.astype(np.float32) * step
@@ -152,9 +156,11 @@ class Loss:
         self._sums: tuple[Array, Array] | None = None
 
     def add(self, map_chw: Array, kept_chw: Array | None = None) -> None:
-        """Add one record: the teacher's features and the stored ones, both (c, h, w) and finite.
+        """Add one record.
 
-        If `kept_chw` is None, the stored features are computed by `quantise`.
+        Args:
+            map_chw: the teacher's features (c, h, w), finite.
+            kept_chw: the stored features (c, h, w). None computes them from `map_chw`.
         """
         self.beyond = self.beyond or bool(np.abs(map_chw).max() > _LARGEST)
         exact_cn = map_chw.reshape(len(map_chw), -1).astype(np.float64)

@@ -32,13 +32,20 @@ class Manifest(parts.Part):
     """A cache's description: its teacher, data set, views, heads and arrays, and how it was built.
 
     Attributes:
+        format: always "kdcache".
+        version: version of the cache format, 1 to 3.
         created: time of the first build, in ISO 8601.
         created_by: program and version, such as "kdcache 0.1.0".
         records: total number of records.
+        dataset: the split that the teacher predicted.
         depth: the depth labels, or None if the cache has neither depth labels nor a head in metres.
+        view: how views are rendered.
         heads: head name -> stored output of the teacher.
         features: tap name -> shape and dtype of the stored features.
         statistics: name, such as `at.stage4` -> small map computed from a tap.
+        teacher: the identity of the teacher.
+        build: settings and environment of the build.
+        codec: how arrays are compressed.
         fidelity: what storing the logits loses, or None if it was not measured.
         feature_fidelity: tap name -> what storing it in 8 bits loses. Empty if it was not measured.
         repairs: shards that were computed again with other library versions than `build` lists.

@@ -259,6 +259,13 @@ class Build(Part):
     """The build settings and the environment that determine a cache's exact bytes.
 
     They must stay the same when an interrupted build continues.
+
+    Attributes:
+        batch_size: number of images per forward pass of the teacher.
+        shard_records: number of records in a shard.
+        device: name of the GPU, or `cpu`.
+        threads: number of torch's CPU threads.
+        libraries: library name -> version.
     """
 
     batch_size: Annotated[int, Field(ge=1)]
@@ -340,7 +347,7 @@ def part_differences(title: str, one: Part, other: Part, but: Collection[str] = 
 
 
 def unlike(one: Any, other: Any) -> str:
-    """Return "A against B" for two unequal values, for messages.
+    """Return the text "ONE against OTHER" for two unequal values, for messages.
 
     For dicts, parts of a manifest and long tuples, the text has only the items that differ.
     """

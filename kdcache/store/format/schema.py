@@ -128,12 +128,15 @@ def record_arrays(manifest: Manifest) -> list[ArraySpec]:
 
 
 def chunk_records(spec: ArraySpec, manifest: Manifest) -> int:
-    """Return the number of records in one chunk of the array: a full shard for small records, otherwise 1."""
+    """Return the number of records in one chunk of the array `spec`.
+
+    This is a full shard for small records, otherwise 1.
+    """
     return manifest.build.shard_records if spec.record_bytes <= SMALL_BYTES else 1
 
 
 def create_arrays(group: zarr.Group, manifest: Manifest, ids: Sequence[str]) -> dict[str, zarr.Array[Any]]:
-    """Create all arrays of a new cache in an empty Zarr group, and write the sample ids.
+    """Create all arrays of a new cache in the empty Zarr group `group`, and write the sample ids `ids`.
 
     Returns: path -> array, for each array with one row per record.
     """
@@ -169,7 +172,7 @@ def metadata_keys(manifest: Manifest) -> list[str]:
 
 
 def shard_key(spec: ArraySpec, shard: int) -> str:
-    """Return the key of an array's shard file, such as `records/window/c/3/0`."""
+    """Return the key of the file of shard number `shard` of an array, such as `records/window/c/3/0`."""
     return "/".join([spec.path, "c", str(shard), *("0" for _ in spec.shape)])
 
 

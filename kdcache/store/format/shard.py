@@ -82,7 +82,7 @@ class ShardArray:
         return ShardArray, (self.path, self._open_shard, self._name)
 
     def read_into(self, record: int, out: Array) -> None:
-        """Decode one record into `out`, a writable C-contiguous array with the record's shape and dtype.
+        """Decode record number `record` into `out`, a writable C-contiguous array with the record's shape and dtype.
 
         Raises:
             CorruptError: the shard file is damaged. The content of `out` is then undefined.
@@ -113,7 +113,7 @@ class ShardArray:
         return np.concatenate(parts)
 
     def bytes_of(self, record: int) -> float:
-        """Return the number of bytes that a record takes on disk.
+        """Return the number of bytes that record number `record` takes on disk.
 
         If a chunk holds several records, this is the mean over them.
 

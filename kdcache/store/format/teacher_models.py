@@ -202,6 +202,9 @@ class Fingerprint(Part):
         return differences
 
     def without_folders(self) -> "Fingerprint":
-        """Return the fingerprint with local folders removed from all specs. Caches of earlier versions contain them."""
+        """Return the fingerprint with local folders removed from all specs.
+
+        Caches of earlier versions have specs with folders.
+        """
         members = tuple(member.model_copy(update={"spec": bare(member.spec)}) for member in self.members)
         return self.model_copy(update={"spec": bare(self.spec), "members": members})

@@ -74,7 +74,7 @@ class Audit:
         confused: the 10 most confused pairs of classes, the largest share first.
         coverage: for each confidence in THRESHOLDS, the pixels with at least that confidence.
         quality: for each confidence in THRESHOLDS, the pseudo labels compared with labels. Empty without labels.
-        gradient: the gradient error if fewer classes were kept.
+        gradient: the error of the KL gradient if the cache kept fewer classes.
         worst: the images with the lowest mIoU, the lowest first.
     """
 
@@ -92,7 +92,10 @@ class Audit:
     worst: tuple[Scored, ...]
 
     def coverage_at(self, threshold: float) -> Coverage:
-        """Return the coverage at `threshold`, which must be one of THRESHOLDS."""
+        """Return the number of pixels of each class whose confidence is at least `threshold`.
+
+        `threshold` must be one of THRESHOLDS, such as 0.7 or 0.9.
+        """
         return self.coverage[THRESHOLDS.index(threshold)]
 
     def confused_with(self, label: int) -> Confused | None:

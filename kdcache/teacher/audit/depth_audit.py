@@ -170,9 +170,9 @@ def audit_regression(
 
 
 def map_at_view(records: Records, record: int, name: str) -> Tensor:
-    """Return the first channel of a stored numeric head at view size, float32 (H, W) in the head's unit.
+    """Return the first channel of the numeric head `name` for record number `record`, resized to the view.
 
-    `name` is the head's name.
+    Returns: float32 (H, W) in the head's unit.
     """
     head = records.cache.manifest.regressions[name]
     values_chw = torch.from_numpy(records.target(record, name)["values"]).float()
@@ -186,7 +186,7 @@ def map_at_view(records: Records, record: int, name: str) -> Tensor:
 
 
 def depth_label(records: Records, record: int) -> Array | None:
-    """Return a record's depth label, or None if its sample does not have one.
+    """Return the depth label of record number `record`, or None if its sample does not have one.
 
     Returns: float32 (H, W) in metres, with NaN for unknown depth.
     """

@@ -49,7 +49,7 @@ def check_report_folder(folder: Path) -> None:
 
 
 def write_report(whole: StoreAudit, records: Records, folder: Path) -> list[Path]:
-    """Write an audit's report.json and its pictures, and return the paths of the pictures.
+    """Write report.json and pictures of the audit `whole` into `folder`, and return the paths of the pictures.
 
     They replace an earlier report in `folder`, after all pictures are drawn.
 

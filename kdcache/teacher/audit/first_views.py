@@ -56,7 +56,7 @@ class Whole:
 def whole_records(cache: Cache) -> list[int]:
     """Return the record number of each sample's first view.
 
-    It shows the whole image, unless the cache has only crops.
+    The first view shows the whole image, unless the cache has only crops.
     """
     return [cache.manifest.record(sample) for sample in range(cache.manifest.dataset.samples)]
 
@@ -96,7 +96,10 @@ def read_wholes(records: Records, *, labels: bool = True) -> Iterator[Whole]:
 
 
 def inside_view(cache: Cache, record: int) -> Array | None:
-    """Return which pixels of a view show its image, bool (H, W), or None if all of them do."""
+    """Return which pixels of record number `record` show its image, bool (H, W). The others are grey.
+
+    Returns None if all pixels show the image.
+    """
     if not cache.manifest.view.reaches_beyond:
         return None
     paths = ["records/window", "records/flip", "records/source_size"]

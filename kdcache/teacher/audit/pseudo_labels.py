@@ -138,9 +138,11 @@ def export_pseudo_labels(
 
 
 def pseudo_label(whole: Whole, thresholds_C: Array) -> Array:
-    """Return a pseudo label, uint8 (H, W): the most likely class, or 255 where its probability is below its threshold.
+    """Return a pseudo label, uint8 (H, W): the most likely class, or 255 where its probability is too low.
 
-    `thresholds_C` has the smallest probability for each of the C classes.
+    Args:
+        whole: the teacher's prediction.
+        thresholds_C: the smallest probability that is kept, for each of the C classes.
     """
     argmax = whole.argmax.numpy()
     sure = whole.confidence.numpy().astype(np.float64) >= thresholds_C[argmax]

@@ -126,9 +126,9 @@ def packed_target(records: Records, numbers: Sequence[int]) -> PackedTarget:
 
 
 def compare_teacher(records: Records, teacher: Teacher, device: torch.device, limit: int = 16) -> Agreement:
-    """Run the teacher again on up to `limit` records, and compare its outputs with the stored targets.
+    """Run the teacher on `device` on up to `limit` records, and compare its outputs with the stored targets.
 
-    Without a data set, the stored pixels are used, and changed images are not detected.
+    Without a data set in `records`, the stored pixels are used, and changed images are not detected.
 
     Raises: MismatchError if the pixels that the teacher saw are not available.
     """

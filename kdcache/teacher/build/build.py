@@ -66,11 +66,13 @@ class Engine(Protocol):
     def connected(self, manifest: Manifest) -> AbstractContextManager[None]:
         """Connect to the other processes for the duration of a with block.
 
+        `manifest` describes the cache that will be built.
+
         Raises: KDCacheError if they cannot be reached or do not have room for the build.
         """
 
     def shards(self, writer: StoreWriter) -> Iterator[TaughtShard]:
-        """Yield each missing shard when its files are written. The caller then writes its ledger entry."""
+        """Yield each missing shard of `writer` when its files are written. The caller then writes its ledger entry."""
 
 
 @dataclass(frozen=True)
@@ -260,7 +262,14 @@ def pack_batch(
 
 
 class TeacherPass:
-    """Runs the teacher over the records of shards, and takes the outputs of known records from an earlier cache."""
+    """Runs the teacher over the records of shards, and takes the outputs of known records from an earlier cache.
+
+    Args:
+        probe: the split, the teacher and the options of the build.
+        manifest: the manifest of the build.
+        reuse: the earlier cache's records, or None.
+        of_file: a function that returns a file's digest. None reads the file.
+    """
 
     def __init__(
         self, probe: TeacherProbe, manifest: Manifest, reuse: Reuse | None, of_file: FileDigest | None = None

@@ -114,7 +114,7 @@ class Estimate:
 
     @property
     def payback_epochs(self) -> float:
-        """The number of epochs after which the cache takes less time than a live teacher, including its build.
+        """The number of epochs after which the cache, including its build, takes less time than a live teacher.
 
         It may be infinite. An epoch visits each sample once.
         """
@@ -124,7 +124,9 @@ class Estimate:
     def training_seconds(self, epochs: int, student: float = 0.0) -> tuple[float, float]:
         """Return a training's seconds with a live teacher, and its seconds with the cache, including the build.
 
-        `student` is the student's own time in seconds per image.
+        Args:
+            epochs: number of epochs.
+            student: the student's own time in seconds per image.
         """
         images = epochs * self.samples
         return images * (student + self.seconds.teach), self.chosen.seconds + images * (student + self.seconds.read)

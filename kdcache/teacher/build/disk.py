@@ -40,7 +40,10 @@ class DiskRate:
 
     @classmethod
     def of(cls, folder: str, pieces: Sequence[tuple[int, float]]) -> "DiskRate":
-        """Return the rates from the (bytes, seconds) of each written piece, in order."""
+        """Return the rates of writing several pieces into `folder`.
+
+        `pieces` has the bytes and the seconds of each piece, in order.
+        """
         part = max(1, len(pieces) // _PART)
         size, seconds = _sum(pieces)
         first, last = (

@@ -170,7 +170,7 @@ class TeacherProbe:
                     yield raw
 
     def features(self, samples: Sequence[int], taps: Sequence[str]) -> Iterator[dict[str, Array]]:
-        """Yield the features of the first view of each sample, by tap: float32 (c, h, w).
+        """Yield the features of the taps `taps` for the first view of each sample: tap -> float32 (c, h, w).
 
         `samples` are sample indices, in the order of the result.
 

@@ -63,6 +63,8 @@ class RayEngine:
     def connected(self, manifest: Manifest) -> Iterator[None]:
         """Connect to the Ray cluster for the duration of a with block.
 
+        `manifest` describes the cache that will be built. It gives the number of CPU threads of an actor.
+
         Raises: RecipeError if there is no cluster, or if it has no room for an actor.
         """
         with cluster(self.address) as ray:
@@ -70,7 +72,7 @@ class RayEngine:
             yield
 
     def shards(self, writer: StoreWriter) -> Iterator[TaughtShard]:
-        """Yield each missing shard when an actor has written its files.
+        """Yield each missing shard of `writer` when an actor has written its files.
 
         Raises: RecipeError if the cluster has no room for an actor; StoreError for a node without the data;
             MismatchError for a node with other library versions; any error of the teacher.
@@ -234,7 +236,9 @@ def _actor_class(ray: Any) -> type:
 
 
 def check_libraries(manifest: Manifest, node: str) -> None:
-    """Check that this node has the library versions of the build. `node` is the node's name, for the message.
+    """Check that this node has the library versions in the build's manifest.
+
+    `node` is the node's name, for the message.
 
     Raises: MismatchError if a version differs.
     """

@@ -99,7 +99,7 @@ class LikeSplit(Split):
         return self.like.column("pixel_checksum")
 
     def check(self, rendered: Iterable[Rendered]) -> None:
-        """Check that rendered views have the checksums of the existing cache.
+        """Check that the views `rendered` have the checksums of the existing cache.
 
         Raises: MismatchError naming the first view that differs.
         """
@@ -175,7 +175,10 @@ class StoredArray(Source[Any]):
 
 
 def stored_views(split: LikeSplit, records: Sequence[int]) -> list[Rendered]:
-    """Read some records' views from the cache of `split`. Raises: CorruptError for a damaged cache."""
+    """Read the views of the records with the numbers `records` from the existing cache of `split`.
+
+    Raises: CorruptError for a damaged cache.
+    """
     like, read = split.like, list[Rendered]()
     paths = [path for path in like.specs if path.startswith(("pixels/", "labels/", "records/"))]
     for record in records:

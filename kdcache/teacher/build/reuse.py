@@ -54,7 +54,7 @@ class Reuse:
             old.ledger.check_lines()
 
     def find(self, item: Rendered, sample: str) -> int | None:
-        """Return the number of the earlier cache's record with the same pixels, or None.
+        """Return the number of the earlier cache's record with the same pixels as `item`, or None.
 
         The targets of the found record are read and kept for `rows`. `sample` is the id of the item's sample.
         """
@@ -77,15 +77,18 @@ class Reuse:
         return record if same else None
 
     def rows(self, records: Sequence[int]) -> dict[str, Array]:
-        """Return path -> stored arrays of several records of the earlier cache. Each must have been found by `find`."""
+        """Return the stored arrays of several records of the earlier cache, by path, each (records, ...).
+
+        `records` are numbers that `find` has returned.
+        """
         read = [self._read.pop(record) for record in records]
         return round_targets({path: np.stack([row[path] for row in read]) for path in self._paths}, self._codec)
 
 
 def options_of(old: Manifest, **changes: Any) -> BuildOptions:
-    """Return the options of a cache's build, with some fields replaced.
+    """Return the build options of the cache with the manifest `old`, with some fields replaced.
 
-    `changes` are fields of `BuildOptions`.
+    `changes` maps names of `BuildOptions` fields to new values.
     """
     return BuildOptions(**{**old.settings(), **changes})
 

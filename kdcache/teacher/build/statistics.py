@@ -86,7 +86,7 @@ def measure(statistics: Mapping[str, Statistic], features: Mapping[str, Tensor])
 
 
 def similarities(feature_Bchw: Tensor) -> Tensor:
-    """Return the cosines between all pairs of different cells as whole numbers from 0 to 255.
+    """Return the cosines between all pairs of different cells of features (B, c, h, w), as whole numbers from 0 to 255.
 
     A number q stands for the cosine 2 q / 255 - 1. A cell of zeros has the cosine 0 with every other cell.
 
@@ -104,9 +104,9 @@ def similarities(feature_Bchw: Tensor) -> Tensor:
 
 
 def attention(feature_Bchw: Tensor) -> Tensor:
-    """Return the attention map of features: the sum of squares over channels, divided by its maximum.
+    """Return the attention map of features (B, c, h, w): the sum of squares over channels, divided by its maximum.
 
-    Returns: float32 (B, h, w) in 0 to 1. A map of zeros stays zero.
+    Returns: float32 (B, h, w), 0 to 1. A map of zeros stays zero.
     """
     feature = feature_Bchw.float()
     # Divided first: squares of large features would overflow.

@@ -23,7 +23,7 @@ _PROBE_GRID = 2
 def fingerprint(teacher: Teacher, precision: Precision, device: torch.device) -> Fingerprint:
     """Return the fingerprint of a teacher: digests of its weights, and its outputs for two fixed images.
 
-    The teacher must already be on `device`.
+    The teacher must already be on `device`. `precision` is the floating-point precision of the forward pass.
     """
     model = teacher.model
     members, tta = _ensemble(model)

@@ -54,12 +54,15 @@ def teach(
 
 
 def coarser(logits_BChw: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Average the probabilities of logits (B, C, h, w) over the cells of a coarser grid, and return them as logits.
+    """Average probabilities over the cells of a coarser grid, and return them as logits.
 
     In a measurement on CamVid (34 images, teacher at 288x384, grid of 144x192), the result had a KL of 0.012 nats to
     the teacher's own grid. Averaged logits had 0.013, and antialiased logits 0.019. The mean log-sum-exp is added back,
     so raw logits keep about their scale.
 
+    Args:
+        logits_BChw: logits (B, C, h, w).
+        grid: height and width of the coarser grid.
     Returns: float32 (B, C, *grid).
     """
     if tuple(logits_BChw.shape[-2:]) == tuple(grid):
@@ -71,9 +74,12 @@ def coarser(logits_BChw: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def area_mean(x_BChw: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Average a tensor (B, C, h, w) over the cells of a coarser grid. Return (B, C, *grid).
+    """Average values over the cells of a coarser grid, weighted by how much the cells overlap.
 
-    A cell of the finer grid counts by its overlap with the coarser cell.
+    Args:
+        x_BChw: (B, C, h, w).
+        grid: height and width of the coarser grid.
+    Returns: (B, C, *grid).
     """
     sizes = zip(grid, x_BChw.shape[-2:], strict=True)
     rows_ih, columns_jw = (area_matrix(coarse, fine, x_BChw) for coarse, fine in sizes)
