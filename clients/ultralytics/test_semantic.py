@@ -12,6 +12,7 @@ from ultralytics import SETTINGS, YOLO
 import kdcache
 from kdcache.data import open_split
 from kdcache.errors import MismatchError
+from kdcache.metrics import Inference
 from kdcache.metrics.evaluate import count_pixels
 from kdcache.model_table import list_models
 from kdcache.models import SegmentationModel, build_model, trusting
@@ -26,7 +27,7 @@ pytestmark = pytest.mark.timeout(1800)  # a fresh environment compiles all kerne
 def check_equal(of: Any, model: SegmentationModel, checkpoint: Path) -> int:
     """Compare Ultralytics' confusion matrix and mIoU with kdcache's; returns the number of predicted classes."""
     split = open_split(of.named, "val")
-    counts = count_pixels(model, split, of.size, threads=1)
+    counts = count_pixels(model, split, Inference(of.size, threads=1))
     theirs = of.validated(checkpoint)
     ours = counts.metrics()
     moved = (theirs.matrix.long() - counts.counts).abs().sum().item() / 2

@@ -117,7 +117,7 @@ def compare(
         data=source.data,
         split=source.split,
         data_sha256=judge.digest(source),
-        images=sum(any(source.has_label(number, task) for task in source.tasks) for number in range(len(source))),
+        images=len(source.labelled()),
         own_fold=options.own_fold,
         weights=which,
         class_names=source.classes.names,

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from kdcache.analysis.statistics import Difference, Key, Spread, plain
-from kdcache.analysis.task_views import FURTHER, VIEWS
+from kdcache.analysis.task_views import FURTHER, VIEWS, TaskView
 from kdcache.data.concat import parts_of, task_of
 from kdcache.data.scenes.generate import is_scenes
 from kdcache.display import html_table, private_places, public, public_names, without_places
@@ -202,10 +202,11 @@ def alike(row: Row) -> str | None:
     )
 
 
-def _figure(spread: Spread, times: float, digits: int) -> str:
-    """Return a mean and its deviation in the unit of a table, with as many digits after the point."""
+def _figure(spread: Spread, view: TaskView) -> str:
+    """Return a mean and its standard deviation as text of a small table, such as "63.1 ± 0.4", or "-" for NaN."""
     if math.isnan(spread.mean):
         return "-"
+    times, digits = view.times, view.short[1]
     deviation = "" if math.isnan(spread.std) else f" ± {times * spread.std:.{digits}f}"
     return f"{times * spread.mean:.{digits}f}{deviation}"
 
@@ -250,7 +251,7 @@ class Comparison:
         """Rows of name, score per task, baseline, verdict and cost. The full tables are in `tables`."""
         rows = []
         for row in self.rows:
-            scores = [_figure(row.spread(task), *VIEWS[task].short[1:]) for task in self.tasks]
+            scores = [_figure(row.spread(task), VIEWS[task]) for task in self.tasks]
             gap = next((gap for task in VIEWS if (gap := row.differences(task)[0]) is not None), None)
             beside = ["", ""] if gap is None else [gap.baseline, gap.verdict]
             time = "" if row.cost.latency is None else f"{row.cost.latency.median_ms:.1f}"

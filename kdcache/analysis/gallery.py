@@ -38,7 +38,7 @@ from kdcache.metrics.figures import (
     panels,
     save_figure,
 )
-from kdcache.metrics.predictions import Predicted, predicted_tasks, predictions
+from kdcache.metrics.predictions import Inference, Predicted, predicted_tasks, predictions
 from kdcache.metrics.sliding import Framing
 from kdcache.models import SegmentationModel
 from kdcache.tasks import SEGMENTATION, TASKS
@@ -71,18 +71,8 @@ class Shown:
 
     def predict(self, split: Split, number: int) -> Predicted:
         """Return the prediction for one image, at its labels' size, and its labels."""
-        batches = predictions(
-            self.model,
-            split,
-            [number],
-            self.size,
-            tasks=self.heads,
-            device=self.device,
-            batch_size=1,
-            threads=0,
-            framing=self.framing,
-        )
-        with closing(batches):
+        inference = Inference(self.size, self.device, batch_size=1, threads=0, framing=self.framing)
+        with closing(predictions(self.model, split, [number], inference, self.heads)) as batches:
             return next(batches)[0]
 
 

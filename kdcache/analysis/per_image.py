@@ -19,6 +19,7 @@ from kdcache.data import Split
 from kdcache.metrics.confusion import ConfusionMatrix, ImageCounts, Metrics
 from kdcache.metrics.evaluate import Progress, accumulate, check_tasks, labelled_images
 from kdcache.metrics.evaluators import ClassCounts, TaskMetric
+from kdcache.metrics.predictions import Inference
 from kdcache.metrics.sliding import Framing
 from kdcache.models import SegmentationModel
 from kdcache.settings.shared import DepthSettings, JudgeSettings
@@ -136,18 +137,8 @@ def score_images(
     """
     labelled = labelled_images(split, split.tasks)
     tasks = check_tasks(model, split)
-    found = accumulate(
-        model,
-        split,
-        labelled,
-        size,
-        tasks,
-        depth=depth,
-        device=device,
-        batch_size=batch_size,
-        framing=framing,
-        progress=progress,
-    )
+    inference = Inference(size, device, batch_size, framing=framing or Framing())
+    found = accumulate(model, split, labelled, inference, tasks, depth=depth, progress=progress)
     by_task = {task: metrics for task, one in found.items() if (metrics := one.result()) is not None}
     scores, counts = dict[str, dict[str, float]](), dict[str, list[float]]()
     for task, metrics in by_task.items():

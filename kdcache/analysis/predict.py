@@ -289,9 +289,11 @@ class _Files(ABC):
 
     Attributes:
         folders: where they are.
+        formatted: whether `PredictOptions.depth_format` sets their format.
     """
 
     folders: ClassVar[tuple[str, ...]]
+    formatted: ClassVar[bool] = False
 
     def __init__(self, model: SegmentationModel, classes: ClassList, options: PredictOptions) -> None:
         self.classes = classes
@@ -326,6 +328,7 @@ class _ClassFiles(_Files):
 
 class _DepthFiles(_Files):
     folders = (DEPTHS, DEPTH_COLOURS)
+    formatted = True
 
     def __init__(self, model: SegmentationModel, classes: ClassList, options: PredictOptions) -> None:
         head, self.suffix = model.regressions[DEPTH], options.depth_format

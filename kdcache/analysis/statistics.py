@@ -358,7 +358,7 @@ def choose_blocks(split: Split, by: str | None, task: str = SEGMENTATION) -> Blo
 
     Raises: RecipeError for an invalid pattern, one that does not fit every id, or one that gives a single sequence.
     """
-    ids = [sample for number, sample in enumerate(split.ids) if split.has_label(number, task)]
+    ids = [split.ids[number] for number in split.labelled(task)]
     if by is None:
         return Blocks.of({sample: sample for sample in ids}, "images")
     blocks = Blocks.of(dict(zip(ids, sequences_of(ids, by, "--blocks-by"), strict=True)), "sequences")

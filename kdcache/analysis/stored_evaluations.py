@@ -31,6 +31,7 @@ from kdcache.metrics.data_sets import OnDataSet, common_classes, common_mious
 from kdcache.metrics.depth import DepthRange
 from kdcache.metrics.evaluate import Progress, TaskMetrics, evaluate_tasks
 from kdcache.metrics.evaluators import EVALUATORS, metric_head
+from kdcache.metrics.predictions import Inference
 from kdcache.metrics.sliding import Framing
 from kdcache.metrics.timing import is_out_of_memory
 from kdcache.models import SegmentationModel
@@ -95,10 +96,11 @@ class Evaluation:
 
 def data_digest(split: Split, threads: int = 2) -> str:
     """Return the SHA-256 of class names, ids, and all labelled images and labels. This reads every file."""
-    labelled = [index for index in range(len(split)) if any(split.has_label(index, task) for task in split.tasks)]
     digest = hashlib.sha256(split.digest().encode())
     with remembered_digests(split.data) as of_file:
-        read = prefetch(lambda index: split.content_digests(index, of_file), labelled, threads=threads, ahead=16)
+        read = prefetch(
+            lambda index: split.content_digests(index, of_file), split.labelled(), threads=threads, ahead=16
+        )
         for contents in read:
             digest.update(f"{' '.join(map(str, contents))}\n".encode())
     return digest.hexdigest()
@@ -360,11 +362,8 @@ def _evaluate(entry: Entry, split: Split, judging: EvalSettings, progress: Progr
         return evaluate_tasks(
             model.to(judging.device),
             split,
-            description.size,
+            Inference(description.size, judging.device, judging.batch_size, framing=judging.framing(description.fit)),
             depth=depth,
-            device=judging.device,
-            batch_size=judging.batch_size,
-            framing=judging.framing(description.fit),
             progress=progress,
         )
 

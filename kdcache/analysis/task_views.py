@@ -34,11 +34,11 @@ class TaskView(ABC):
         unit: the unit of the score as text.
         stem: the score in file names.
         columns: its figures in a table of scores, the score first.
-        short: the score's header in a small table, and the factor and digits of its values there.
-        distance: the unit of distances between scores. times, digits: their factor and their digits as text.
-        words: the unit of distances with the score's name. spans: the same, with its interval over `{seeds}`.
-        title: the title of a table of distances.
-        prefix: what stands before the titles of panels. before: what stands before a column's title.
+        times: the factor from a score to the number that tables show: 100 for percent.
+        short: the score's header in a small table, and the digits of its values there.
+        distance: the unit of differences between scores. digits: the digits of differences as text.
+        headline: the first words of a title over a table of differences.
+        prefix: text before the titles of panels. before: text before a column's title.
         no_label: the title of errors without a label. no_score: what stands for the score then.
     """
 
@@ -48,13 +48,11 @@ class TaskView(ABC):
     unit: str
     stem: str
     columns: tuple[str, ...]
-    short: tuple[str, int, int]
-    distance: str
     times: int
+    short: tuple[str, int]
+    distance: str
     digits: int
-    words: str
-    spans: str
-    title: str
+    headline: str
     no_label: str
     no_score: str
     prefix: str = ""
@@ -69,6 +67,20 @@ class TaskView(ABC):
     def less(self) -> bool:
         """Whether less of its score is better."""
         return TASKS[self.task].less
+
+    @property
+    def words(self) -> str:
+        """The unit of differences, with the score's name: "points of mIoU"."""
+        return f"{self.distance} of {self.score}"
+
+    @property
+    def title(self) -> str:
+        """The title of a table of differences between methods and their baseline."""
+        return f"{self.headline}, {self.words}" + (" (less is better)" if self.less else "")
+
+    def spans(self, seeds: str) -> str:
+        """Return the explanation of a column of differences. `seeds` is a count in words, such as "3 seeds"."""
+        return f"{self.words}, with their 95 % interval" + ("; less is better" if self.less else f" over {seeds}")
 
     def score_text(self, value: float) -> str:
         """Return a score without its unit."""
@@ -156,13 +168,11 @@ VIEWS: Mapping[str, TaskView] = {
             unit="%",
             stem="iou",
             columns=("miou", "macc", "aacc"),
-            short=("mIoU %", 100, 1),
-            distance="points",
             times=100,
+            short=("mIoU %", 1),
+            distance="points",
             digits=2,
-            words="points of mIoU",
-            spans="points of mIoU, with their 95 % interval over {seeds}",
-            title="Distance to the baseline, points of mIoU",
+            headline="Distance to the baseline",
             no_label="no label",
             no_score="mIoU - %",
         ),
@@ -173,13 +183,11 @@ VIEWS: Mapping[str, TaskView] = {
             unit="m",
             stem="rmse",
             columns=("rmse", "abs_rel", "delta1"),
-            short=("depth rmse m", 1, 3),
-            distance="metres",
             times=1,
+            short=("depth rmse m", 3),
+            distance="metres",
             digits=3,
-            words="metres of rmse",
-            spans="metres of rmse, with their 95 % interval; less is better",
-            title="Distance to the baseline in depth, metres of rmse (less is better)",
+            headline="Distance to the baseline in depth",
             no_label="no label of depth",
             no_score="depth",
             prefix="depth, ",

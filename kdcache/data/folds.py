@@ -19,6 +19,7 @@ from kdcache.data.prefetch import prefetch
 from kdcache.data.sample import Pixels, Split
 from kdcache.data.sequences import folds_of
 from kdcache.errors import RecipeError
+from kdcache.tasks import SEGMENTATION
 
 
 class Fold(NamedTuple):
@@ -96,7 +97,7 @@ def check_folds(split: Split, folds: int, by: str | None = None) -> None:
         DataError: a label cannot be read.
     """
     fold_of = split.folds(folds, by)
-    labelled = [index for index in range(len(split)) if split.has_label(index)]
+    labelled = split.labelled(SEGMENTATION)
     labels = prefetch(split.label, labelled, threads=2, ahead=8)
     check_fold_labels([zip(fold_of[labelled].tolist(), labels, strict=True)], folds, split.classes.names)
 

@@ -275,6 +275,11 @@ class Split:
         """Return whether the sample has a label for the task, "segmentation" or "depth". Reads no file."""
         return task in self.samples[index].labels
 
+    def labelled(self, *tasks: str) -> list[int]:
+        """Return the numbers of the samples with a label of any of `tasks` (default: of any task). Reads no file."""
+        counted = tasks or tuple(TASKS)
+        return [number for number, sample in enumerate(self.samples) if any(task in sample.labels for task in counted)]
+
     def raw_label(self, index: int, task: str = SEGMENTATION) -> Any:
         """Return a sample's label for a task as `label` does, but without checks. Return None if it has no such label.
 

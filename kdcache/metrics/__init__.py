@@ -23,6 +23,7 @@ from kdcache.metrics.confusion import ConfusionMatrix, Metrics
 from kdcache.metrics.data_sets import OnDataSet
 from kdcache.metrics.depth import DEPTH_METRICS, DepthErrors, DepthMetrics, DepthRange
 from kdcache.metrics.evaluate import TaskMetrics, evaluate_model, evaluate_tasks, metrics_markdown
+from kdcache.metrics.predictions import Inference
 from kdcache.metrics.sliding import Framing
 from kdcache.metrics.tables import class_rows, iou_listing, markdown_table, percent
 
@@ -33,6 +34,7 @@ __all__ = [
     "DepthMetrics",
     "DepthRange",
     "Framing",
+    "Inference",
     "Metrics",
     "OnDataSet",
     "TaskMetrics",

@@ -13,7 +13,7 @@ from kdcache.errors import DataError, RecipeError
 from kdcache.metrics.confusion import ConfusionMatrix, Metrics
 from kdcache.metrics.depth import DepthMetrics
 from kdcache.metrics.evaluators import EVALUATORS, Accumulator, TaskMetric
-from kdcache.metrics.predictions import Predicted, judged_tasks, predicted_tasks, predictions
+from kdcache.metrics.predictions import Inference, Predicted, judged_tasks, predicted_tasks, predictions
 from kdcache.metrics.sliding import Framing
 from kdcache.metrics.tables import markdown_table
 from kdcache.models import SegmentationModel
@@ -104,19 +104,8 @@ def evaluate_model(
     except RuntimeError as error:
         raise RecipeError(f"Unknown --device {device!r}", fix="Use cpu or cuda.") from error
     labelled = labelled_images(split, (SEGMENTATION,))
-    found = accumulate(
-        model,
-        split,
-        labelled,
-        size,
-        (SEGMENTATION,),
-        device=device,
-        batch_size=batch_size,
-        at_size=at_size,
-        threads=threads,
-        framing=framing,
-        progress=progress,
-    )
+    inference = Inference(size, device, batch_size, at_size, threads, framing or Framing())
+    found = accumulate(model, split, labelled, inference, (SEGMENTATION,), progress=progress)
     metrics = found[SEGMENTATION].result()
     assert isinstance(metrics, Metrics)
     return metrics
@@ -125,15 +114,10 @@ def evaluate_model(
 def count_pixels(
     model: SegmentationModel,
     split: Split,
-    size: tuple[int, int],
+    inference: Inference,
     *,
-    device: torch.device | str = "cpu",
-    batch_size: int = JudgeSettings.batch_size,
-    at_size: bool = False,
-    threads: int = 2,
-    framing: Framing | None = None,
-    progress: Progress | None = None,
     part: tuple[int, int] = (0, 1),
+    progress: Progress | None = None,
 ) -> ConfusionMatrix:
     """Return the confusion matrix of `evaluate_model`, which several processes can share and add up.
 
@@ -143,18 +127,7 @@ def count_pixels(
     """
     mine = labelled_images(split, (SEGMENTATION,))[part[0] :: part[1]]
     confusion = ConfusionMatrix(split.classes.names, IGNORE_INDEX)
-    batches = predictions(
-        model,
-        split,
-        mine,
-        size,
-        device=device,
-        batch_size=batch_size,
-        at_size=at_size,
-        threads=threads,
-        framing=framing,
-    )
-    for prediction in _each(batches, len(mine), progress):
+    for prediction in _each(predictions(model, split, mine, inference), len(mine), progress):
         confusion.update(prediction.argmax, prediction.label)
     return confusion
 
@@ -162,14 +135,9 @@ def count_pixels(
 def evaluate_tasks(
     model: SegmentationModel,
     split: Split,
-    size: tuple[int, int],
+    inference: Inference,
     *,
     depth: DepthSettings | None = None,
-    device: torch.device | str = "cpu",
-    batch_size: int = JudgeSettings.batch_size,
-    at_size: bool = False,
-    threads: int = 2,
-    framing: Framing | None = None,
     progress: Progress | None = None,
 ) -> TaskMetrics:
     """Evaluate every task that `model` predicts and `split` has labels of in one pass, with numbers of every image.
@@ -180,54 +148,25 @@ def evaluate_tasks(
     Raises: DataError without a task to judge, for depth settings without depth, and for an image that cannot be read.
     """
     tasks = check_tasks(model, split, depth)
-    own = accumulate(
-        model,
-        split,
-        labelled_images(split, tasks),
-        size,
-        tasks,
-        depth=depth,
-        device=device,
-        batch_size=batch_size,
-        at_size=at_size,
-        threads=threads,
-        framing=framing,
-        progress=progress,
-    )
-    found: dict[str, Any] = {task: one.result() for task, one in own.items()}
-    return TaskMetrics(**found)
+    labelled = labelled_images(split, tasks)
+    accumulators = accumulate(model, split, labelled, inference, tasks, depth=depth, progress=progress)
+    metrics: dict[str, Any] = {task: accumulator.result() for task, accumulator in accumulators.items()}
+    return TaskMetrics(**metrics)
 
 
 def accumulate(
     model: SegmentationModel,
     split: Split,
     numbers: Sequence[int],
-    size: tuple[int, int],
+    inference: Inference,
     tasks: Sequence[str],
     *,
     depth: DepthSettings | None = None,
-    device: torch.device | str = "cpu",
-    batch_size: int = JudgeSettings.batch_size,
-    at_size: bool = False,
-    threads: int = 2,
-    framing: Framing | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Accumulator]:
     """Return the accumulators of tasks after one pass over samples of a split. Arguments as in `evaluate_tasks`."""
     found = {task: EVALUATORS[task].begin(model, split, depth) for task in tasks}
-    batches = predictions(
-        model,
-        split,
-        numbers,
-        size,
-        tasks=tasks,
-        device=device,
-        batch_size=batch_size,
-        at_size=at_size,
-        threads=threads,
-        framing=framing,
-    )
-    for prediction in _each(batches, len(numbers), progress):
+    for prediction in _each(predictions(model, split, numbers, inference, tasks), len(numbers), progress):
         for task, label in prediction.labels.items():
             found[task].update(prediction.answers[task], label, split.ids[prediction.number])
     return found
@@ -275,7 +214,7 @@ def check_tasks(model: SegmentationModel, split: Split, depth: DepthSettings | N
 
 def labelled_images(split: Split, tasks: Sequence[str]) -> list[int]:
     """Return the numbers of samples with a label of any task. Raises: DataError if there are none."""
-    labelled = [index for index in range(len(split)) if any(split.has_label(index, task) for task in tasks)]
+    labelled = split.labelled(*tasks)
     if not labelled:
         raise DataError(
             f"Missing labels: none of the {len(split)} images of {split.data}, split {split.split!r}, has one",

@@ -77,10 +77,6 @@ class Evaluator(ABC, Generic[Of]):
     def begin(self, model: SegmentationModel, split: Split, depth: DepthSettings | None) -> Accumulator:
         """Return an empty accumulator. `depth` selects the depth labels that count."""
 
-    def merged(self, parts: Sequence[Any]) -> Of:
-        """Return the metrics of the errors of several processes. NaN without a pixel. Counts of classes are summed."""
-        raise NotImplementedError(type(self).__name__)
-
     @abstractmethod
     def words(self, metrics: Of) -> str:
         """Return the score with its name and unit."""
@@ -92,6 +88,14 @@ class Evaluator(ABC, Generic[Of]):
     @abstractmethod
     def table(self, metrics: Of) -> tuple[str, Table]:
         """Return a summary, and the header and rows of a table."""
+
+
+class NumericEvaluator(Evaluator[Of]):
+    """How a task of numbers, such as depth, is evaluated: its errors can be merged over processes."""
+
+    @abstractmethod
+    def merged(self, parts: Sequence[Any]) -> Of:
+        """Return the metrics over all accumulators of `begin`, one from each process, or NaN if no pixel counts."""
 
 
 class ClassCounts:
@@ -169,7 +173,7 @@ _DEPTH_WORDS = {
 }
 
 
-class _Depth(Evaluator[DepthMetrics]):
+class _Depth(NumericEvaluator[DepthMetrics]):
     metrics, images = DepthMetrics, DepthImages
     figures: ClassVar = {
         name: Figure(head, _DEPTH_WORDS.get(name, head), partial(depth_figure, name), less=not name.startswith("delta"))
@@ -206,5 +210,7 @@ def metric_head(heads: Mapping[str, RegressionHead], task: str) -> RegressionHea
     return head if head is not None and head.unit == TASKS[task].unit else None
 
 
-EVALUATORS: Mapping[str, Evaluator[Any]] = {SEGMENTATION: _Segmentation(), DEPTH: _Depth()}
+NUMERIC_EVALUATORS: Mapping[str, NumericEvaluator[Any]] = {DEPTH: _Depth()}
+"""How each task of numbers is evaluated."""
+EVALUATORS: Mapping[str, Evaluator[Any]] = {SEGMENTATION: _Segmentation(), **NUMERIC_EVALUATORS}
 """How each task is evaluated, in the order of `TASKS`."""

@@ -43,6 +43,27 @@ class Predicted:
 
 
 @dataclass(frozen=True)
+class Inference:
+    """How a model runs over the images of a split.
+
+    Attributes:
+        size: (H, W) of the model's input, in pixels.
+        device: such as "cpu" or "cuda".
+        batch_size: images per forward pass.
+        at_size: whether labels are resized to `size`. If not, predictions are resized to the labels' size.
+        threads: threads that decode images.
+        framing: how the model sees an image of another shape, or in windows.
+    """
+
+    size: tuple[int, int]
+    device: torch.device | str = "cpu"
+    batch_size: int = JudgeSettings.batch_size
+    at_size: bool = False
+    threads: int = 2
+    framing: Framing = Framing()
+
+
+@dataclass(frozen=True)
 class _Sample:
     number: int
     pixels: Tensor  # uint8 (H, W, 3), at the run's size, or of the whole image where it is seen in windows
@@ -65,42 +86,34 @@ def predictions(
     model: SegmentationModel,
     split: Split,
     numbers: Sequence[int],
-    size: tuple[int, int],
-    *,
+    inference: Inference,
     tasks: Sequence[str] = (SEGMENTATION,),
-    device: torch.device | str = "cpu",
-    batch_size: int = JudgeSettings.batch_size,
-    at_size: bool = False,
-    threads: int = 2,
-    framing: Framing | None = None,
 ) -> Generator[list[Predicted], None, None]:
-    """Yield predictions for samples, a batch at a time. Closing it puts the model back into its mode.
+    """Yield the predictions for samples of a split, a batch at a time.
 
-    Raw outputs are resized first. Then raw depth is converted to metres.
+    Raw outputs are resized first. Then raw depth is converted to metres. The model is in eval mode until the generator
+    ends or is closed. Then it returns to the mode that it had.
 
     Args:
-        model: the model to run.
+        model: the model, on the device of `inference`.
         split: the samples.
-        numbers: samples of `split`, in the order of the predictions.
-        size: (H, W) that the model sees.
-        tasks: which of the model's tasks to predict. Only their labels are read.
-        device: the device to run on.
-        batch_size: images per forward pass.
-        at_size: whether labels are resized to `size`, instead of predictions to the labels'.
-        threads: threads that decode images.
-        framing: how the model sees an image. Default: squashed to `size`.
+        numbers: positions of samples in `split`, in the order of the predictions.
+        inference: how the model runs.
+        tasks: the tasks to predict, "segmentation" or "depth". Only their labels are read.
     Raises: RecipeError for windows larger than an image.
     """
-    framing = framing or Framing()
     samples = prefetch(
-        lambda index: _load(split, index, size, tasks, at_size, framing), numbers, threads=threads, ahead=4 * batch_size
+        lambda index: _load(split, index, inference, tasks),
+        numbers,
+        threads=inference.threads,
+        ahead=4 * inference.batch_size,
     )
     with in_eval_mode(model):
-        while batch := list(islice(samples, batch_size)):
-            if framing.slides:
-                yield [_slide(model, sample, split, size, tasks, device, framing, batch_size) for sample in batch]
+        while batch := list(islice(samples, inference.batch_size)):
+            if inference.framing.slides:
+                yield [_slide(model, sample, split, tasks, inference) for sample in batch]
             else:
-                yield predict_batch(model, batch, size, tasks, device)
+                yield predict_batch(model, batch, inference.size, tasks, inference.device)
 
 
 @torch.inference_mode()
@@ -108,14 +121,18 @@ def _slide(
     model: SegmentationModel,
     sample: _Sample,
     split: Split,
-    size: tuple[int, int],
     tasks: Sequence[str],
-    device: torch.device | str,
-    framing: Framing,
-    batch_size: int,
+    inference: Inference,
 ) -> Predicted:
-    pixels, name = sample.pixels.to(device), f"image {split.ids[sample.number]}"
-    outputs = slide(model, pixels, framing, size, tuple(tasks), batch_size=batch_size, name=name)
+    outputs = slide(
+        model,
+        sample.pixels.to(inference.device),
+        inference.framing,
+        inference.size,
+        tuple(tasks),
+        batch_size=inference.batch_size,
+        name=f"image {split.ids[sample.number]}",
+    )
     answers = {task: answer_of(model, task, outputs[task], sample.size).cpu() for task in tasks}
     return Predicted(sample.number, answers, sample.labels)
 
@@ -159,9 +176,8 @@ def answer_of(
     return EVALUATORS[task].answer(model, at_image(model, output_Chw, size, view, seen))
 
 
-def _load(
-    split: Split, index: int, size: tuple[int, int], tasks: Sequence[str], at_size: bool, framing: Framing
-) -> _Sample:
+def _load(split: Split, index: int, inference: Inference, tasks: Sequence[str]) -> _Sample:
+    size, at_size, framing = inference.size, inference.at_size, inference.framing
     image = split.image(index)
     image_size = image.shape[0], image.shape[1]
     window, view = Window.full(*image_size), None

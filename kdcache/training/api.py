@@ -15,7 +15,8 @@ from kdcache.distill.terms import labellers
 from kdcache.errors import DataError, RecipeError
 from kdcache.metrics.confusion import ConfusionMatrix
 from kdcache.metrics.evaluate import Progress, accumulate, check_tasks, count_pixels
-from kdcache.metrics.evaluators import EVALUATORS
+from kdcache.metrics.evaluators import NUMERIC_EVALUATORS
+from kdcache.metrics.predictions import Inference
 from kdcache.metrics.sliding import Framing
 from kdcache.metrics.timing import is_out_of_memory
 from kdcache.models import SegmentationModel
@@ -382,7 +383,7 @@ def _numeric_validator(
     task: str, val: Split, config: TrainConfig, device: torch.device, world: World
 ) -> Callable[[SegmentationModel], Score]:
     """Return a function that validates a task such as depth. Each process takes a part of the samples."""
-    labelled = [index for index in range(len(val)) if val.has_label(index, task)]
+    labelled = val.labelled(task)
 
     def validate(model: SegmentationModel) -> Score:
         assert config.data.size is not None
@@ -391,14 +392,10 @@ def _numeric_validator(
                 model,
                 val,
                 labelled[world.rank :: world.size],
-                config.data.size,
+                Inference(config.data.size, device, batch_size=1, threads=0, framing=Framing(_fit(config))),
                 (task,),
-                device=device,
-                batch_size=1,
-                threads=0,
-                framing=Framing(_fit(config)),
             )
-        merged: Score = EVALUATORS[task].merged(world.gather(found[task]))
+        merged: Score = NUMERIC_EVALUATORS[task].merged(world.gather(found[task]))
         return merged
 
     return validate
@@ -439,12 +436,9 @@ def make_validator(val: Split, config: TrainConfig, device: torch.device, observ
         return count_pixels(
             model,
             val,
-            config.data.size,
-            device=device,
-            batch_size=at_once,
+            Inference(config.data.size, device, batch_size=at_once, framing=Framing(_fit(config))),
             part=part,
             progress=progress,
-            framing=Framing(_fit(config)),
         )
 
     def count_mine(model: SegmentationModel) -> ConfusionMatrix:

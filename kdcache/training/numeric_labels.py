@@ -51,6 +51,5 @@ def _labels(dataset: DrawnDataset, task: str) -> Iterator[Array]:
 
 def check_first(split: Split, task: str) -> None:
     """Read the first label of a task, to find a wrong unit early. Raises: DataError for a wrong label."""
-    first = next((index for index in range(len(split)) if split.has_label(index, task)), None)
-    if first is not None:
-        split.label(first, task)
+    if labelled := split.labelled(task):
+        split.label(labelled[0], task)

@@ -29,6 +29,7 @@ from kdcache.errors import RecipeError
 from kdcache.metrics import (
     DepthMetrics,
     DepthRange,
+    Inference,
     Metrics,
     OnDataSet,
     TaskMetrics,
@@ -231,12 +232,8 @@ class _Judged:
                 metrics = earlier or evaluate_tasks(
                     self.model.to(judging.device),
                     source,
-                    description.size,
+                    Inference(description.size, judging.device, judging.batch_size, at_size, framing=framing),
                     depth=None if depth is None and any(ranges) else judging.depth,
-                    device=judging.device,
-                    batch_size=judging.batch_size,
-                    at_size=at_size,
-                    framing=framing,
                     progress=progress_of(bar, "evaluating", source.data if len(self.sources) > 1 else ""),
                 )
                 results.append(OnDataSet.of(source, metrics))
@@ -333,10 +330,7 @@ def _of_module(model: nn.Module | Teacher, source: Split, judging: EvalSettings,
         return evaluate_tasks(
             teacher.model.to(torch.device(judging.device)),
             source,
-            size,
+            Inference(size, judging.device, judging.batch_size, framing=judging.framing(teacher.fit)),
             depth=None if judging.depth == DepthSettings() else judging.depth,
-            device=judging.device,
-            batch_size=judging.batch_size,
-            framing=judging.framing(teacher.fit),
             progress=progress_of(bar, "evaluating"),
         )

@@ -16,7 +16,7 @@ from kdcache.run_folder import Run
 from kdcache.settings.parse import Count
 from kdcache.settings.shared import ImageSettings, JudgeSettings, MachineSettings
 from kdcache.settings.validate import read
-from kdcache.tasks import DEPTH, SEGMENTATION
+from kdcache.tasks import SEGMENTATION
 from kdcache.verbs.open_model import open_model
 from kdcache.verbs.places import use_machine
 
@@ -88,7 +88,7 @@ def predict(
     inputs = find_images([str(images)] if isinstance(images, str | Path) else [str(image) for image in images])
     opened, description = open_model(model, size, weights, classes, window)
     heads = opened.learnt_heads
-    if depth_format is not None and DEPTH not in heads:
+    if depth_format is not None and not any(FILES[task].formatted for task in FILES if task in heads):
         raise RecipeError(
             f"Cannot use --depth-format: {model} has no depth head, only {', '.join(heads)}",
             fix="Leave it out, or give a model that predicts depth, such as one trained as MODEL+depth.",

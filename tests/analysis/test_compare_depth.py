@@ -28,7 +28,7 @@ from kdcache.analysis.tables import BOLD, difference_table, legend, score_table,
 from kdcache.analysis.visualise import Drawing, score_run
 from kdcache.data import open_split
 from kdcache.errors import DataError
-from kdcache.metrics import evaluate_tasks
+from kdcache.metrics import Inference, evaluate_tasks
 from kdcache.metrics.evaluators import EVALUATORS
 from kdcache.models import build_model
 from kdcache.models.run import load_run
@@ -96,7 +96,7 @@ def test_every_task_has_the_scores_of_an_evaluation(runs: Path, compared: Compar
     for row in compared.rows:
         for score in row.runs:
             model, description = load_run(score.run)
-            assert score.tasks == evaluate_tasks(model, open_split(DATA, "val"), description.size)
+            assert score.tasks == evaluate_tasks(model, open_split(DATA, "val"), Inference(description.size))
     again = compare([runs], options=QUICK)
     assert all(score.reused for row in again.rows for score in row.runs)
     assert again.to_json()["rows"][0]["depth"] == compared.to_json()["rows"][0]["depth"]
@@ -195,7 +195,8 @@ def test_models_with_other_maxima_are_judged_by_the_widest_range(tmp_path: Path)
     metrics = [score.tasks.depth for row in compared.rows for score in row.runs]
     split, settings = open_split(DATA, "val"), DepthSettings(max_depth=40)
     expected = [
-        evaluate_tasks(load_run(tmp_path / name)[0], split, SIZE, depth=settings).depth for name in ("10", "40")
+        evaluate_tasks(load_run(tmp_path / name)[0], split, Inference(SIZE), depth=settings).depth
+        for name in ("10", "40")
     ]
     assert metrics == expected
     assert len({one.pixels for one in metrics if one is not None}) == 1
@@ -244,12 +245,12 @@ def test_a_head_of_which_a_run_learnt_nothing_is_not_judged(tmp_path: Path) -> N
     write_run(tmp_path / "classes", "kdcache:tiny+depth", "none", 0, ("depth",))
     split = open_split(DATA, "val")
     metres, classes = (load_run(tmp_path / name)[0] for name in ("metres", "classes"))
-    assert evaluate_tasks(metres, split, SIZE).segmentation is None
-    assert evaluate_tasks(classes, split, SIZE).depth is None
+    assert evaluate_tasks(metres, split, Inference(SIZE)).segmentation is None
+    assert evaluate_tasks(classes, split, Inference(SIZE)).depth is None
     with pytest.raises(DataError, match="depth in metres"):
-        evaluate_tasks(classes, split, SIZE, depth=DepthSettings(max_depth=10))
+        evaluate_tasks(classes, split, Inference(SIZE), depth=DepthSettings(max_depth=10))
     with pytest.raises(DataError) as error:
-        evaluate_tasks(metres, open_split("scenes:40x56,train=2,val=5", "val"), SIZE)
+        evaluate_tasks(metres, open_split("scenes:40x56,train=2,val=5", "val"), Inference(SIZE))
     assert "learnt nothing of segmentation" in error.value.problem
 
 
@@ -265,7 +266,7 @@ def test_pictures_of_depth_alone_are_ranked_by_rmse_and_the_page_shows_them(tmp_
     shown = score_run(entry, "metres", split, EvalSettings(), lambda *_: None)
     assert shown.heads == ("depth",)
     model, description = load_run(runs[0])
-    judged = evaluate_tasks(model, split, description.size).depth
+    judged = evaluate_tasks(model, split, Inference(description.size)).depth
     assert judged is not None
     assert judged.images is not None
     assert [image.score(DEPTH) for image in shown.scores.images] == judged.images.values[:, 0].tolist()

@@ -23,7 +23,7 @@ SIZE = (32, 48)
 
 def by_sets(model: SegmentationModel, split: Split, number: int) -> list[float]:
     """IoU per class of one image, by sets of pixels; NaN for a class that is neither in the label nor said."""
-    (said,) = next(predictions.predictions(model, split, [number], SIZE))
+    (said,) = next(predictions.predictions(model, split, [number], predictions.Inference(SIZE)))
     label, argmax = said.label.numpy(), said.argmax.numpy()
     counted = label != 255
     found = []

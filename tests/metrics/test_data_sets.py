@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from kdcache.data import ClassList, Split, classes_by_name, open_split
-from kdcache.metrics import ConfusionMatrix, OnDataSet, TaskMetrics, evaluate_tasks, iou_listing
+from kdcache.metrics import ConfusionMatrix, Inference, OnDataSet, TaskMetrics, evaluate_tasks, iou_listing
 from kdcache.metrics.confusion import mean_of
 from kdcache.metrics.data_sets import class_table, common_classes, data_sets_markdown, listing
 from kdcache.models import SegmentationModel
@@ -34,7 +34,7 @@ def other_folder(folder: Path, root: Path) -> Path:
 def test_predictions_of_other_classes_are_misses(model: SegmentationModel, folder: Path, tmp_path: Path) -> None:
     whole = open_split(other_folder(folder, tmp_path), "val")
     joined = classes_by_name(whole, ClassList(CLASSES))
-    result = OnDataSet.of(joined, evaluate_tasks(model, joined, (64, 64)))
+    result = OnDataSet.of(joined, evaluate_tasks(model, joined, Inference((64, 64))))
     metrics = result.metrics.segmentation
     assert metrics is not None
     assert metrics.images is not None
@@ -59,7 +59,7 @@ def test_predictions_of_other_classes_are_misses(model: SegmentationModel, folde
 def prediction(model: SegmentationModel, split: Split, index: int) -> np.ndarray:
     from kdcache.metrics.predictions import predictions
 
-    return next(iter(predictions(model, split, [index], (64, 64))))[0].argmax.numpy()
+    return next(iter(predictions(model, split, [index], Inference((64, 64)))))[0].argmax.numpy()
 
 
 def result(name: str, counts: dict[str, tuple[int, int]], missing: tuple[str, ...] = ()) -> OnDataSet:

@@ -14,7 +14,15 @@ from torch.nn import functional as F
 
 from kdcache.data import ClassList, Numbered, Split, open_split
 from kdcache.errors import DataError
-from kdcache.metrics import DepthMetrics, DepthRange, TaskMetrics, evaluate_model, evaluate_tasks, metrics_markdown
+from kdcache.metrics import (
+    DepthMetrics,
+    DepthRange,
+    Inference,
+    TaskMetrics,
+    evaluate_model,
+    evaluate_tasks,
+    metrics_markdown,
+)
 from kdcache.metrics.tables import depth_figure
 from kdcache.models import SegmentationModel, build_model
 from kdcache.settings.shared import DepthSettings
@@ -73,7 +81,7 @@ def direct_rmse(model: SegmentationModel, split: Split) -> list[float]:
 
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_both_tasks_score_as_each_written_out(model: SegmentationModel, split: Split, batch_size: int) -> None:
-    both = evaluate_tasks(model, split, SIZE, batch_size=batch_size)
+    both = evaluate_tasks(model, split, Inference(SIZE, batch_size=batch_size))
     assert both.segmentation == evaluate_model(model, split, SIZE, batch_size=batch_size)
     assert both.depth is not None
     assert both.depth.images is not None
@@ -86,7 +94,7 @@ def test_both_tasks_score_as_each_written_out(model: SegmentationModel, split: S
 
 def test_depth_alone_is_judged_where_it_is_known(model: SegmentationModel, split: Split) -> None:
     only = only_depth(split)
-    scored = evaluate_tasks(model, only, SIZE)
+    scored = evaluate_tasks(model, only, Inference(SIZE))
     assert scored.segmentation is None
     assert scored.depth is not None
     assert scored.depth.images is not None
@@ -96,7 +104,7 @@ def test_depth_alone_is_judged_where_it_is_known(model: SegmentationModel, split
 
 
 def test_labels_at_the_size_that_the_model_sees(model: SegmentationModel, split: Split) -> None:
-    scored = evaluate_tasks(model, split, SIZE, at_size=True).depth
+    scored = evaluate_tasks(model, split, Inference(SIZE, at_size=True)).depth
     assert scored is not None
     assert 0 < scored.pixels <= 5 * math.prod(SIZE)
 
@@ -104,18 +112,18 @@ def test_labels_at_the_size_that_the_model_sees(model: SegmentationModel, split:
 def test_one_task_alone_is_as_before(split: Split) -> None:
     plain = build_model("kdcache:tiny", 7)
     metrics = evaluate_model(plain, split, SIZE)
-    assert evaluate_tasks(plain, split, SIZE) == TaskMetrics(metrics)
+    assert evaluate_tasks(plain, split, Inference(SIZE)) == TaskMetrics(metrics)
     assert TaskMetrics(metrics).to_json() == metrics.to_json()
 
 
 def test_what_cannot_be_judged_is_refused(model: SegmentationModel, split: Split) -> None:
     with pytest.raises(DataError, match=r"predicts segmentation, and .* has labels of depth"):
-        evaluate_tasks(build_model("kdcache:tiny", 7), only_depth(split), SIZE)
+        evaluate_tasks(build_model("kdcache:tiny", 7), only_depth(split), Inference(SIZE))
     with pytest.raises(DataError, match="Cannot use --min-depth"):
-        evaluate_tasks(build_model("kdcache:tiny", 7), split, SIZE, depth=DepthSettings(max_depth=10))
+        evaluate_tasks(build_model("kdcache:tiny", 7), split, Inference(SIZE), depth=DepthSettings(max_depth=10))
     for change in (lambda depth: depth * np.nan, lambda depth: depth + 100):
         with pytest.raises(DataError, match="has depth from"):
-            evaluate_tasks(model, only_depth(split, change), SIZE)
+            evaluate_tasks(model, only_depth(split, change), Inference(SIZE))
 
 
 def test_a_range_ends_at_the_models_own_maximum(model: SegmentationModel) -> None:

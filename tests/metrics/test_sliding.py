@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from kdcache.data import Window, open_split, whole_window
 from kdcache.errors import RecipeError
-from kdcache.metrics import Framing, evaluate_model
+from kdcache.metrics import Framing, Inference, evaluate_model
 from kdcache.metrics.sliding import at_image, slide
 from kdcache.models import build_model
 
@@ -140,7 +140,7 @@ def test_every_pixel_is_judged_whatever_the_shape(fit) -> None:
         assert counted is None or counted > 0
     from kdcache.metrics.evaluate import count_pixels
 
-    assert int(count_pixels(model, split, (32, 32), framing=Framing(fit)).counts.sum()) == labelled
+    assert int(count_pixels(model, split, Inference((32, 32), framing=Framing(fit))).counts.sum()) == labelled
 
 
 def test_an_image_is_scaled_before_it_is_cut() -> None:

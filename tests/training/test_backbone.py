@@ -16,7 +16,7 @@ from kdcache.analysis.compare import compare
 from kdcache.analysis.predict import predict_images
 from kdcache.data import ClassList, open_split
 from kdcache.errors import DataError, KDCacheError, ModelError, RecipeError
-from kdcache.metrics import evaluate_tasks
+from kdcache.metrics import Inference, evaluate_tasks
 from kdcache.models import build_model, trusting
 from kdcache.models.export import export_model
 from kdcache.models.run import load_run
@@ -252,7 +252,7 @@ def test_labels_cannot_judge_it(run, scenes, tmp_path) -> None:
         predict_images(model, ClassList(()), [], tmp_path / "out", description.size)
     assert not (tmp_path / "out").exists()
     with pytest.raises(DataError, match="--init RUN"):
-        evaluate_tasks(model, open_split(scenes, "val"), description.size)
+        evaluate_tasks(model, open_split(scenes, "val"), Inference(description.size))
 
 
 def test_heads_that_learnt_nothing_beside_features_are_not_judged(settings, make_cache, tmp_path) -> None:

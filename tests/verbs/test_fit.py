@@ -9,7 +9,7 @@ import pytest
 
 import kdcache
 from kdcache.errors import RecipeError
-from kdcache.metrics import Framing, evaluate_tasks
+from kdcache.metrics import Framing, Inference, evaluate_tasks
 from kdcache.models.run import open_model
 from kdcache.run_folder import Run
 from kdcache.store import open_cache, read_manifest
@@ -30,7 +30,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def judged(run: Path, framing: Framing, size: tuple[int, int] = (32, 32)) -> Any:
     split = kdcache.open_split(WIDE, "val")
-    return evaluate_tasks(open_model(str(run), split.classes)[0], split, size, framing=framing)
+    return evaluate_tasks(open_model(str(run), split.classes)[0], split, Inference(size, framing=framing))
 
 
 def test_a_training_pads_by_default_and_squashes_on_demand(runs: Path) -> None:

@@ -13,7 +13,7 @@ from PIL import Image
 import kdcache
 from kdcache.data import open_split
 from kdcache.errors import StoreError
-from kdcache.metrics import evaluate_tasks
+from kdcache.metrics import Inference, evaluate_tasks
 from kdcache.models.run import load_run
 
 SCENES, SIZE = "scenes:32x48,train=3,val=2", (32, 48)
@@ -92,7 +92,8 @@ def test_the_bound_on_copies_of_a_remote_cache_arrives(verb: str, made: Path, s3
 def test_an_evaluation_at_its_own_size_resizes_labels(made: Path) -> None:
     data = "scenes:64x96,train=1,val=2"
     model, _ = load_run(made / "run")
-    expected = [evaluate_tasks(model, open_split(data, "val"), SIZE, at_size=at_size) for at_size in (False, True)]
+    split = open_split(data, "val")
+    expected = [evaluate_tasks(model, split, Inference(SIZE, at_size=at_size)) for at_size in (False, True)]
     found = [kdcache.evaluate(made / "run", data, at_size=at_size, **QUIET) for at_size in (False, True)]
     assert [one.segmentation for one in found] == [one.segmentation for one in expected]
     pixels = [sum(one.segmentation.label_pixels) for one in found if one.segmentation is not None]

@@ -124,7 +124,7 @@ def _task_columns(comparison: Comparison, task: str) -> list[Column]:
         Column(view.figures[name].head, view.figures[name].about, _figure(task, name), ranked=True)
         for name in view.columns
     ]
-    gaps = [Column(f"{view.before}to baseline, over {seeds}", view.spans.format(seeds=seeds), _gap(task))]
+    gaps = [Column(f"{view.before}to baseline, over {seeds}", view.spans(seeds), _gap(task))]
     if any(gap is not None and gap.resampled is not None for row in comparison.rows for gap in row.differences(task)):
         explanation = f"of the {view.distance} to the baseline: their 95 % interval over resampled {images}"
         gaps.append(Column(f"{view.before}over {images}", explanation, _resampled(task)))

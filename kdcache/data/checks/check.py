@@ -202,7 +202,7 @@ def _open(data: str, name: str, layout_root: LayoutRoot | None) -> tuple[Split, 
     report.images = len(split)
     report.without_label = [sample for i, sample in enumerate(split.ids) if not split.has_label(i)]
     report.labelled = len(split) - len(report.without_label)
-    report.depth.labelled = sum(split.has_label(i, DEPTH) for i in range(len(split)))
+    report.depth.labelled = len(split.labelled(DEPTH))
     report.class_pixels = [0] * len(split.classes)
     return split, report
 

@@ -88,7 +88,7 @@ def overlay(image_HW3: Pixels, label_HW: Pixels, classes: ClassList, opacity: fl
 
 def _spread(splits: Sequence[Split], samples: int) -> list[tuple[Split, int]]:
     """Return (split, position) of samples, evenly spread over the labelled ones, equally many per split if possible."""
-    labelled = [[i for i in range(len(split)) if split.has_label(i) or split.has_label(i, DEPTH)] for split in splits]
+    labelled = [split.labelled() for split in splits]
     numbers = labelled if any(labelled) else [list(range(len(split))) for split in splits]
     counts = [0] * len(splits)
     for done, at in enumerate(sorted(range(len(splits)), key=lambda at: len(numbers[at]))):

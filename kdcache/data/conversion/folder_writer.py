@@ -46,7 +46,7 @@ class FolderWriter:
         self.out.mkdir(parents=True, exist_ok=True)
         if len(self.source.classes):
             write_classes(self.out, self.source.classes)
-        depths = (sample.labels[DEPTH] for sample in self.source.samples if DEPTH in sample.labels)
+        depths = (self.source.samples[index].labels[DEPTH] for index in self.source.labelled(DEPTH))
         if (unit := _unit_text(next(depths, None))) is not None:
             write_whole(self.out / DEPTH_FILE, unit)
 

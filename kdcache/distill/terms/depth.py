@@ -116,7 +116,7 @@ class DepthTerm(Term):
         assert rows.own is not None, "samples were pasted"
         if rows.pasted is None:
             others = neighbours(values_BHW), neighbours(mask_BHW)
-        elif DEPTH not in (rows.pasted.targets or {}):  # nothing is known of what was pasted
+        elif self.spec.head not in (rows.pasted.targets or {}):  # nothing is known of what was pasted
             return values_BHW, mask_BHW & rows.own
         else:
             others = self._taught(rows.pasted, rows.size, dtype)

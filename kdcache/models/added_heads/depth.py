@@ -161,18 +161,19 @@ def with_depth(spec: str, model: SegmentationModel, depth: DepthSpec) -> Segment
         depth: the options.
     Raises: ModelError if a depth head is to be added and there is one, or if options are given and there is none.
     """
-    if depth.added and DEPTH not in model.head_kinds:
+    existing = model.head_kinds.get(DEPTH)
+    if depth.added and existing is None:
         return WithDepth(spec, model, depth)
     if not depth.added and isinstance(model, OwnDepth):
         model.spec = spec
         model.set_depth(depth.head)
         return model
-    raise ModelError(
-        f"Cannot add a depth head in {spec}: {model.spec} has one already"
-        if DEPTH in model.head_kinds
-        else f"Cannot use the options of a depth head in {spec}: {model.spec} has none",
-        fix=f"Write {model.spec}" if DEPTH in model.head_kinds else f"Write {model.spec}+{DEPTH}",
-    )
+    if existing is None:
+        raise ModelError(
+            f"Cannot use the options of a depth head in {spec}: {model.spec} has none",
+            fix=f"Write {model.spec}+{DEPTH}",
+        )
+    raise ModelError(f"Cannot add a depth head in {spec}: {model.spec} has one already", fix=f"Write {model.spec}")
 
 
 def _refused(spec: str, problem: str, example: str) -> ModelError:

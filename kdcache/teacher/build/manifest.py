@@ -49,7 +49,7 @@ def plan_manifest(probe: TeacherProbe, *, fidelity: bool = True) -> Manifest:
             name=Path(split.data).resolve().name,  # not the path, which is private and may change
             split=split.split,
             samples=len(split),
-            labelled=sum(split.has_label(index) for index in range(len(split))),
+            labelled=len(split.labelled(SEGMENTATION)),
             ids_digest=split.digest(),
             class_names=split.classes.names,
             class_colours=split.classes.colours,
@@ -110,7 +110,7 @@ def _depth(probe: TeacherProbe) -> DepthLabels | None:
         return None
     drawn = probe.view.drawn
     zoomed = drawn is not None and drawn.scale != (1.0, 1.0)
-    labelled = sum(probe.split.has_label(index, DEPTH) for index in range(len(probe.split)))
+    labelled = len(probe.split.labelled(DEPTH))
     return DepthLabels(labelled=labelled, zoom=probe.options.depth_zoom if zoomed else "none")
 
 

@@ -158,9 +158,9 @@ class Trial:
 
     def _part(self, samples: int) -> Split:
         """Return a split with some samples. They are spread evenly over those with and without depth labels."""
-        has_depth = [self._split.has_label(index, DEPTH) for index in range(len(self._split))]
-        order = np.argsort(np.logical_not(has_depth), kind="stable")
-        return excerpt(self._split, np.sort(order[evenly_spread(len(order), samples)]).tolist())
+        labelled = self._split.labelled(DEPTH)
+        order = [*labelled, *sorted(set(range(len(self._split))) - set(labelled))]
+        return excerpt(self._split, sorted(order[place] for place in evenly_spread(len(order), samples)))
 
     def _build(self, what: str, samples: int, options: BuildOptions, reuse: Cache | None = None) -> tuple[Cache, float]:
         """Build a cache of some samples. Return it, and the seconds of the teacher's pass."""

@@ -251,7 +251,7 @@ class CacheDataset(DrawnDataset):
     def _of_task(self, task: str) -> npt.NDArray[np.bool_]:
         """Return True for each of the N samples of the cache that has a label of a task, (N,)."""
         if self.split is not None and numeric([task]):
-            return np.array([self.split.has_label(number, task) for number in range(len(self.split))], np.bool_)
+            return np.isin(np.arange(len(self.split)), self.split.labelled(task))
         return self.cache.labelled[task]
 
     def _read(self, record: int, path: str) -> Array:

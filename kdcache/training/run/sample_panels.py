@@ -11,7 +11,7 @@ import torch
 from kdcache.data import ClassList, Fit, Split
 from kdcache.metrics.depth_figures import DepthMap, bar_end
 from kdcache.metrics.figures import Array, colour_ids, error_colour, mark_wrong
-from kdcache.metrics.predictions import Predicted, judged_tasks, predictions
+from kdcache.metrics.predictions import Inference, Predicted, judged_tasks, predictions
 from kdcache.metrics.sliding import Framing
 from kdcache.models import SegmentationModel
 from kdcache.tasks import DEPTH, SEGMENTATION
@@ -40,21 +40,11 @@ def sample_panels(
     numbers = np.unique(np.linspace(0, len(split) - 1, min(SAMPLES, len(split))).round().astype(int)).tolist()
     tasks = judged_tasks(model, split)
 
+    inference = Inference(size, device, batch_size=1, at_size=fit == "squash", threads=0, framing=Framing(fit))
+
     def draw() -> dict[str, Array]:
-        batches = predictions(
-            model,
-            split,
-            numbers,
-            size,
-            tasks=tasks,
-            device=device,
-            batch_size=1,
-            at_size=fit == "squash",
-            threads=0,
-            framing=Framing(fit),
-        )
         panels = {}
-        with closing(batches):
+        with closing(predictions(model, split, numbers, inference, tasks)) as batches:
             for batch in batches:
                 for predicted in batch:
                     for task in tasks:
