@@ -34,7 +34,13 @@ LEAST_FLUSH_BYTES = 2**28
 
 @dataclass(frozen=True)
 class Spread:
-    """Repeated measurements of one thing, in milliseconds."""
+    """The summary of repeated measurements of a time, in milliseconds.
+
+    Attributes:
+        best: the smallest sample.
+        p20, p50, p80: the 20th percentile, the median and the 80th percentile.
+        repeats: number of samples.
+    """
 
     best: float
     p20: float
@@ -44,7 +50,7 @@ class Spread:
 
     @classmethod
     def of(cls, samples_ms: Sequence[float]) -> "Spread":
-        """Summarise samples. Every percentile except the median is one of the samples."""
+        """Summarise samples in milliseconds. Percentiles other than the median are the nearest sample."""
         ordered = sorted(samples_ms)
         last = len(ordered) - 1
         return cls(
@@ -57,18 +63,18 @@ class Spread:
 
 
 def check_repeats(count: int, flag: str = "--repeats") -> None:
-    """Check that a median of so many repeats says something. Raises: RecipeError."""
+    """Raise RecipeError if `count` repeats are too few for a median. The error names `flag`."""
     if count < LEAST_REPEATS:
         raise RecipeError(f"Too few repeats for a median: {count}", fix=f"Use {flag} {LEAST_REPEATS} or more.")
 
 
 def default_repeats(device: torch.device) -> int:
-    """Return the number of samples on a device."""
+    """Return the default number of samples per contestant on a device: 100 on CUDA, else 15."""
     return CUDA_REPEATS if device.type == "cuda" else CPU_REPEATS
 
 
 def warm_up(step: Callable[[], Any], device: torch.device) -> None:
-    """Compile, tune and load: everything that only the first calls do."""
+    """Call a step 25 times on CUDA, else twice, so that everything is compiled, tuned and loaded before it is timed."""
     for _ in range(CUDA_WARM_UPS if device.type == "cuda" else CPU_WARM_UPS):
         step()
     if device.type == "cuda":
@@ -76,7 +82,13 @@ def warm_up(step: Callable[[], Any], device: torch.device) -> None:
 
 
 def in_turn(steps: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, Spread]:
-    """Time steps on the CPU in rounds, in which each step has its turn. They must be warmed up already."""
+    """Time several steps on the CPU by turns, so that other load on the machine slows all of them.
+
+    Args:
+        steps: the steps by name, warmed up already.
+        repeats: calls of each step, spread over up to five rounds.
+    Returns: the measured times by name.
+    """
     samples: dict[str, list[float]] = {name: [] for name in steps}
     rounds = min(ROUNDS, repeats)
     with no_garbage_collection():
@@ -91,7 +103,10 @@ def in_turn(steps: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, S
 
 
 def on_device(step: Callable[[], Any], repeats: int) -> Spread:
-    """Time a step on the current CUDA device between events. It must be warmed up already."""
+    """Time a step on the current CUDA device with CUDA events, overwriting the L2 cache before each repeat.
+
+    The step must be warmed up already.
+    """
     flush = torch.empty(_flush_bytes(), dtype=torch.uint8, device="cuda")
     event: Any = torch.cuda.Event
     events = [(event(enable_timing=True), event(enable_timing=True)) for _ in range(repeats)]
@@ -106,7 +121,10 @@ def on_device(step: Callable[[], Any], repeats: int) -> Spread:
 
 
 def on_host(step: Callable[[], Any], repeats: int) -> Spread:
-    """Time how long the CPU takes to issue a step to the current CUDA device. It must be warmed up already."""
+    """Measure how long the CPU takes to launch a step on the current CUDA device.
+
+    The step must be warmed up already.
+    """
     samples = []
     with no_garbage_collection():
         for _ in range(repeats):
@@ -119,7 +137,10 @@ def on_host(step: Callable[[], Any], repeats: int) -> Spread:
 
 
 def as_graph(step: Callable[[], Any], repeats: int) -> Spread:
-    """Time a step captured as a CUDA graph. Raises RuntimeError if it cannot be captured."""
+    """Capture a step as a CUDA graph and time the graph, as `on_device` does.
+
+    Raises: RuntimeError if the step cannot be captured.
+    """
     side: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):

@@ -50,7 +50,19 @@ EVERY = 4
 
 @dataclass(frozen=True)
 class CheckSettings:
-    """The choice of points: the whole grid by default, or a part of it."""
+    """The choice of points at which `check` compares an implementation with the float64 oracle.
+
+    Attributes:
+        device: where to compute.
+        impl: implementation of `kdcache_kernels.distill_loss`.
+        dtypes: names of `shapes.DTYPES`, such as "fp32".
+        strides: names of STRIDES: label pixels per logit, or a ratio of sizes.
+        temperatures: values of T.
+        classes: numbers of classes.
+        windows: names of WINDOWS: "whole", "flip", "crop", "scale" or "edge".
+        values: names of VALUES, how logits are drawn: "normal", "wide" or "range".
+        every: take one point in so many. 1 takes every combination.
+    """
 
     device: torch.device
     impl: str = "auto"
@@ -63,7 +75,10 @@ class CheckSettings:
     every: int = 1
 
     def points(self) -> Iterator["Point"]:
-        """Yield all combinations, or with `every` those whose sum of positions on the axes is a multiple of it."""
+        """Yield every combination of the settings as a `Point`, or with `every` above 1 a part of them.
+
+        The part lies on diagonals of the grid: the sum of a combination's indices is a multiple of `every`.
+        """
         grid = (self.dtypes, self.strides, self.temperatures, self.classes, self.windows, self.values)
         for combination in itertools.product(*map(enumerate, grid)):
             positions, values = zip(*combination, strict=True)
@@ -73,7 +88,7 @@ class CheckSettings:
 
 @dataclass(frozen=True)
 class Point:
-    """One combination."""
+    """One combination of settings at which the loss is checked. The fields are as in `CheckSettings`."""
 
     dtype: str
     stride: str
@@ -85,11 +100,14 @@ class Point:
 
 @dataclass(frozen=True)
 class Judged:
-    """The result of the implementation at a point.
+    """The errors of an implementation at one point, and the largest errors that are allowed.
 
     Attributes:
-        loss_error: |loss - oracle's|.
-        gradient_error: max |g - oracle's| / max |oracle's|.
+        point: the settings.
+        loss_error: |loss - the oracle's loss|, in nats.
+        loss_bound: the largest allowed loss_error.
+        gradient_error: largest |gradient - the oracle's gradient|, divided by the largest |oracle's gradient|.
+        gradient_bound: the largest allowed gradient_error.
     """
 
     point: Point
@@ -100,28 +118,28 @@ class Judged:
 
     @property
     def loss_share(self) -> float:
-        """The error of the loss as a share of its bound, above 1 for NaN."""
+        """Return the error of the loss divided by its bound. A value above 1 fails, and so does NaN."""
         return self.loss_error / self.loss_bound
 
     @property
     def gradient_share(self) -> float:
-        """The error of the gradient as a share of its bound."""
+        """Return the error of the gradient divided by its bound. A value above 1 fails, and so does NaN."""
         return self.gradient_error / self.gradient_bound
 
     @property
     def passed(self) -> bool:
-        """Whether both errors are within their bounds."""
+        """Return True if both errors are within their bounds."""
         return self.loss_error <= self.loss_bound and self.gradient_error <= self.gradient_bound
 
     def to_json(self) -> dict[str, Any]:
-        """Return JSON values with null for errors that are not finite."""
+        """Return the point, the errors and bounds, and `passed` as JSON values. Errors that are not finite are None."""
         errors = {name: value for name, value in vars(self).items() if name != "point"}
         finite = {name: value if math.isfinite(value) else None for name, value in errors.items()}
         return {**asdict(self.point), **finite, "passed": self.passed}
 
 
 def check(settings: CheckSettings) -> Iterator[Judged]:
-    """Judge every point, one after the other.
+    """Compare loss and gradient with the float64 oracle at every point, and yield each result when it is ready.
 
     Raises: ValueRangeError for an implementation that cannot run on the device.
     """
@@ -131,12 +149,15 @@ def check(settings: CheckSettings) -> Iterator[Judged]:
 
 
 def summary(judged: Sequence[Judged]) -> list[dict[str, Any]]:
-    """Return a row per dtype: the points, how many missed a bound, and the worst errors."""
+    """Return one dict per dtype with the number of points, how many missed a bound, and the largest errors.
+
+    The keys are "dtype", "points", "missed", "loss_share" (error of the loss / its bound) and "gradient_error".
+    """
     rows: list[dict[str, Any]] = []
     for dtype in dict.fromkeys(result.point.dtype for result in judged):
         among = [result for result in judged if result.point.dtype == dtype]
-        worst = {name: _worst([getattr(one, name) for one in among]) for name in ("loss_share", "gradient_error")}
-        rows.append({"dtype": dtype, "points": len(among), "missed": sum(not one.passed for one in among), **worst})
+        worst = {name: _worst([getattr(result, name) for result in among]) for name in ("loss_share", "gradient_error")}
+        rows.append({"dtype": dtype, "points": len(among), "missed": sum(not each.passed for each in among), **worst})
     return rows
 
 
@@ -164,7 +185,10 @@ def _judge(point: Point, device: torch.device, impl: str) -> Judged:
 
 
 def launch(point: Point, device: torch.device) -> None:
-    """Launch the kernels that a check of a point launches, without reading their results."""
+    """Compute loss and gradient at a point with `impl="auto"`, without reading the results.
+
+    It launches the kernels that `check` launches there, for example to compile them.
+    """
     student, arguments = draw(point, device)
     _compute(point, student.to(DTYPES[point.dtype]), arguments, "auto", 1.0)
 
@@ -177,7 +201,11 @@ def _compute(point: Point, logits: Tensor, arguments: dict[str, Any], impl: str,
 
 
 def draw(point: Point, device: torch.device) -> tuple[Tensor, dict[str, Any]]:
-    """Return the student's logits in float32 and the other arguments of the loss, drawn on the CPU."""
+    """Draw the inputs of the loss at a point from fixed seeds, on the CPU, and move them to the device.
+
+    Returns: the student's float32 logits (B, C, h, w), and the other tensors as keyword arguments of
+        `kdcache_kernels.distill_loss`.
+    """
     C, size = point.num_classes, STRIDES[point.stride]
     generator = torch.Generator().manual_seed(1000 * C + len(point.window))
     # A crop has room beside it, so that its target has more cells than the student.

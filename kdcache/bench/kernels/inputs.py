@@ -37,19 +37,21 @@ ZOOM = (0.5, 2.0)
 
 @dataclass(frozen=True)
 class Inputs:
-    """The tensors of one case. Those that its kind does not use are None.
+    """The tensors of one case of the benchmark. H* W* is H W, or h w for kinds that compare the target's cells.
 
     Attributes:
-        student: (B, C, h, w), the leaf that receives the gradient.
+        student: (B, C, h, w) logits, the leaf that receives the gradient.
         labels: (B, H, W) uint8, or int16 if 255 is a class.
         target: packed teacher logits.
-        class_weight: (C,) float32 of the cross-entropy.
-        window, flip: (B, 4) float64 and (B,) bool, as in `kdcache_kernels.distill_loss`.
-        teacher: (B, C, h, w) float32, the same target dense. It and all fields below are for the rivals.
-        labels_int64: (B, H, W).
-        mask: (B, H*, W*) float32, 1 if the teacher's loss counts a pixel, or for a cell the share of its pixels.
-        grid: (B, H*, W*, 2) float32, sampling positions of the teacher for `grid_sample`. None samples whole views.
-        ce_count, kl_count: 0-dimensional float32: the class weights of labelled pixels, and the sum of the mask.
+        class_weight: (C,) float32 for the cross-entropy, or None.
+        window, flip: (B, 4) float64 and (B,) bool, as in `kdcache_kernels.distill_loss`, or None.
+        teacher: (B, C, h, w) float32, the target's logits of all classes. It and the fields below are for the rivals
+            only.
+        labels_int64: (B, H, W) int64, the same labels.
+        mask: (B, H*, W*) float32, 1 if the teacher's loss counts a pixel, else 0. For a cell, the share of its pixels.
+        grid: (B, H*, W*, 2) float32, where `grid_sample` samples the teacher, or None for whole views.
+        ce_count, kl_count: 0-dimensional float32: the sum of the labelled pixels' class weights, and the sum of the
+            mask.
     """
 
     student: Tensor
@@ -67,7 +69,10 @@ class Inputs:
 
 
 def make_inputs(case: Case, device: torch.device) -> Inputs:
-    """Draw the tensors of a case. On the meta device they have only shapes."""
+    """Draw the tensors of a case from a fixed seed, so they are equal in every process and on every device.
+
+    On the meta device, the tensors have shapes but no values.
+    """
     shape, kind = case.shape, KINDS[case.kind]
     B, C = shape.batch, shape.num_classes
     generator, meta = torch.Generator().manual_seed(0), device.type == "meta"
@@ -109,7 +114,7 @@ def make_inputs(case: Case, device: torch.device) -> Inputs:
 
 
 def draw_labels(shape: Shape, generator: torch.Generator) -> Tensor:
-    """Draw (B, H, W) int64 class ids in blobs, `ignore_index` in a tenth of the pixels."""
+    """Draw labels as blobs, with void (`shape.ignore_index`) in a tenth of the pixels. Return (B, H, W) int64."""
     H, W = shape.size
     rarity_C11 = RARITY * torch.randn(shape.num_classes, 1, 1, generator=generator)
     images = []

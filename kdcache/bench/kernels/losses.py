@@ -25,7 +25,15 @@ from kdcache_kernels.on_cells.problem import EPS
 
 
 class Targets(NamedTuple):
-    """Teacher, labels and settings of the eager rival, for all images or one. Tensors are as in `Inputs`."""
+    """The teacher, labels and settings that the eager rival takes, for a whole batch or one image.
+
+    Attributes:
+        teacher, mask, grid, class_weight, ce_count, kl_count: as in `Inputs`.
+        labels: (B, H, W) int64.
+        temperature: T.
+        threshold: teacher's confidence from which a pixel counts, 0 to 1, or None to count all.
+        ignore_index: the label of void pixels.
+    """
 
     teacher: Tensor
     labels: Tensor
@@ -39,7 +47,10 @@ class Targets(NamedTuple):
     ignore_index: int
 
     def image(self, index: int) -> "Targets":
-        """Return one image's targets with the batch's counts, so losses of the images add up to the batch's."""
+        """Return the targets of one image of the batch, with the counts of the whole batch.
+
+        The losses of all images then add up to the loss of the batch.
+        """
         rows = slice(index, index + 1)
         return self._replace(
             teacher=self.teacher[rows],
@@ -50,7 +61,7 @@ class Targets(NamedTuple):
 
 
 def targets_of(case: Case, inputs: Inputs) -> Targets:
-    """Return the eager rival's targets in a case."""
+    """Return the targets that the eager rival takes in a case."""
     return Targets(
         inputs.teacher,
         inputs.labels_int64,
@@ -66,7 +77,10 @@ def targets_of(case: Case, inputs: Inputs) -> Targets:
 
 
 def our_loss(case: Case, inputs: Inputs, impl: str) -> Tensor:
-    """Return CE + T^2 * KL by the public operation, with a gate if the kind has one."""
+    """Return CE + T^2 * KL from `kdcache_kernels.distill_loss`, 0-dimensional and differentiable.
+
+    If the case's kind has a threshold, only pixels with at least that teacher confidence count in the KL.
+    """
     kind, weight = KINDS[case.kind], None
     if kind.threshold is not None:
         size = case.shape.size
@@ -89,7 +103,10 @@ def our_loss(case: Case, inputs: Inputs, impl: str) -> Tensor:
 
 
 def eager_loss(student_BChw: Tensor, targets: Targets) -> Tensor:
-    """Return CE + T^2 * KL: cross-entropy of labelled pixels, KL of the mask's pixels that pass the gate."""
+    """Return CE + T^2 * KL in eager PyTorch, the rival of `our_loss` with the same value.
+
+    CE counts labelled pixels. KL weighs pixels by the mask, and leaves out those below the confidence threshold.
+    """
     T, size = targets.temperature, targets.labels.shape[1:]
     teacher_BChw = targets.teacher if T == 1 else targets.teacher / T
     if student_BChw.shape[2:] == size == (1, 1):  # rows: softmax over the last axis is several times as fast
@@ -118,7 +135,10 @@ def eager_loss(student_BChw: Tensor, targets: Targets) -> Tensor:
 
 
 def our_relations(case: Case, inputs: Inputs, impl: str) -> Tensor:
-    """Return the relation loss as its term calls it, with a target of few classes densified."""
+    """Return the relation loss from `kdcache_kernels.relation_loss`, 0-dimensional and differentiable.
+
+    A top-k target is densified first, as in a training.
+    """
     target = inputs.target
     dense = target.values
     if target.indices is not None:
@@ -144,10 +164,10 @@ def _on_cells(student_BChw: Tensor, targets: Targets) -> tuple[Tensor, Tensor]:
 
 
 def eager_relations(student_BChw: Tensor, targets: Targets) -> Tensor:
-    """Return T^2 * (inter + intra) on cells weighted by the mask.
+    """Return the relation loss in eager PyTorch, the rival of `our_relations` with the same value and gradient.
 
-    The mean over classes is 1 / C. The mean over cells needs no gradient, because moving it changes no sum of products
-    of centred values.
+    It is T^2 * (inter + intra) over the target's cells, weighted by the mask: 1 - the correlation over the classes,
+    plus 1 - the correlation over the cells.
     """
     T, weight_B1hw = targets.temperature, targets.mask[:, None]
     p_BChw, q_BChw = (F.softmax(x, 1) for x in _on_cells(student_BChw, targets))
@@ -167,12 +187,12 @@ def _correlation(a: Tensor, b: Tensor, share: Tensor | None, dims: int | tuple[i
 
 @dataclass(frozen=True)
 class Loss:
-    """A loss as both sides compute it.
+    """One measured loss, as kdcache and as eager PyTorch compute it.
 
     Attributes:
         ours: kdcache's loss, called with (case, inputs, impl).
-        eager: the rival, called with (student's logits, targets), suitable for torch.compile.
-        by_image: whether it is a sum over images with the batch's counts, and so can be computed in parts.
+        eager: the same in eager PyTorch, called with (student's logits, targets). `torch.compile` can compile it.
+        by_image: True if the loss is a sum over images, so it can be computed image by image.
     """
 
     ours: Callable[[Case, Inputs, str], Tensor]
@@ -188,5 +208,5 @@ LOSSES = {
 
 
 def loss_of(case: Case) -> Loss:
-    """Return the loss that a case measures."""
+    """Return the loss that a case measures, by the `loss` of the case's kind."""
     return LOSSES[KINDS[case.kind].loss]

@@ -34,7 +34,10 @@ _WEIGH = "import sys; from kdcache.bench.kernels.memory import weigh; weigh(sys.
 
 
 def peak_on_device(step: Callable[[], Any]) -> float:
-    """Return the peak in MiB above what is allocated now, on the current CUDA device."""
+    """Run a step, and return its peak of allocated memory on the current CUDA device in MiB.
+
+    Memory that was already allocated before the step does not count.
+    """
     gc.collect()
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
@@ -45,9 +48,9 @@ def peak_on_device(step: Callable[[], Any]) -> float:
 
 
 def peak_in_process(step: Callable[[], Any]) -> float:
-    """Return the growth of this process's peak resident set in MiB over one step.
+    """Run a step, and return how far this process's peak resident memory rises above the memory before, in MiB.
 
-    Raises: OSError if the system cannot reset the peak.
+    Raises: OSError if the system cannot reset the peak. Only Linux can.
     """
     gc.collect()
     _give_back_freed_memory()
@@ -58,9 +61,14 @@ def peak_in_process(step: Callable[[], Any]) -> float:
 
 
 def peak_in_fresh_process(name: str, case: Case, impl: str, threads: int) -> float:
-    """Return `peak_in_process` of a contestant, in a new process.
+    """Measure the peak memory of a contestant's step in a new process, in MiB above the memory before the step.
 
-    Raises: UnavailableError with one line on why there is no result.
+    Args:
+        name: "kdcache" or a name of RIVALS.
+        case: the case of the benchmark.
+        impl: implementation of kdcache's loss.
+        threads: number of torch's threads.
+    Raises: UnavailableError with one line that says why there is no result.
     """
     request = json.dumps({"name": name, "case": asdict(case), "impl": impl, "threads": threads})
     path = os.pathsep.join(entry for entry in sys.path if entry)
@@ -81,7 +89,11 @@ def peak_in_fresh_process(name: str, case: Case, impl: str, threads: int) -> flo
 
 
 def weigh(request: str) -> None:
-    """Warm up a contestant on a tiny shape, measure the memory of one step, and print the peak as the last line."""
+    """Measure the memory of one step of a contestant in this process, and print the peak in MiB as the last line.
+
+    `request` is JSON from `peak_in_fresh_process`, with the keys name, case, impl and threads. A step on a tiny shape
+    runs first, so that loading code does not count.
+    """
     words = json.loads(request)
     case = Case(**{**words["case"], "shape": Shape(**words["case"]["shape"])})
     name, impl, cpu = words["name"], words["impl"], torch.device("cpu")
@@ -95,7 +107,7 @@ def weigh(request: str) -> None:
 
 
 def available_bytes() -> int:
-    """Return the bytes that the system could still give to a process."""
+    """Return the bytes of memory that are available to processes of this machine."""
     return int(psutil.virtual_memory().available)
 
 

@@ -44,17 +44,17 @@ LIGER_MODULES = {
 
 
 class UnavailableError(Exception):
-    """A rival cannot run here. The message is one line with the reason."""
+    """Raised if a rival cannot run on this machine. The message is one line with the reason."""
 
 
 @dataclass(frozen=True)
 class Contestant:
-    """A step and its properties.
+    """An implementation to measure on one case: kdcache's or a rival's.
 
     Attributes:
-        step: may be called any number of times.
+        step: computes one forward and backward, and returns (loss, gradient). It may be called any number of times.
         title: the name in tables.
-        capturable: whether its step can be captured as a CUDA graph (it never waits for the device).
+        capturable: True if the step can be captured as a CUDA graph, because it never waits for the device.
     """
 
     step: Step
@@ -63,7 +63,10 @@ class Contestant:
 
 
 def ours(case: Case, inputs: Inputs, impl: str) -> Contestant:
-    """Return the public functions as a training calls them."""
+    """Return kdcache's contestant for a case. It calls kdcache's public loss function as a training does.
+
+    `impl` is the implementation, such as "auto" or "triton".
+    """
     loss_of_case = loss_of(case).ours
 
     def step() -> tuple[Tensor, Tensor]:
@@ -74,7 +77,10 @@ def ours(case: Case, inputs: Inputs, impl: str) -> Contestant:
 
 
 def resolved(impl: str, device: torch.device) -> str:
-    """Return the implementation that `impl` names on a device. Raises: ValueRangeError if the device cannot run it."""
+    """Return the implementation that `impl` means on a device: "triton", "numba", "torch" or "reference".
+
+    Raises: ValueRangeError if the device cannot run it.
+    """
     return choose_implementation(impl, device, torch.float32, has_torch=True)
 
 
@@ -170,8 +176,10 @@ RIVALS: dict[str, Callable[[Case, Inputs], Contestant]] = {
 
 
 def prepare(name: str, case: Case, inputs: Inputs, impl: str) -> Contestant:
-    """Prepare ours or a rival for a case.
+    """Return the contestant with a name for a case, ready to run.
 
-    Raises: UnavailableError if it cannot run here.
+    `name` is "kdcache" or a name of RIVALS. `impl` is the implementation of kdcache's loss.
+
+    Raises: UnavailableError if a rival cannot run on this machine.
     """
     return ours(case, inputs, impl) if name == OURS else RIVALS[name](case, inputs)

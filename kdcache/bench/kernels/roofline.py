@@ -42,24 +42,29 @@ COPY_BYTES, CEILING_REPEATS = 2**30, 20
 
 @dataclass(frozen=True)
 class Ceilings:
-    """The speeds of one device, per second."""
+    """The highest speeds of one GPU.
+
+    Attributes:
+        copy_bytes: bytes read and written per second by a copy.
+        exps: exponentials per second.
+    """
 
     copy_bytes: float
     exps: float
 
     @property
     def instructions(self) -> float:
-        """Instructions of all lanes that can be issued, per second."""
+        """Return the instructions per second that the GPU can issue, counted per lane (thread)."""
         return LANES_PER_SFU_LANE * self.exps
 
     def to_json(self) -> dict[str, float]:
-        """Return the speeds as JSON values."""
+        """Return a dict of the speeds per second: "copy_bytes", "exps" and "instructions"."""
         return {"copy_bytes": self.copy_bytes, "exps": self.exps, "instructions": self.instructions}
 
 
 @dataclass(frozen=True)
 class Work:
-    """The bytes, exponentials and instructions that one forward and backward need at least."""
+    """The least numbers of bytes, exponentials and instructions that one forward and backward needs."""
 
     bytes: float
     exps: float
@@ -67,7 +72,11 @@ class Work:
 
 
 def least_work(case: Case) -> Work:
-    """Return the least work of the fused kernel for a case, as the module's docstring explains."""
+    """Return the least work of one forward and backward of the fused kernel for a case.
+
+    Bytes count each input and the gradient once. Exponentials and instructions are counted in the machine code for
+    sm_90.
+    """
     shape = case.shape
     h, w = shape.native
     B, C = shape.batch, shape.num_classes
@@ -96,7 +105,11 @@ def least_work(case: Case) -> Work:
 
 
 def fractions(work: Work, ceilings: Ceilings, milliseconds: float) -> dict[str, float]:
-    """Return each floor divided by the measured time. 1 is the floor itself."""
+    """Return the least possible time for bytes, exponentials and instructions, each divided by the measured time.
+
+    The keys are "bytes", "sfu" (exponentials) and "issue" (instructions). 1 means that the measured time is the least
+    possible.
+    """
     floors = {
         "bytes": work.bytes / ceilings.copy_bytes,
         "sfu": work.exps / ceilings.exps,
@@ -106,7 +119,10 @@ def fractions(work: Work, ceilings: Ceilings, milliseconds: float) -> dict[str, 
 
 
 def measure_ceilings() -> Ceilings:
-    """Measure the copy speed of the current CUDA device, best of 20, and derive its exponentials from its clock."""
+    """Return the highest speeds of the current CUDA device.
+
+    The copy speed is the best of 20 measurements. The exponentials per second are computed from the clock.
+    """
     source = torch.zeros(COPY_BYTES, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     copy: Callable[[], Any] = partial(target.copy_, source)

@@ -31,14 +31,17 @@ PEAK_BYTES = {"eager": 32, "chunked": 32, "compile": 16, "compile-max-autotune":
 
 @dataclass(frozen=True)
 class Settings:
-    """The choice of measurements. Every combination is a case.
+    """The choice of measurements of one benchmark. Every combination of shape, kind and dtype is a case.
 
     Attributes:
-        impl: implementation of `kdcache_kernels.distill_loss`.
-        against: names of RIVALS.
-        kinds: names of KINDS.
-        repeats: samples per contestant. None is 100 on CUDA and 15 on the CPU.
-        weigh: whether memory is measured, on the CPU in a fresh process per contestant.
+        device: where to compute.
+        shapes: batches of label images.
+        dtypes: names of `shapes.DTYPES`, such as "fp32".
+        kinds: names of `shapes.KINDS`, what a step computes.
+        against: names of RIVALS to measure also.
+        impl: implementation of kdcache's loss, such as "auto".
+        repeats: samples per contestant. None means 100 on CUDA and 15 on the CPU.
+        weigh: whether to measure memory also. On the CPU, each contestant then runs in a fresh process.
     """
 
     device: torch.device
@@ -51,22 +54,24 @@ class Settings:
     weigh: bool = True
 
     def cases(self) -> Iterator[Case]:
-        """Yield every combination once."""
+        """Yield every combination of shape, kind and dtype once."""
         grid = itertools.product(self.shapes, self.kinds, self.dtypes)
         yield from dict.fromkeys(Case(shape, dtype, kind=kind) for shape, kind, dtype in grid)
 
 
 @dataclass
 class Measured:
-    """One contestant on one case, with None for what could not be measured.
+    """The measurements of one contestant (kdcache or a rival) on one case. None means not measured.
 
     Attributes:
-        time: forward and backward, launches included, between events on a GPU.
-        graph: the same as a CUDA graph, without the host's time.
-        host: the CPU's time to issue it to a GPU.
-        peak_mib: peak memory above the inputs.
-        floors: for ours, the fractions of the three floors.
-        problem: why numbers are missing.
+        name: "kdcache" or a name of RIVALS.
+        title: the name in tables.
+        time: one forward and backward. On a GPU, it includes the launches.
+        graph: the same step as a CUDA graph, which leaves out the CPU's time.
+        host: the CPU's time to launch the step on a GPU.
+        peak_mib: peak memory above the inputs, in MiB.
+        floors: for kdcache, `roofline.fractions` of the measured time.
+        problem: why numbers are missing, or "".
     """
 
     name: str
@@ -80,12 +85,12 @@ class Measured:
 
     @property
     def headline(self) -> Spread | None:
-        """The device's own time if known (the graph's), else the time."""
+        """Return the time of the CUDA graph if it was measured, else `time`."""
         return self.graph or self.time
 
     @property
     def host_bound(self) -> bool:
-        """Whether the GPU waits for the CPU, so `time` is the CPU's."""
+        """Return True if the GPU waits for the CPU, so that `time` measures the CPU's launches."""
         if self.host is None or self.time is None:
             return False
         # Without a graph the device's own time is not known; events around a step that waits have the host's.
@@ -94,14 +99,18 @@ class Measured:
 
 @dataclass
 class Row:
-    """One case."""
+    """The measurements of kdcache and its rivals on one case."""
 
     case: Case
     ours: Measured
     rivals: list[Measured]
 
     def ratios(self, rival: Measured) -> dict[str, float | None]:
-        """Return how many times slower (best, else median) and larger (peak) a rival is."""
+        """Return a rival's measurements divided by kdcache's, so above 1 means slower or larger.
+
+        The keys are "best" and "median" (of `time`), "graph" and "host" (medians) and "memory" (peaks). A value is None
+        if one of the two is missing.
+        """
         return {
             "best": _ratio(_of(rival.time, "best"), _of(self.ours.time, "best")),
             "median": _ratio(_of(rival.time, "p50"), _of(self.ours.time, "p50")),
@@ -111,14 +120,19 @@ class Row:
         }
 
     def to_json(self) -> dict[str, Any]:
-        """Return JSON values, in milliseconds and MiB."""
+        """Return a dict with the keys "case", "ours" and "rivals". Times are in milliseconds and memory is in MiB."""
         case = {**asdict(self.case), "shape": str(self.case.shape), "kept": self.case.k}
         rivals = [{**_plain(rival), "ratio": self.ratios(rival)} for rival in self.rivals]
         return {"case": case, "ours": _plain(self.ours), "rivals": rivals}
 
 
 def measure_ceilings(settings: Settings, note: Note = lambda text: None) -> Ceilings | None:
-    """Measure the device's ceilings, or return None on the CPU. Raises: ValueRangeError for an unusable impl."""
+    """Return the highest speeds of the GPU, or None on the CPU.
+
+    `note` is called with a line of progress.
+
+    Raises: ValueRangeError if `settings.impl` cannot run on the device.
+    """
     resolved(settings.impl, settings.device)
     if settings.device.type != "cuda":
         return None
@@ -127,11 +141,14 @@ def measure_ceilings(settings: Settings, note: Note = lambda text: None) -> Ceil
 
 
 def measure(settings: Settings, ceilings: Ceilings | None = None, note: Note = lambda text: None) -> Iterator[Row]:
-    """Run a benchmark, and yield each row as soon as its case is measured.
+    """Run a benchmark, and yield the measurements of each case when they are ready.
 
-    `ceilings` are the device's, for the floors. None leaves those out. `note` is called with a line at every stage.
-
-    Raises: the errors of our kernel, for instance ValueRangeError for an implementation that cannot run here.
+    Args:
+        settings: the cases and contestants.
+        ceilings: the GPU's highest speeds, to compute `Measured.floors`, or None to leave them out.
+        note: called with a line of progress at every stage.
+    Raises: any error of kdcache's loss, such as ValueRangeError for an implementation that cannot run here. A rival's
+        error is stored in `Measured.problem` instead.
     """
     resolved(settings.impl, settings.device)
     for case in settings.cases():

@@ -22,15 +22,16 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Kind:
-    """The computation of a step.
+    """What one step of a benchmark computes.
 
     Attributes:
         about: one line for the help.
-        loss: a key of `losses.LOSSES`.
-        trained: class weights, and void pixels that the teacher's term counts. Else both terms count only labelled
-            pixels.
-        drawn: a window and a flip per image, drawn as by `--augment warp`. Else whole views.
-        threshold: teacher's confidence from which a pixel counts, found again in every step. None counts all.
+        loss: a key of `losses.LOSSES`: "distill" (CE + KL) or "dist" (relations).
+        trained: True for class weights in CE, and a KL that also counts void pixels. False lets both terms count only
+            labelled pixels, without class weights.
+        drawn: True for a random window and flip per image, as with `--augment warp`. False for whole views.
+        threshold: the teacher's confidence from which a pixel counts in the KL, 0 to 1. It is computed in every step.
+            None counts all pixels.
     """
 
     about: str
@@ -41,7 +42,7 @@ class Kind:
 
     @property
     def on_cells(self) -> bool:
-        """Whether student and teacher are compared on the target's cells instead of every pixel."""
+        """Return True if the loss compares student and teacher on the target's cells instead of every label pixel."""
         return self.loss != "distill"
 
 
@@ -58,7 +59,7 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Shape:
-    """A batch of label images and the stride of the logits, written 16x21x512x512/4."""
+    """The shape of a batch of label images and the stride of the logits, written BxCxHxW/STRIDE: "16x21x512x512/4"."""
 
     batch: int
     num_classes: int
@@ -68,27 +69,27 @@ class Shape:
 
     @property
     def size(self) -> tuple[int, int]:
-        """(H, W) in pixels."""
+        """Return (H, W), the label size in pixels."""
         return self.height, self.width
 
     @property
     def native(self) -> tuple[int, int]:
-        """(h, w) of the logits: the size divided by the stride, rounded up."""
+        """Return (h, w), the size of the logits: the label size divided by the stride, rounded up."""
         return math.ceil(self.height / self.stride), math.ceil(self.width / self.stride)
 
     @property
     def ignore_index(self) -> int:
-        """The void id: 255, unless that is a class."""
+        """Return the label of void pixels: 255, or -1 if 255 is a class id."""
         return 255 if self.num_classes <= 255 else -1
 
     @property
     def divides(self) -> bool:
-        """Whether the stride divides the label size."""
+        """Return True if the stride divides the label's height and width."""
         return self.height % self.stride == 0 and self.width % self.stride == 0
 
     @property
     def class_pixels(self) -> int:
-        """B*C*H*W, the size of every tensor of a rival."""
+        """Return B * C * H * W, the number of elements of each label-size tensor of a rival."""
         return self.batch * self.num_classes * self.height * self.width
 
     def __str__(self) -> str:
@@ -125,9 +126,11 @@ PRESETS["cuda"] = sum((PRESETS[name] for name in ("voc", "ade", "cityscapes", "s
 
 
 def parse_shapes(text: str) -> tuple[Shape, ...]:
-    """Parse '4x11x288x288/4,voc'. Presets and shapes may be mixed, and repetitions are dropped.
+    """Parse a comma-separated list of shapes and names of presets, such as "4x11x288x288/4,voc".
 
-    Raises: RecipeError naming the part that is neither.
+    Repetitions are dropped.
+
+    Raises: RecipeError naming the part that is neither a shape nor a preset.
     """
     parts = [part.strip() for part in text.split(",") if part.strip()]
     shapes = [shape for part in parts for shape in (PRESETS.get(part) or (_parse(part),))]
@@ -135,9 +138,13 @@ def parse_shapes(text: str) -> tuple[Shape, ...]:
 
 
 def parse_names(text: str, flag: str, allowed: Collection[str]) -> tuple[str, ...]:
-    """Parse a comma list of names.
+    """Parse a comma-separated list of names into a tuple without repetitions. Case and spaces are ignored.
 
-    Raises: RecipeError naming the flag and the nearest known name.
+    Args:
+        text: the list, such as "eager,compile".
+        flag: the flag's name, for the error message.
+        allowed: the known names.
+    Raises: RecipeError naming the flag and the nearest known name, for an unknown name.
     """
     names = [part.strip().lower() for part in text.split(",") if part.strip()]
     for name in names:
@@ -150,7 +157,15 @@ def parse_names(text: str, flag: str, allowed: Collection[str]) -> tuple[str, ..
 
 @dataclass(frozen=True)
 class Case:
-    """One row of a benchmark, with names instead of torch objects, to pass it to another process as JSON."""
+    """One case of a benchmark. Its values are plain, so that it can go to another process as JSON.
+
+    Attributes:
+        shape: the batch of label images.
+        dtype: a name of DTYPES, the dtype of the student's logits.
+        temperature: T.
+        kept: number of classes that the target keeps, or None for a cache's default.
+        kind: a name of KINDS.
+    """
 
     shape: Shape
     dtype: str = "fp32"
@@ -160,14 +175,17 @@ class Case:
 
     @property
     def k(self) -> int:
-        """Number of classes of the target: `kept`, or a cache's default for None."""
+        """Return the number of classes that the target keeps.
+
+        It is `kept`, at most C. If `kept` is None, it is a cache's default: all up to 32 classes, else 8.
+        """
         C = self.shape.num_classes
         if self.kept is None:
             return C if C <= MOST_DENSE else KEPT
         return min(self.kept, C)
 
     def tiny(self) -> "Case":
-        """Return this case on a single image of 4 by 4 logits."""
+        """Return this case with a single image of 4 by 4 logits."""
         side = 4 * self.shape.stride
         return replace(self, shape=Shape(1, self.shape.num_classes, side, side, self.shape.stride))
 
