@@ -82,10 +82,14 @@ def _check_learns(config: TrainConfig, model: SegmentationModel, classes: int) -
     """Check that a model without heads learns features, and is not validated by labels. Raises: ModelError."""
     features = any(term.reads_taps for stream in config.streams for term in stream.config.active)
     if not model.head_kinds and not features:
+        problem = f"Nothing to learn: {config.run.model} has no head for these data"
+        advice = _head_for(config.run.model, classes)
+        cached = any(stream.config.data.cache is not None for stream in config.streams)
+        if config.run.verb == "train-teacher" or not cached:  # there are no features to learn
+            raise ModelError(problem, fix=f"{advice[0].upper()}{advice[1:]}")
         raise ModelError(
-            f"Nothing to learn: {config.run.model} has no head for these data, and no term of --method "
-            f"{config.loss.method} compares features",
-            fix=f"Add a term of features, --method cosine. {_head_for(config.run.model, classes)}",
+            f"{problem}, and no term of --method {config.loss.method} compares features",
+            fix=f"Add a term of features, --method cosine. Or {advice}",
         )
     if not model.head_kinds and config.data.val is not None:
         raise ModelError(
@@ -98,7 +102,7 @@ def _check_learns(config: TrainConfig, model: SegmentationModel, classes: int) -
 def _head_for(spec: str, classes: int) -> str:
     """Return advice on how to add a head to a model without one."""
     if not classes:
-        return f"Or add a head of depth, --model {spec}+depth. Or name classes in a classes.txt in the data folder."
+        return f"add a head of depth, --model {spec}+depth. Or name classes in a classes.txt in the data folder."
     library, _, name = spec.partition(":")
     decoder = f"smp:unet-tu-{name.partition(',')[0]}" if library == "timm" else "smp:unet-resnet18"
-    return f"Or choose a model with classes: --model {decoder}"
+    return f"choose a model with classes: --model {decoder}"
