@@ -53,7 +53,7 @@ def parse_fold(text: str, by: str | None = None, flag: str = "--fold") -> Fold:
     Args:
         text: the fold.
         by: a regular expression whose match in an id names a sequence that stays in one fold, or None.
-        flag: the command-line flag that errors name.
+        flag: the command-line flag, for error messages.
 
     Raises: RecipeError for another form.
     """

@@ -40,7 +40,7 @@ class SharedSequence(NamedTuple):
 def sequence_pattern(text: str, flag: str = "--folds-by") -> re.Pattern[str]:
     """Compile a regular expression that names sequences in sample ids.
 
-    `flag` is the command-line flag that errors name.
+    `flag` is the command-line flag, for error messages.
 
     Raises: RecipeError for an invalid regular expression.
     """
@@ -76,7 +76,7 @@ def sequences_of(ids: Sequence[str], by: str, flag: str = "--folds-by") -> list[
     Args:
         ids: the sample ids.
         by: the pattern, a regular expression.
-        flag: the command-line flag that errors name.
+        flag: the command-line flag, for error messages.
 
     Raises: RecipeError for an invalid regular expression, or one that does not match every id.
     """

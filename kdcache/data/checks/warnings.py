@@ -61,7 +61,7 @@ class Doubts:
 def doubts_of(
     reports: Mapping[str, SplitReport], classes: ClassList, place: LayoutRoot | None, *, whole: bool
 ) -> Doubts:
-    """Return all problems and warnings about labels and class names that are valid, but suspicious.
+    """Return all problems and warnings about labels and class names that can be read, but look wrong.
 
     Args:
         reports: split name -> report of its contents.

@@ -106,7 +106,7 @@ class LabelFile(FileSource[Values]):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DrawnLabel(LabelFile[Pixels]):
-    """A source that draws class ids from annotations.
+    """The source of a segmentation label that is drawn from annotations.
 
     Attributes:
         drawn: draws the labels of all samples of the split.

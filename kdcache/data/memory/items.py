@@ -38,9 +38,9 @@ class Keys:
 
 @contextmanager
 def naming_item(where: str) -> Iterator[None]:
-    """Turn an error of the user's data set in a with block into a DataError that names the item.
+    """In a with block, turn errors of the user's data set into a DataError that names the item.
 
-    `where` names the item, as in "item 3". Errors for lack of memory stay unchanged.
+    `where` names the item, as in "item 3". A MemoryError stays unchanged.
 
     Raises: DataError.
     """
