@@ -1,23 +1,23 @@
 """The cache: a Zarr v3 group that holds a teacher's outputs, with a manifest and a ledger.
 
-    format/         what lies in it: manifest, arrays, codec, shards
-    backend/        where its files are: a folder, an object store
-    ledger.py       which shards are finished, and the seal
+    format/         the content: manifest, arrays, codec, shards
+    backend/        the location: a folder, an object store
+    ledger.py       the finished shards, and the seal
     worker.py       the numbers of processes that write a cache together
-    freshness.py    whether a data set still is what a cache was built from
-    writer.py       whole shards by one owner
-    recovery.py     what a build makes good in a damaged cache
-    copy.py         a cache into another codec, other shards, in part
-    subset.py       which samples a part has
+    freshness.py    comparison of a data set with the one that a cache was built from
+    writer.py       writing whole shards
+    recovery.py     repair of a damaged cache by a build
+    copy.py         copies with another codec, other shards, or only a part
+    subset.py       the samples of a part
     reader.py       open_cache, Cache
     join.py         open_caches: several caches of the same views as one
-    targets.py      targets through windows of an augmentation of one's own
+    targets.py      targets for crops of the user's own augmentation
     records.py      Records: a cache with the data set that it was built from
     sample_ids.py   the ids
-    verify.py       every byte against the ledger
-    summary.py      what `kdcache inspect` prints
+    verify.py       comparison of every byte with the ledger
+    summary.py      the summary that `kdcache inspect` prints
 
-It knows tensors as numpy arrays and no models.
+This package uses numpy arrays, and no models.
 """
 
 from kdcache.store.copy import CopyChanges, CopyResult, copy_store

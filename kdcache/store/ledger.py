@@ -1,8 +1,8 @@
 """The ledger: one small JSON file per finished shard, and `complete.json` when all are there.
 
-A shard counts if its ledger record exists. A record is published only after the shard's files are synced. When all
-shards are there, `ledger.jsonl` has their records one per line, so a reader needs one file and parses what it uses.
-`complete.json` seals the rest, with digests of `ledger.jsonl` and of every metadata file. The seal covers a record as
+A shard counts if its ledger entry exists. An entry is written only after the shard's files are on the disk. When all
+shards are finished, `ledger.jsonl` has one entry per line, so a reader needs one file and parses only what it uses.
+`complete.json` seals the rest, with digests of `ledger.jsonl` and of every metadata file. The seal covers an entry as
 JSON written by `canonical`, whatever white space its file has.
 """
 

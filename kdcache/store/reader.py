@@ -1,7 +1,7 @@
 """Open and read a cache.
 
 Opening checks the manifest, the seal, all metadata and the layout of every array. The first use of a shard checks its
-ledger record and its files' sizes, and every read checks a crc32c. `check_files` looks for every file beforehand, and
+ledger entry and its files' sizes, and every read checks a crc32c. `check_files` looks for every file beforehand, and
 `verify` checks every byte.
 Reads go straight to the shards (shard.py). An array with another layout than our writer's is an error.
 """

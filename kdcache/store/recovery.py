@@ -1,8 +1,8 @@
 """Repair of a damaged cache by a build, after an accident, an interrupted copy or a failing disk.
 
 Everything except the shards can be written again without the teacher. Array metadata and ids follow from the manifest
-and the command. The manifest has a spare (`manifest.json`, with its digest). A ledger record is also in `ledger.jsonl`.
-Ledger and seal follow from the records. If a digest does not fit, the digest itself may be damaged.
+and the command. The manifest has a spare copy (`manifest.json`, with its digest). A ledger entry is also in
+`ledger.jsonl`. Ledger and seal follow from the entries. If a digest does not fit, the digest itself may be damaged.
 A shard with damaged files is computed again. Nothing is written if nothing is damaged.
 """
 
@@ -21,7 +21,7 @@ from kdcache.store.ledger import COMPLETE, Completion, ShardRecord, read_or_none
 
 ROOT = "zarr.json"
 SPARE = "manifest.json"
-"""The root's zarr.json once more: it alone holds what no build can write again, such as when the first one began."""
+"""The spare copy of the top-level zarr.json, which has facts that no build can restore, such as the first start."""
 
 
 def spare_of(root: bytes) -> bytes:

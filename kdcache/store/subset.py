@@ -6,7 +6,7 @@ from kdcache.errors import StoreError
 from kdcache.store.reader import Cache
 
 SAMPLE_RECORDS = 16
-"""Records, evenly spread, on which a build or a copy measures what storing loses."""
+"""The number of evenly spread records on which a build or a copy measures the loss of storing."""
 
 
 def evenly_spread(total: int, most: int) -> list[int]:

@@ -1,6 +1,6 @@
 """Write a cache: whole shards by one owner, synced before the ledger lists them.
 
-The order makes a crash harmless: array files, fsync, ledger record, and `complete.json` last. A killed process leaves
+The order makes a crash harmless: array files, fsync, ledger entry, and `complete.json` last. A killed process leaves
 finished shards, which a later one keeps, and at most one unfinished shard, which is written again.
 
 Any number of processes may build one cache. On a disk each takes the next shard that no process has claimed, and a
@@ -255,7 +255,7 @@ class StoreWriter:
         )
 
     def _others(self) -> dict[int, ShardRecord]:
-        """Return the records of the shards that other workers have finished, as far as they can be read."""
+        """Return the ledger entries of the shards that other workers have finished, as far as they can be read."""
         shards, records = self.manifest.shards, dict[int, ShardRecord]()
         for shard in set(range(shards)).difference(self.worker.shards(shards)):
             with suppress(CorruptError):  # whoever owns the shard says so
@@ -264,7 +264,7 @@ class StoreWriter:
         return records
 
     def _column(self, spec: ArraySpec, shard: int, record: ShardRecord | None) -> Array | None:
-        """Return a shard's rows of an array, or None if the file is damaged or does not match its record."""
+        """Return a shard's rows of an array, or None if the file is damaged or does not match its ledger entry."""
         key = shard_key(spec, shard)
         sha256 = None if record is None else record.files[key].sha256
         content = ledger.read_or_none(self.place, key, MAX_JSON_BYTES, sha256)

@@ -26,7 +26,7 @@ from kdcache.sweep.plan import Job, Sweep
 
 INPUTS = "inputs.json"
 _REPEATED = "build-teacher-cache"
-"""A verb that checks what is there and leaves it, so its jobs are always done: a damaged cache is repaired."""
+"""A verb that leaves a finished result unchanged. Its jobs always run, so that a damaged cache is repaired."""
 
 
 class Inputs:

@@ -38,9 +38,9 @@ OWN = {
     "train-student": _TRAINING | {"cache", "val"},
     "build-teacher-cache": {"data", "split", "out", "teacher"},
 }
-"""Flags that a sweep gives by itself."""
+"""The flags that a sweep sets itself, by verb."""
 _OF_LABELS = ("name", "data", "split", "class_map")
-"""Keys of a stream that say whose labels it has: those that a teacher's training takes over."""
+"""Keys of a stream that a teacher's training copies, because they determine the labels."""
 
 
 @dataclass(frozen=True)

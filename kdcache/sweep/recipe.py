@@ -49,7 +49,7 @@ from kdcache.settings.removed import KEYS, SETTINGS, removal
 from kdcache.settings.streams import parse_stream
 
 Flags = Mapping[str, Any]
-"""Flags of a verb without their dashes; a list is a choice, but for `term` and `stream`, lists of tables."""
+"""Flag, without dashes -> value. A list is a choice of values, except for `term` and `stream`."""
 
 TABLES = ("data", "teacher", "teachers", "store", "stores", "student", "show")
 _NAMED = ("arm", "stream")
@@ -63,7 +63,7 @@ _REPEATED = ("term", "stream")
 TEACHER, STORE = "teacher", "store"
 """The names of the teacher and of the cache that every recipe has."""
 AUDIT = "audit"
-"""The key of [store] that is no flag of build-teacher-cache."""
+"""The key of [store] that is not a flag of build-teacher-cache."""
 SMOKE_TITLE = "Smoke run: "
 
 

@@ -25,10 +25,10 @@ RECORD = "sweep.toml"
 LOGS = "logs"
 """The folder for the output of jobs that run side by side."""
 _LAST_LINES = 15
-"""Lines of a job's log in the message that it failed."""
+"""The number of lines of a job's log that an error shows."""
 
 Runner = Callable[[Job], None]
-"""Does a job; raises when it fails."""
+"""Runs the command of a job. It raises an exception if the command fails."""
 
 
 class Watcher:

@@ -41,12 +41,12 @@ if TYPE_CHECKING:
 Origin = str | Path | nn.Module | Teacher
 Note = Callable[[str], None]
 OF_LIKE = ("size", "fit", "crop", "views", "view_seed", "view_scale", "view_flip", "shard_records")
-"""Settings that a cache takes over from the one whose views it repeats."""
+"""Settings that a cache copies from the cache whose views it repeats."""
 OF_REUSED = (
     *("size", "fit", "crop", "teacher_weights", "tta", "folds", "folds_by", "teacher_size", "teacher_grid"),
     *("mean", "std", "precision", "top_k", "heads", "features_only", "raw_logits"),
 )
-"""Settings that a cache takes over from the one whose targets it reuses."""
+"""Settings that a cache copies from the cache whose targets it reuses."""
 
 
 def check_views(settings: Mapping[str, Any]) -> None:

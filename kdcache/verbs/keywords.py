@@ -18,7 +18,7 @@ Data = Annotated[
         ".dataset."
     ),
 ]
-"""A data set, as a verb takes it."""
+"""A data set as an argument: a folder, a spec or a split."""
 
 
 def keywords(*tables: type, but: tuple[str, ...] = ()) -> Callable[[Function], Function]:

@@ -1,4 +1,4 @@
-"""The model of a verb: a run, or SPEC@FILE."""
+"""Open the model that a verb uses: a run, or SPEC@FILE."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The place of a verb's cache, and its machine."""
+"""The location of the cache that a verb uses, and the device."""
 
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,7 @@
-"""Where the files of a cache are: a folder, or a prefix of an object store. Keys are paths below it.
+"""The location of a cache's files: a folder, or a prefix of an object store. Keys are paths below it.
 
-The rest of the room works on a `Place` alone. What it promises: `publish` is whole or not at all, and on return on
-the disk; `read` and `open` follow no link below the cache's own folder; `claim` gives a shard to one process at a time.
+The other modules only use `Place`. `publish` writes a file completely or not at all, and returns when the file is on
+disk. `read` and `open` follow no links below the cache's folder. `claim` gives a shard to one process at a time.
 """
 
 from abc import ABC, abstractmethod
@@ -11,9 +11,9 @@ from pathlib import Path
 
 Release = Callable[[], None]
 MAX_JSON_BYTES = 2**23
-"""The most bytes of a manifest, a seal or a ledger record. A longer one is an attack or an accident."""
+"""The maximum size of a manifest, a seal or a ledger entry. A larger file is an attack or an accident."""
 MAX_SEALED_BYTES = 2**30
-"""The most bytes of the whole ledger, or of all ids: 13 million records in shards of 128."""
+"""The maximum size of the whole ledger, or of all ids: enough for 13 million records in shards of 128."""
 
 
 class Place(ABC):

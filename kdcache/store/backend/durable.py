@@ -1,7 +1,7 @@
 """Writes that survive a power cut: temporary file, fsync, rename, fsync of the folder.
 
 zarr-python renames its files into place but never syncs them, so a machine that loses power can keep
-the name and lose the bytes. The cache's ledger is only worth something when what it lists is on disk.
+the name and lose the bytes. The cache's ledger is useless unless the files that it lists are on the disk.
 """
 
 import errno
@@ -16,7 +16,7 @@ from pathlib import Path
 from kdcache.errors import StoreError
 
 PARTIAL = ".partial"
-"""Ends the name of a file that is being written; what a crash leaves of it means nothing."""
+"""The ending of the name of a file that is being written. After a crash, such a file can be deleted."""
 _ROOM_BYTES = 2**20  # with less, a failed write is taken for a full disk
 _MOST_NAME_BYTES = 255  # of a file's name, on every usual file system
 _FIXES = {

@@ -24,7 +24,7 @@ from kdcache.store.backend.durable import PARTIAL, disk_space_errors
 from kdcache.store.format.shard import let_go_of_removed
 
 Download = Callable[[BinaryIO], int]
-"""Writes a file, whole, and returns its bytes."""
+"""Writes the whole file into a binary file object, and returns its size in bytes."""
 _FOLDER = "mirrors"
 _LOCKS = ".locks"
 _STRIPES = 64  # locks of files that are being fetched

@@ -41,7 +41,7 @@ except ImportError as error:
 T = TypeVar("T")
 SCHEMES = ("s3", "gs", "az")
 ATTEMPTS = 5
-"""Fetches of a body that is not proven. Each is several of obstore's own, which handle lost connections."""
+"""Downloads of an object before its bytes count as wrong. Each may be several requests of obstore."""
 PAUSE_SECONDS = 0.4  # after the first fetch; doubled after each
 BACKOFF: Any = {"init_backoff": timedelta(seconds=0.1), "max_backoff": timedelta(seconds=10), "base": 2}
 RETRIES: Any = {"max_retries": 8, "retry_timeout": timedelta(seconds=120), "backoff": BACKOFF}

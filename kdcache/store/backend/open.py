@@ -1,4 +1,4 @@
-"""Open the place that an address names."""
+"""Find the location of a cache from a path or address."""
 
 from pathlib import Path
 

@@ -1,13 +1,13 @@
 """The contents of a cache.
 
-manifest.py          who made it, from what, how
-manifest_models.py   the parts of that: data set, view, heads, features
+manifest.py          the cache's description
+manifest_models.py   its parts: data set, view, heads, features
 teacher_models.py    the teacher's fingerprint
 schema.py            arrays, chunks
 flags.py             a flag per sample, as text of the manifest
-eight_bits.py        features as bytes with scales, and what that loses
-codec.py             how they are compressed, and what is rounded before
-shard.py             records straight from shards, at the decoder's speed
-layout.py            which arrays that can be done with
-damage.py            errors for files that are not what was written
+eight_bits.py        features as bytes with scales, and the loss
+codec.py             compression, and rounding before it
+shard.py             direct reads of records from shards
+layout.py            the array layouts that direct reads support
+damage.py            errors for damaged files
 """

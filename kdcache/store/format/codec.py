@@ -1,4 +1,4 @@
-"""What `--codec` means: how chunks are compressed, and what small rounds away before they are.
+"""The codecs of `--codec`: compression of chunks, and for small the rounding of logits before it.
 
     default   lz4; targets in float16. CamVid's 11 classes on 36 x 48: 30.0 KiB, 43 us of CPU per read
     small     logits keep 5 of float16's 10 mantissa bits, zstd: 15.0 KiB, 146 us
@@ -17,7 +17,7 @@ from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
 from kdcache.store.format.manifest import Codec
 
 Array = np.ndarray[Any, Any]
-"""The rows of an array, one record's or more."""
+"""An array of one record or several."""
 
 _FEATURES = {"default": ZstdCodec(level=1), "small": ZstdCodec(level=3)}
 _OTHERS = {

@@ -8,7 +8,7 @@ from kdcache.errors import CorruptError, KDCacheError, StoreError
 _OURS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EACCES, errno.EPERM)  # no fault of the store
 _COMMAND = "the command that wrote it (build-teacher-cache or copy)"
 AGAIN = f"Run {_COMMAND} again"
-"""The words of a fix that a repair follows."""
+"""The words in a fix that proposes a repair."""
 
 
 def without_spare(error: KDCacheError, store: object) -> KDCacheError:

@@ -21,11 +21,11 @@ from kdcache.store.format.manifest_models import MAX_RECORDS, Feature, Nats, Par
 
 Array = np.ndarray[Any, Any]
 LEAST_CELLS = 16
-"""Maps of fewer cells stay float16: their scales would take a quarter of the bytes or more."""
+"""Taps with fewer cells stay float16, because their scales would take a quarter of the bytes or more."""
 _LARGEST = float(np.finfo(np.float16).max)
 _FEATURES, _SCALES = "features/", "scales/"
 StoredAs = Literal["fp16", "uint8"]
-"""How features are to be stored, by --feature-dtype."""
+"""The values of --feature-dtype: how features are stored."""
 
 
 class FeatureFidelity(Part):

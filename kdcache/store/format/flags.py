@@ -1,4 +1,4 @@
-"""A flag per sample as text, for JSON: bits, the first sample in the lowest of the first byte; zlib; Base64."""
+"""One flag per sample as text for JSON: bits from the lowest of the first byte on, then zlib, then Base64."""
 
 import base64
 import zlib

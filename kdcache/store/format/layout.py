@@ -27,7 +27,7 @@ NOT_SUPPORTED = (
     "Update kdcache, or build the cache again with this version: another program or a later zarr-python wrote it. "
     "zarr-python itself may still read it."
 )
-"""The fix for an array that our writer does not make."""
+"""The fix for an array that kdcache has not written."""
 _MAX_METADATA_BYTES = 2**20  # what is longer is cut, and no JSON then
 _MAX_SHARD_CHUNKS = 2**16
 _DTYPE = re.compile("bool|u?int(8|16|32|64)|float(16|32|64)")

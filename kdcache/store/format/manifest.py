@@ -1,4 +1,4 @@
-"""The manifest: who made a cache, from what and how. It is JSON in the attributes of the cache's Zarr group."""
+"""The manifest: a cache's description, as JSON in the attributes of its Zarr group."""
 
 import json
 import math
@@ -18,14 +18,14 @@ from kdcache.tasks import SEGMENTATION
 
 FORMAT_VERSION: Final = 3
 """The version of every cache that is built now: its records hold digests of image and labels."""
-# What a claim of more would ask of memory is an attack or an accident.
+# A manifest that claims more would exhaust the memory: it is an attack or an accident.
 MAX_SHARDS = 2**20
 MAX_RECORD_BYTES = 2**28
-"""The most bytes of a record in one array, decoded."""
+"""The maximum uncompressed size of a record in one array, in bytes."""
 
 Codec = Literal["default", "small", "none"]
 _NAMES = ("name",)
-"""Fields of the data set that are no part of its identity: a folder may be renamed."""
+"""Fields of the data set that may differ: a folder may be renamed."""
 
 
 class Manifest(parts.Part):

@@ -1,4 +1,4 @@
-"""The parts of a manifest: data set, view, heads, features, teacher, build, and what storing lost.
+"""The parts of a manifest: data set, view, heads, features, teacher, build, and the loss of storing.
 
 Every model here is strict and fails on unknown keys, because a manifest comes from elsewhere and a misread field would
 silently train on wrong targets.
@@ -14,19 +14,18 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_val
 from kdcache.heads import Parameterisation
 
 MAX_RECORDS = 2**31
-"""What a claim of more would ask of memory is an attack or an accident."""
+"""The maximum number of records. A manifest that claims more is an attack or an accident."""
 MOST_SIDE, MOST_VIEWS = 65536, 4096
 LEAST_ZOOM, MOST_ZOOM = 1 / 64, 1024
 LEAST_HALF, MOST_HALF = 2**-4, 60000.0
 MOST_SHOWN = 8
-"""Items of a list or a table that a difference names one by one."""
+"""The maximum number of differing items that a message names."""
 
-# What becomes a path is one name of a folder below the store, or below what is exported from it. It is data from
-# elsewhere: it leads nowhere else.
+# Names become folders of a cache or of an export. They come from elsewhere, so they must not lead out of it.
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.\-]*$", max_length=200)]
 """The pattern of the name of a head, a tap or a statistic: it is an array's folder."""
 FolderName = Annotated[str, Field(pattern=r"^[^./\\\x00-\x1f\x7f-\x9f][^/\\\x00-\x1f\x7f-\x9f]*$", max_length=200)]
-"""The pattern of the name of a split: it is a folder of the user's, in any language."""
+"""The pattern of the name of a split: it is a folder of the user, in any language."""
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=0, le=MAX_RECORDS)]
@@ -224,7 +223,7 @@ def _kind_of(head: Any) -> str:
 AnyHead = Annotated[
     Annotated[Head, Tag("categorical")] | Annotated[Regression, Tag("regression")], Discriminator(_kind_of)
 ]
-"""A head of either kind; without `kind` it is categorical."""
+"""A head of either kind. Without `kind` it is categorical."""
 
 
 class Feature(Part):

@@ -14,7 +14,7 @@ Spread = Annotated[float, Field(gt=0)]
 Logit = Annotated[float, Field(allow_inf_nan=True)]
 """A class may be ruled out by -inf."""
 _OF_A_HEAD = re.compile(r", ([A-Za-z0-9_+]+)=")
-"""What separated the teachers of several heads in a spec."""
+"""The text before the second and further heads in a spec of several teachers, in earlier versions."""
 
 
 class Member(Part):
@@ -125,7 +125,7 @@ class Fingerprint(Part):
         trainings: what the teacher or each member was trained on, one entry per data set. None stands for an unknown
             one. It is not compared.
         parents: digests of the seals of the caches that the teacher itself was distilled from. They are not compared.
-        probe: mean outputs for two fixed images, which reveal changed code with unchanged weights.
+        probe: pooled outputs for two fixed images, which reveal changed code with unchanged weights.
         probe_size: (H, W) of the two fixed images. None is 96x128.
         processor: the expected input. Compared only if both fingerprints have one.
     """

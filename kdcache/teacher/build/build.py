@@ -127,7 +127,7 @@ class BuildResult:
 
 
 class _Batch(NamedTuple):
-    """Records of one shard and the rows that the cache keeps of the teacher's outputs for them, by path."""
+    """Records of one shard, and path -> stored rows of the teacher's outputs for them."""
 
     items: list[Rendered]
     rows: dict[str, Array]

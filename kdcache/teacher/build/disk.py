@@ -14,7 +14,7 @@ from kdcache.teacher.build.cost_estimate import Estimate
 MOST_BYTES = 2_000_000_000
 MOST_SECONDS = 30.0
 SLOWER = 0.5
-"""A disk has a second regime if its last part is written at less than this share of the first part's rate."""
+"""A disk counts as slowing down if its last rate is below this fraction of its first rate."""
 _PIECE = 16 * 2**20
 _PART = 5
 """The first and the last part are each a fifth of what is written."""

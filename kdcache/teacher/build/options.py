@@ -58,7 +58,7 @@ class BuildOptions(BuildSettings):
 
 
 ZOOM = (1.0, 2.0)
-"""The range of the zoom of drawn views, where nothing else is said."""
+"""The default range of the zoom of drawn views."""
 
 
 def with_zoom(options: BuildOptions, *, metres: bool) -> BuildOptions:

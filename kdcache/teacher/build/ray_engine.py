@@ -33,9 +33,9 @@ from kdcache.teacher.load.forward import place
 from kdcache.teacher.load.load import Teacher
 
 Parts = Callable[[], tuple[Split, Teacher, BuildOptions] | tuple[Split, Teacher, BuildOptions, Cache]]
-"""Makes what a build consists of, and the earlier cache that it takes over, if any."""
+"""Returns the split, the teacher and the options of a build, and the earlier cache that it reuses, if any."""
 MOST_DEATHS = 5
-"""Processes that one shard may cost before it counts as their cause."""
+"""The number of processes that may die on one shard before the build fails."""
 
 
 @dataclass(frozen=True)
