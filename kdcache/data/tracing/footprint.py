@@ -37,9 +37,10 @@ class Footprint:
         return np.array(self.window)
 
     def crop(self, top: int, left: int, height: int, width: int) -> Footprint:
-        """Return the footprint after a crop, given in pixels of the transformed image.
+        """Return the footprint after a crop of the transformed image.
 
-        A crop outside the image pads it.
+        The position (`top`, `left`) and the size are in pixels of the transformed image. A crop outside the image pads
+        it.
         """
         y0, x0, y1, x1 = self.window
         rows, columns = self.size
@@ -50,7 +51,7 @@ class Footprint:
         return Footprint(window, self.flip, (height, width))
 
     def pad(self, left: int, top: int, right: int, bottom: int) -> Footprint:
-        """Return the footprint after padding each side by this number of pixels."""
+        """Return the footprint after padding the transformed image by these numbers of pixels."""
         return self.crop(-top, -left, self.size[0] + top + bottom, self.size[1] + left + right)
 
     def resize(self, size: tuple[int, int]) -> Footprint:
