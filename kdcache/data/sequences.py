@@ -94,14 +94,19 @@ def sequences_of(ids: Sequence[str], by: str, flag: str = "--folds-by") -> list[
 def folds_of(ids: Sequence[str], folds: int, by: str | None = None) -> npt.NDArray[np.int64]:
     """Return the fold number of every sample, int64 (N,), from 0 to `folds` - 1.
 
-    Without `by`, a hash ranks the ids, and each next id goes to the next fold. So fold sizes differ by at most one.
+    Without `by`, the ids are sorted by a hash, and go to the folds in turn. So fold sizes differ by at most one.
 
-    With `by`, a regular expression that names each id's sequence, sequences stay whole. The largest sequence comes
-    first, and each goes to the fold with the fewest samples. Then the largest fold exchanges sequences with others
-    while that evens out their sizes.
+    With `by`, all samples of a sequence get the same fold. The largest sequence comes first, and each sequence goes to
+    the fold with the fewest samples. Then the largest fold exchanges sequences with others while that evens out their
+    sizes.
 
     The hash is BLAKE2b with 8 bytes and the key `kdcache folds`, over the id or sequence name in UTF-8. The order of
     the ids does not matter. One more sample may move other samples to another fold.
+
+    Args:
+        ids: the ids of all samples.
+        folds: the number of folds.
+        by: a regular expression whose match in an id names its sequence, or None.
 
     Raises: RecipeError unless there are 2 to 255 folds and a sample or sequence for each, or if `by` is invalid.
     """

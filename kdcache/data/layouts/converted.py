@@ -20,7 +20,9 @@ class DataWarning(UserWarning):
 
 
 def open_defective(place: LayoutRoot, name: str) -> tuple[Split, dict[str, str]]:
-    """Open a split although files are missing, repeated or without a partner. `open_split` would raise an error.
+    """Open a split even if files are missing or repeated, or if labels have no image.
+
+    `open_split` would raise an error.
 
     Args:
         place: the data set's layout and folder.

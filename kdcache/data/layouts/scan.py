@@ -179,9 +179,9 @@ def keep_listed(scan: Scan, root: Path, listing: str) -> Scan:
 
 
 def scan_whole(root: Path, split: str, images: str, labels: str, label_ids: LabelIds, lists: Sequence[str]) -> Scan:
-    """Return the files of a split whose images all lie in one folder, which lists such as train.txt divide.
+    """Return the files of one split, for a data set that keeps all images in one folder.
 
-    If `root` has no list, return all pictures.
+    The split's list names its images. If `root` has no list at all, return all images.
 
     Args:
         root: the data set's folder.

@@ -33,7 +33,10 @@ class Yolo(Export):
     looks_for: ClassVar[str] = f"{IMAGES}/ and {LABELS}/ with text files, data.yaml or {CLASSES_FILE}"
 
     def found(self, root: Path) -> str:
-        """Return the file of class names or the folder of labels, below `root`, or '' if labels are not text files."""
+        """Return the file of class names below `root`, or the folder of labels if there is no such file.
+
+        Return '' if labels are not text files.
+        """
         places = _places(root)
         if not places or not all(_holds_texts(root / labels) for labels in places.values() if (root / labels).is_dir()):
             return ""
