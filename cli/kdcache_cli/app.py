@@ -70,7 +70,7 @@ _ALSO_SHORTER = ("plan", "build-teacher-cache")
 
 
 class _Verbs(TyperGroup):
-    """The group of verbs in the order of work, with kdcache's messages for Ctrl-C and for what the parser refuses."""
+    """The group of all verbs, listed in the order of work. It turns Ctrl-C and parse errors into kdcache's messages."""
 
     def make_context(self, *args: Any, **options: Any) -> Any:
         with parse_errors():
@@ -83,8 +83,8 @@ class _Verbs(TyperGroup):
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         command = super().get_command(ctx, cmd_name)
-        for own in () if command is None else (command, *getattr(command, "commands", {}).values()):
-            show_plain_types(own.get_params(ctx))
+        for verb in () if command is None else (command, *getattr(command, "commands", {}).values()):
+            show_plain_types(verb.get_params(ctx))
         return command
 
     def get_params(self, ctx: Any) -> Any:
@@ -135,7 +135,7 @@ def _options(
         typer.Option("--trust", help="Import model code that run folders and recipes from elsewhere name."),
     ] = False,
 ) -> None:
-    """Take the options of every verb. `main` reads them itself: they may stand anywhere, and parsing may fail."""
+    """Declare the options that every verb takes. `main` reads them itself, because they may stand anywhere."""
 
 
 app.add_typer(data.app, name="data", rich_help_panel=_GROUPS["data"])
@@ -150,10 +150,12 @@ for _panel, _verbs in _PANELS.items():
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run the command line and exit: 0 done, 1 a check failed, 2 wrong input, 130 interrupted.
+    """Run the command line and exit the process.
+
+    The exit code is 0 for success, 1 if a check failed, 2 for wrong input, and 130 after Ctrl-C.
 
     Args:
-        args: the words after `kdcache`; default this process's words.
+        args: the words after `kdcache`. None takes this process's words.
     """
     arguments = sys.argv[1:] if args is None else args
     # Allowed after the verb too, where people add them.
@@ -184,7 +186,7 @@ _OF_DISKS = {errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG, errno.
 
 
 def _explained(error: Exception) -> Any:
-    """Return an error with problem, fix and rule: the error itself if it is kdcache's or the kernels'."""
+    """Return an error with problem, fix and rule. An error of kdcache or the kernels is returned unchanged."""
     if all(isinstance(getattr(error, name, None), str) for name in ("problem", "fix", "rule")):
         return error
     if isinstance(error, PermissionError) or (isinstance(error, OSError) and error.errno in _OF_DISKS):
@@ -202,7 +204,7 @@ def _explained(error: Exception) -> Any:
 
 
 def _fault_of_theirs(error: Exception) -> KDCacheError | None:
-    """Return the error of a network, or of another line of the user's code; None for an error of kdcache's code."""
+    """Return an error about a network or other code of the user, or None if the error comes from kdcache's code."""
     if "torch" not in sys.modules:  # no code of theirs runs without
         return None
     from kdcache.faults import network_fault, user_place
@@ -216,7 +218,7 @@ def _fault_of_theirs(error: Exception) -> KDCacheError | None:
 
 
 def show_error(error: Any) -> None:
-    """Print the panel of an error: its problem, its fix and its rule."""
+    """Print a panel with an error's problem, its fix and its rule."""
     lines = [("fix: ", error.fix), ("", Text(error.rule, "dim"))]
     parts = (part for name, text in lines if text for part in ("\n", (name, "dim"), text))
     body = Text.assemble((error.problem, "bold"), *parts)

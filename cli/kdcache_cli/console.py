@@ -17,37 +17,36 @@ _WIDEST = 1000
 
 
 class Terminal(Console):
-    """A terminal on which strings from elsewhere are plain text.
+    """A console that prints names, paths and errors as plain text, without control characters.
 
-    Lines that a verb prints may have kdcache's markup, with `escape`d names in it. The content of tables, panels and
-    bars has no markup. Nothing that is printed holds control characters.
+    Lines of text may have rich's markup. Tables, panels and bars have none.
     """
 
     def __init__(self, **options: Any) -> None:
         super().__init__(markup=False, emoji=False, **options)
 
     def print(self, *objects: Any, markup: bool | None = None, soft_wrap: bool | None = None, **options: Any) -> None:
-        """Print as rich does, but read markup in lines only, and do not wrap lines that go to a file."""
+        """Print as rich does. Markup is read in lines of text only, and lines that go to a file are not wrapped."""
         lines = all(isinstance(part, str) for part in objects)
-        whole = lines and not self.is_terminal if soft_wrap is None else soft_wrap
+        unwrapped = lines and not self.is_terminal if soft_wrap is None else soft_wrap
         with self._room_for(objects):
-            super().print(*objects, markup=lines if markup is None else markup, soft_wrap=whole, **options)
+            super().print(*objects, markup=lines if markup is None else markup, soft_wrap=unwrapped, **options)
 
     @contextmanager
     def _room_for(self, objects: Sequence[Any]) -> Iterator[None]:
-        """Widen the output in a `with` block so that tables keep all their numbers: a file has no width."""
-        own, tables = self._width, [part for part in objects if isinstance(part, Table)]
+        """Widen output to a file, in a with block, so that tables keep all their numbers."""
+        width, tables = self._width, [part for part in objects if isinstance(part, Table)]
         if tables and not self.is_terminal:
             unbounded = self.options.update(width=_WIDEST)
             self.width = max(self.width, *(self.measure(table, options=unbounded).maximum for table in tables))
         try:
             yield
         finally:
-            self._width = own
+            self._width = width
 
     @contextmanager
     def heard(self) -> Iterator[None]:
-        """Print even under --quiet, in a `with` block."""
+        """Print in a with block although --quiet is given."""
         quiet, self.quiet = self.quiet, False
         try:
             yield
@@ -55,7 +54,10 @@ class Terminal(Console):
             self.quiet = quiet
 
     def render(self, renderable: Any, options: ConsoleOptions | None = None) -> Iterator[Segment]:
-        """Yield segments without control characters; a table that is too wide for the terminal is turned over."""
+        """Yield rich's segments without control characters.
+
+        A table that is too wide for the terminal is printed as lines of names and values.
+        """
         if isinstance(renderable, Table):
             for column in renderable.columns:  # a name makes no row of its own
                 column._cells = [one_line(cell) if isinstance(cell, str) else cell for cell in column._cells]
@@ -68,14 +70,16 @@ class Terminal(Console):
 
 
 def _cuts(terminal: Console, table: Table, options: ConsoleOptions | None) -> bool:
-    """Whether the terminal is so narrow that numbers and words of the table lose their ends."""
-    shown = "".join(segment.text for segment in Console.render(terminal, table, options))
-    own = f"{table.title}" + "".join(str(part) for column in table.columns for part in (column.header, *column.cells))
-    return shown.count("…") > own.count("…")
+    """Return True if a table is so wide that the terminal cuts off numbers or words."""
+    printed = "".join(segment.text for segment in Console.render(terminal, table, options))
+    written = f"{table.title}" + "".join(
+        str(part) for column in table.columns for part in (column.header, *column.cells)
+    )
+    return printed.count("…") > written.count("…")
 
 
 def _upright(table: Table) -> Table:
-    """Return a table turned over: the cells of its first row below each other, an empty line, then the next row."""
+    """Return a table as lines of names and values: all cells of a row below each other, then an empty line."""
     headers = [column.header for column in table.columns]
     turned = Table(box=None, show_header=False, title=table.title, title_style=table.title_style)
     turned.title_justify = table.title_justify
@@ -93,16 +97,18 @@ ERRORS = Terminal(stderr=True)
 
 
 def figure_table(*header: str, title: str | None = None) -> Table:
-    """Return a table without borders: names on the left, figures on the right."""
+    """Return an empty table without borders. Its first column is for names, and the others are for numbers."""
     columns = [Column(name, justify="right" if place else "left") for place, name in enumerate(header)]
     above = None if title is None else f"\n{title}"
     return Table(*columns, title=above, title_style="bold", title_justify="left", box=None, header_style="dim")
 
 
 def histogram_table(header: str, bins: Sequence[tuple[str, int]]) -> Table:
-    """Return a table of counts of pixels, each with its share and a bar. Empty bins are left out.
+    """Return a table with a line for each bin of a histogram of pixels: its name, its share in per cent, and a bar.
 
-    `header` tells what the bins are of; `bins` are pairs of words and a count.
+    Args:
+        header: the heading of the first column.
+        bins: the name of each bin, and its number of pixels. Empty bins are left out.
     """
     table = Table(header, "pixels %", "", box=None, header_style="dim")
     total, most = sum(count for _, count in bins), max(count for _, count in bins)
@@ -113,7 +119,7 @@ def histogram_table(header: str, bins: Sequence[tuple[str, int]]) -> Table:
 
 
 def warn(text: str) -> None:
-    """Print on stderr a warning about a result that is worth little."""
+    """Print `warning: TEXT` on stderr, also with --quiet."""
     with ERRORS.heard():
         ERRORS.print(f"warning: {text}", style="yellow", markup=False, highlight=False)
 
@@ -123,7 +129,7 @@ use_console(ERRORS, warn)
 
 @contextmanager
 def data_warnings() -> Iterator[None]:
-    """Show warnings about data sets as verbs show theirs in a `with` block."""
+    """Print Python warnings about data sets as kdcache's warnings, in a with block."""
     with warnings.catch_warnings():
         default = warnings.showwarning
 
@@ -138,7 +144,7 @@ def data_warnings() -> Iterator[None]:
 
 
 def bytes_text(count: float) -> str:
-    """Return a number of bytes for people, for instance 1.4 MiB."""
+    """Return a number of bytes as text, for instance 1.4 MiB."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if count < 1024:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"

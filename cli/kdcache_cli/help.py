@@ -12,15 +12,14 @@ _ALL = "--help-all"
 
 
 def common(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Decorate a verb with the names of the parameters that -h shows. It also shows required ones, and --help-all all.
+    """Return a decorator that names the parameters of a verb whose flags -h shows. --help-all shows all flags.
 
-    Args:
-        names: names of the verb's parameters.
+    -h also shows required flags.
     """
 
     def decorate(verb: Callable[..., None]) -> Callable[..., None]:
-        own = signature(verb)
-        unknown = set(names) - set(own.parameters)
+        called = signature(verb)
+        unknown = set(names) - set(called.parameters)
         assert not unknown, f"no parameters of {verb.__name__}: {', '.join(sorted(unknown))}"
         added = Parameter("help_all", Parameter.KEYWORD_ONLY, default=False, annotation=_HelpAll)
 
@@ -28,8 +27,8 @@ def common(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
         def run(*, help_all: bool = False, **flags: Any) -> None:
             verb(**flags)
 
-        named = [parameter.replace(kind=Parameter.KEYWORD_ONLY) for parameter in own.parameters.values()]
-        run.__signature__ = own.replace(parameters=[*named, added])  # type: ignore[attr-defined]
+        named = [parameter.replace(kind=Parameter.KEYWORD_ONLY) for parameter in called.parameters.values()]
+        run.__signature__ = called.replace(parameters=[*named, added])  # type: ignore[attr-defined]
         run.__annotations__ = {**verb.__annotations__, "help_all": _HelpAll}
         run.common = frozenset({*names, "help_all"})  # type: ignore[attr-defined]
         return run
@@ -38,7 +37,10 @@ def common(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
 
 
 def text(verb: Callable[..., None]) -> str:
-    """Return a verb's docstring for a terminal of any width. Each paragraph is one line, and so is each example."""
+    """Return a verb's docstring as help text, in which each paragraph and each example is one line.
+
+    So a terminal of any width can wrap it.
+    """
     paragraphs = (verb.__doc__ or "").strip().split("\n\n")
     return "\n\n".join(_lines(part) if "[dim]" in part else " ".join(part.split()) for part in paragraphs)
 
@@ -48,13 +50,15 @@ def _lines(paragraph: str) -> str:
 
 
 class Verb(TyperCommand):
-    """A verb with a short help and a whole one."""
+    """A Typer command with two helps: -h shows common flags, and --help-all shows all."""
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
-        """Write the help; without --help-all, leave out the rare flags and name their number at the end."""
-        shown: frozenset[str] = getattr(self.callback, "common", frozenset())
-        parameters: list[Any] = list(self.params) if shown and not ctx.meta.get(_ALL) else []
-        rare = [p for p in parameters if p.name not in shown and not p.required and not getattr(p, "hidden", False)]
+        """Write the help. Without --help-all, rare flags are left out, and the last line says how many."""
+        common_flags: frozenset[str] = getattr(self.callback, "common", frozenset())
+        parameters: list[Any] = list(self.params) if common_flags and not ctx.meta.get(_ALL) else []
+        rare = [
+            p for p in parameters if p.name not in common_flags and not p.required and not getattr(p, "hidden", False)
+        ]
         self.epilog = f"{len(rare)} more flags: {ctx.command_path} {_ALL}" if rare else None
         for parameter in rare:
             parameter.hidden = True

@@ -16,14 +16,17 @@ from kdcache.progress import progress_bar
 from kdcache_cli.console import ERRORS, OUT, figure_table
 
 MISSING = "-"
-"""The cell of a figure that was not measured."""
+"""The text for a number that was not measured."""
 WRITE_EVERY_S = 2.0
-"""Rows that come faster are written together: a thousand small ones take a while."""
+"""The least seconds between two writes of the result file."""
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the figures, the machine and the commit.")]
 
 
 def check_json(path: Path | None) -> None:
-    """Refuse a result file that could not be written, before anything is measured. Raises: RecipeError."""
+    """Check that the result file of --json can be written, before anything is measured.
+
+    Raises: RecipeError if its folder does not exist.
+    """
     if path is not None and not path.resolve().parent.is_dir():
         raise RecipeError(
             f"Cannot write --json {path}: no such folder",
@@ -33,7 +36,7 @@ def check_json(path: Path | None) -> None:
 
 @contextmanager
 def stages() -> Iterator[Callable[[str], None]]:
-    """Yield a function that prints a line for each stage of a benchmark, above a bar that names the latest."""
+    """Show the progress of a benchmark in a with block. Yield a function that prints the name of a new stage."""
     with progress_bar() as bar:
         task = bar.add_task("measuring", total=None, note="")
 
@@ -45,14 +48,14 @@ def stages() -> Iterator[Callable[[str], None]]:
 
 
 def contestants(*columns: str, title: str) -> Table:
-    """Return a table of figures with a name in front of each row, below a plain title."""
+    """Return an empty table of measurements, with a plain title. Its first column is for names."""
     table = figure_table("", *columns)
     table.title, table.title_style = title, None
     return table
 
 
 def line(text: str) -> None:
-    """Print a line as it is, however long."""
+    """Print a line of text on stdout, without wrapping or markup."""
     OUT.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -65,11 +68,14 @@ def _header(theme: str) -> dict[str, Any]:
 
 
 class GrowingResult:
-    """A result file that is whole JSON at any time: rows as they come, and `complete` at the end.
+    """A result file (JSON) that is valid after each new row, so that an interrupted benchmark keeps its results.
+
+    Its key `complete` is true once all rows are there.
 
     Args:
-        path: the file; None writes nothing.
-        of: how many rows there will be.
+        path: the file. None writes nothing.
+        theme: the subject of the measurement, which is a key of the file.
+        of: the number of rows of a complete file.
     """
 
     def __init__(self, path: Path | None, theme: str, *, of: int) -> None:
@@ -79,7 +85,7 @@ class GrowingResult:
         self._written = 0.0
 
     def write(self, **content: Any) -> None:
-        """Write the file with further keys."""
+        """Add keys to the file's content, and write the file."""
         self._content |= content
         if self._path is None:
             return
@@ -90,20 +96,20 @@ class GrowingResult:
         self._written = time.monotonic()
 
     def add(self, row: dict[str, Any]) -> None:
-        """Add a row, and write the file unless it was written a moment ago."""
+        """Add a row. The file is written if the last write was more than 2 seconds ago."""
         self._rows.append(row)
         if time.monotonic() - self._written > WRITE_EVERY_S:
             self.write()
 
     def end(self, **content: Any) -> None:
-        """Write the file for the last time."""
+        """Add keys to the file's content, write the file, and print its path."""
         self.write(**content)
         if self._path is not None:
             ERRORS.print(f"wrote {self._path}", markup=False, highlight=False)
 
     @contextmanager
     def kept_when_interrupted(self) -> Iterator[None]:
-        """Write what there is on Ctrl-C, and end with 130."""
+        """Write the file on Ctrl-C in a with block, and exit with code 130."""
         try:
             yield
         except KeyboardInterrupt:

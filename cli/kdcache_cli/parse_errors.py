@@ -23,10 +23,10 @@ _ANYWHERE = ("--quiet", "--debug", "--trust")
 
 @contextmanager
 def parse_errors(context: Any = None) -> Iterator[None]:
-    """Raise a RecipeError, in a `with` block, for words that are not a command.
+    """Turn parse errors of the command line into a RecipeError, in a with block.
 
     Args:
-        context: the parser's; errors that name no verb are about this context's verb.
+        context: Typer's context of the verb. Errors that name no verb are about this one.
     """
     try:
         yield
@@ -38,7 +38,7 @@ def parse_errors(context: Any = None) -> Iterator[None]:
 
 
 def _explained(error: Any, verb: str) -> RecipeError:
-    kind, shown = type(error).__name__, f"See {verb} --help"
+    kind, advice = type(error).__name__, f"See {verb} --help"
     if kind == "NoSuchOption":
         of_verb = f"{verb} {error.option_name}".removeprefix("kdcache ")
         if gone := removal(of_verb, FLAGS) or removal(error.option_name, SETTINGS):
@@ -46,27 +46,27 @@ def _explained(error: Any, verb: str) -> RecipeError:
         flags = [flag for parameter in error.ctx.command.params for flag in parameter.opts]
         return RecipeError(
             f"Unknown flag {error.option_name}",
-            fix=suggest(error.option_name, [*flags, *_ANYWHERE], f"Leave it out. {shown}", cutoff=0.7),
+            fix=suggest(error.option_name, [*flags, *_ANYWHERE], f"Leave it out. {advice}", cutoff=0.7),
         )
     if kind == "MissingParameter":
-        return RecipeError(f"Missing {_name(error.param)}", fix=f"Add it. {shown}")
+        return RecipeError(f"Missing {_name(error.param)}", fix=f"Add it. {advice}")
     if kind == "BadParameter" and error.param is not None:
         values = [repr(each["input"]) for each in getattr(error.__cause__, "errors", list)()]
         problem = ", ".join(values) or error.message.rstrip(".")
         fix = f"Give {_values_of(error.param)}." if values else "Correct it."
-        return RecipeError(f"Invalid value of {_name(error.param)}: {problem}", fix=f"{fix} {shown}")
+        return RecipeError(f"Invalid value of {_name(error.param)}: {problem}", fix=f"{fix} {advice}")
     if kind == "BadOptionUsage":
         flag = error.option_name
         if "requires" not in error.message:
-            return RecipeError(f"{flag} takes no value", fix=f"Write {flag} alone. {shown}")
-        return RecipeError(f"Missing value of {flag}", fix=f"Add it after {flag}. {shown}")
+            return RecipeError(f"{flag} takes no value", fix=f"Write {flag} alone. {advice}")
+        return RecipeError(f"Missing value of {flag}", fix=f"Add it after {flag}. {advice}")
     if word := _NO_COMMAND.match(error.message):
         gone = removal(f"{verb} {word[1]}".removeprefix("kdcache "), VERBS)
         verbs = error.ctx.command.list_commands(error.ctx)
-        return gone or RecipeError(f"Unknown command {word[1]}", fix=suggest(word[1], verbs, f"Correct it. {shown}"))
+        return gone or RecipeError(f"Unknown command {word[1]}", fix=suggest(word[1], verbs, f"Correct it. {advice}"))
     if extra := _EXTRA.match(error.message):
-        return RecipeError(f"Unexpected argument {extra[1]}", fix=f"Leave it out, or quote it. {shown}")
-    return RecipeError(f"Cannot run {verb}: {error.format_message().rstrip('.')}", fix=f"Correct it. {shown}")
+        return RecipeError(f"Unexpected argument {extra[1]}", fix=f"Leave it out, or quote it. {advice}")
+    return RecipeError(f"Cannot run {verb}: {error.format_message().rstrip('.')}", fix=f"Correct it. {advice}")
 
 
 def _values_of(parameter: Any) -> str:
@@ -76,6 +76,6 @@ def _values_of(parameter: Any) -> str:
 
 
 def _name(parameter: Any) -> str:
-    """Return a flag, or an argument as the help shows it."""
+    """Return the name of a flag or an argument, as in the help."""
     first = str(parameter.opts[0])
     return first if first.startswith("-") else parameter.metavar or first.upper()

@@ -17,20 +17,18 @@ from kdcache.sweep.plan import Job, Sweep, folder_name
 from kdcache.sweep.run import LOGS, failed
 
 MOST_DEATHS = 5
-"""Processes that one job may cost before it counts as their cause."""
+"""The number of times that a job is started again after its process died."""
 
 
 class RayRunner:
-    """Runs jobs on a connected cluster.
+    """Runs the jobs of a sweep on a Ray cluster, when it is called with a job.
 
     Args:
-        ray: the module, of `kdcache.ray_cluster.cluster`.
-        sweep: the planned sweep, for its folder of logs.
-        parallel: how many jobs at the same time. Each gets its share of the cluster's CPUs, but at most those of a
-            node.
-        num_gpus: GPUs of each job. Fractions such as 0.5 share a GPU.
-
-    Raises: RecipeError if no node has room for a job.
+        ray: the module, from `kdcache.ray_cluster.cluster`.
+        sweep: the sweep, whose folder gets the logs.
+        parallel: the number of jobs at the same time. Each gets an equal share of the cluster's CPUs, on one node.
+        num_gpus: the GPUs of each job. With 0.5, two jobs share a GPU.
+    Raises: RecipeError if no node has enough CPUs and GPUs for a job.
     """
 
     def __init__(self, ray: Any, sweep: Sweep, parallel: int, num_gpus: float) -> None:
@@ -49,7 +47,7 @@ class RayRunner:
         self._trust = ["--trust"] if is_trusting() else []
 
     def __call__(self, job: Job) -> None:
-        """Do a job on the cluster and wait for it. Raises: the job's error, or KDCacheError when its process failed."""
+        """Run a job on the cluster and wait for it. Raises: the job's error, or KDCacheError if its process failed."""
         self._logs.mkdir(parents=True, exist_ok=True)
         log = self._logs / f"{folder_name(job.name)}.log"
         try:
@@ -63,9 +61,9 @@ class RayRunner:
 
 
 def _do(job: Job, trust: list[str], folder: str, log: str) -> int:
-    """Run a job in this process, which does nothing else, with its output in `log`. Return its exit code.
+    """Run a job in this process, with its output in the file `log`, and return its exit code.
 
-    `trust` has the flag --trust, if it was given.
+    `trust` is ["--trust"] if this flag was given, else [].
     """
     try:
         os.chdir(folder)

@@ -12,13 +12,13 @@ import typer
 from kdcache.errors import KDCacheError, RecipeError
 
 GRACE_S = 10
-"""Seconds that the first process may take to print the error that every process has met."""
+"""Seconds that the first process has to print an error that all processes meet."""
 
 
 def numbered() -> tuple[int, int]:
-    """Return (number, count) of the processes that share the work, as torchrun or another launcher sets it, or (0, 1).
+    """Return the number of this process, from 0, and the number of processes, as torchrun sets RANK and WORLD_SIZE.
 
-    Raises: RecipeError for other values.
+    Without these variables, return (0, 1). Raises: RecipeError for invalid values.
     """
     texts = {name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE")}
     try:
@@ -35,14 +35,14 @@ def numbered() -> tuple[int, int]:
 
 
 def is_first() -> bool:
-    """Return whether this process is alone or the first of several."""
+    """Return True if this process is the only one, or the first of several that torchrun started."""
     rank, size = numbered()
     return size == 1 or rank == 0
 
 
 @contextmanager
 def one_voice() -> Iterator[None]:
-    """Print the output of all processes only once in a `with` block, for instance errors about flags."""
+    """Suppress all output in a with block, except in the first of several processes that torchrun started."""
     first = is_first()
     _note_environment()
     if first:
@@ -59,7 +59,10 @@ def one_voice() -> Iterator[None]:
 
 @contextmanager
 def shared_errors() -> Iterator[None]:
-    """Let only the first process show an error that all raise in the with block. The others exit with code 2."""
+    """Show an error that all processes of torchrun meet only once, in a with block.
+
+    The first process raises it, and the others exit with code 2.
+    """
     try:
         yield
     except KDCacheError:
@@ -69,7 +72,7 @@ def shared_errors() -> Iterator[None]:
 
 
 def _note_environment() -> None:
-    """Print a note about RANK and WORLD_SIZE that torchrun did not set: they may be left over in a shell."""
+    """Print a note if RANK and WORLD_SIZE are set, but not by torchrun. They may be left over in a shell."""
     rank, size = numbered()
     if (rank, size) == (0, 1) or "TORCHELASTIC_RUN_ID" in os.environ:
         return
@@ -84,6 +87,6 @@ def _note_environment() -> None:
 
 
 def _wait_for_the_first() -> None:
-    """Wait, since torchrun ends all processes as soon as one ends: the one with the message must end first."""
+    """Wait until the first process has printed its error. torchrun ends all processes as soon as one ends."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(2))
     time.sleep(GRACE_S)

@@ -16,9 +16,13 @@ Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last chec
 
 
 def run_training(settings: dict[str, Any], context: typer.Context, out: Path, resume: bool) -> None:
-    """Train with these settings and show the progress. Ctrl-C leaves a run that can be resumed, and exit code 130.
+    """Train with these settings, and show progress and result. On Ctrl-C, save the state and exit with code 130.
 
-    `context` is the parser's, which knows what somebody typed, here or in a recipe.
+    Args:
+        settings: name with underscores -> value. `verb` is `train-teacher` or `train-student`.
+        context: Typer's context of the verb, which knows what the user typed.
+        out: the run folder.
+        resume: True continues the run in `out`.
     """
     from kdcache.metrics import percent
     from kdcache.training import Interrupted, make_config, pick_device, train

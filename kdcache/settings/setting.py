@@ -222,4 +222,6 @@ def _range(bounds: Sequence[Any]) -> str:
     low = next((f" above {bound.gt}" for bound in flat if isinstance(bound, Gt)), low)
     high = next((f" to {bound.le}" for bound in flat if isinstance(bound, Le)), "")
     high = next((f" to below {bound.lt}" for bound in flat if isinstance(bound, Lt)), high)
-    return low + (high or " on" * low.startswith(" from"))
+    if low.startswith(" from") and not high:
+        high = " on"
+    return low + high

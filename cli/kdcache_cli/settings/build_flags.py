@@ -8,7 +8,7 @@ from kdcache.settings import names
 from kdcache.settings.building import STORED, VIEWS, BuildSettings
 
 SHORTER = {"scale": "view-scale", "flip": "view-flip", "no-flip": "no-view-flip"}
-"""Other names of the flags of views; a training has flags of these names for what it draws."""
+"""Short names of flags for views. In a training, flags of these names are about the images that it draws."""
 ALSO_SHORTER = {"token_normalize_func": lambda token: SHORTER.get(token, token)}
 Out = Annotated[
     str, typer.Option("--out", help="Cache to write: a folder or s3://BUCKET/PREFIX. Continues an interrupted build.")

@@ -28,7 +28,10 @@ if TYPE_CHECKING:  # the verbs import what they need: --help must not wait for t
 
 
 def parse_numbers(text: str, flag: str) -> tuple[int, ...]:
-    """Return the whole numbers in a text like '0,1,2' without repetitions. Raises: RecipeError for other text."""
+    """Return the whole numbers in a text without repetitions: '0,1,2' becomes (0, 1, 2).
+
+    `flag` names the flag in the error. Raises: RecipeError for other text.
+    """
     words = [word.strip() for word in text.split(",")]
     if not all(word.isdecimal() for word in words):
         raise RecipeError(
@@ -38,7 +41,7 @@ def parse_numbers(text: str, flag: str) -> tuple[int, ...]:
 
 
 def _load_recipe(context: typer.Context, path: Path | None) -> Path | None:
-    """Let the keys of a TOML file stand for flags that are not given: the flag wins."""
+    """Use the keys of a TOML file as defaults of flags. Flags in the command have priority."""
     if path is None:
         return None
     from kdcache.run_folder import RECIPE, VERBS, Run
@@ -96,7 +99,7 @@ def _load_recipe(context: typer.Context, path: Path | None) -> Path | None:
 
 
 def _load_preset(context: typer.Context, name: str | None) -> str | None:
-    """Let a preset's settings stand for flags that neither the command nor a recipe gives."""
+    """Use the settings of a preset as defaults of flags. Flags in the command and in a recipe have priority."""
     if name is None or context.resilient_parsing:
         return name
     begun = dict(context.default_map or {})

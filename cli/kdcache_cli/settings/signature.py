@@ -14,9 +14,9 @@ from kdcache.settings.setting import choices
 
 Verb = Callable[..., None]
 UNTYPED = "kdcache.untyped"
-"""The key in a context's `meta` for the settings of a preset, or of a run's own recipe: nobody typed them."""
+"""The key in a context's `meta` for settings that nobody typed, because a preset or a run's recipe has them."""
 COPIED = "kdcache.copied"
-"""The key in a context's `meta` for the settings of a run's own recipe."""
+"""The key in a context's `meta` for settings that come from a run's recipe."""
 
 
 def takes(
@@ -26,25 +26,29 @@ def takes(
     unset: Collection[str] = (),
     wording: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Callable[[Verb], Verb]:
-    """Return a decorator: the verb's first argument is a dictionary of settings of the tables, by name.
+    """Return a decorator that gives a verb a flag for each setting of some tables.
+
+    The verb gets the settings in its first argument, a dictionary: name with underscores -> value.
 
     Args:
-        *tables: the tables of settings.
-        order: names of the verb's flags as its help lists them: settings of the tables, and the verb's other
-            parameters, which hide settings of the same name.
-        required: the settings that this verb needs, though the table has a default.
-        unset: the settings that are None in this verb unless their flag is given.
-        wording: attributes of a `Setting` that this verb replaces, by the setting's name.
+        *tables: dataclasses of settings.
+        order: the names of all flags of the verb, as its help lists them. Settings that are not named get no flag. A
+            parameter of the verb has priority over a setting of the same name.
+        required: settings that this verb requires, although they have a default.
+        unset: settings that are None if their flag is not given, instead of their default.
+        wording: name of a setting -> attributes of its `Setting` that this verb changes.
     """
 
     def decorate(verb: Verb) -> Verb:
-        own = dict(list(signature(verb).parameters.items())[1:])
-        table_entries = {name: entry for name, entry in entries(*tables).items() if name in order and name not in own}
+        others = dict(list(signature(verb).parameters.items())[1:])
+        table_entries = {
+            name: entry for name, entry in entries(*tables).items() if name in order and name not in others
+        }
         for name, entry in table_entries.items():
             default = MISSING if name in required else None if name in unset else entry.default
             setting = replace(entry.setting, **(wording or {}).get(name, {}))
             table_entries[name] = replace(entry, default=default, setting=setting)
-        parameters = [own[name] if name in own else parameter_of(table_entries[name]) for name in order]
+        parameters = [others[name] if name in others else parameter_of(table_entries[name]) for name in order]
 
         @wraps(verb)
         def run(**flags: Any) -> None:
@@ -60,7 +64,10 @@ def takes(
 
 
 def given(settings: Mapping[str, Any], context: typer.Context) -> dict[str, Any]:
-    """Return the settings that somebody typed, here or in a recipe. Typer gives a verb the context that knows it."""
+    """Return the settings that the user typed in the command or in a recipe file: name -> value.
+
+    Defaults, presets and a run's own recipe do not count. `context` is Typer's context of the verb.
+    """
     untyped = context.meta.get(UNTYPED, frozenset())
     sources = {name: context.get_parameter_source(name) for name in settings}
     return {
@@ -71,14 +78,17 @@ def given(settings: Mapping[str, Any], context: typer.Context) -> dict[str, Any]
 
 
 def copied(context: typer.Context) -> frozenset[str]:
-    """Return the names of the settings that come from a run's own recipe."""
+    """Return the names of the settings whose values come from a run's own recipe (`--recipe RUN/recipe.toml`).
+
+    `context` is Typer's context of the verb.
+    """
     names: frozenset[str] = context.meta.get(COPIED, frozenset())
     sources = {name: context.get_parameter_source(name) for name in names}
     return frozenset(name for name, source in sources.items() if source is not None and source.name == "DEFAULT_MAP")
 
 
 def parameter_of(entry: Entry) -> Parameter:
-    """Return the parameter of a verb, for Typer, that stands for a setting."""
+    """Return the Python parameter, annotated for Typer, that gives a verb the flag of a setting."""
     return Parameter(
         entry.name,
         Parameter.KEYWORD_ONLY,
@@ -88,12 +98,12 @@ def parameter_of(entry: Entry) -> Parameter:
 
 
 def flag(table: type, name: str) -> Any:
-    """Return the Typer option of one setting of a table."""
+    """Return the Typer option for the setting `name` of a table (a dataclass of settings)."""
     return option(entries(table)[name])
 
 
 def option(entry: Entry) -> Any:
-    """Return the Typer option of a setting."""
+    """Return the Typer option for a setting."""
     setting, words = entry.setting, choices(entry.type)
     offered = words or setting.words
     options: dict[str, Any] = dict(_range(entry)) if setting.ranged else {}
@@ -111,7 +121,10 @@ def option(entry: Entry) -> Any:
 
 
 def show_plain_types(parameters: Iterable[Any]) -> None:
-    """Show a word in capitals for the value of each click option, and no type next to switches and arguments."""
+    """Change how the help shows the types of values: a word in capitals for flags, nothing for switches and arguments.
+
+    `parameters` are the parameters of a click command.
+    """
     for parameter in parameters:
         if parameter.param_type_name == "argument":
             parameter.display_type = lambda context: ""
@@ -124,7 +137,7 @@ def show_plain_types(parameters: Iterable[Any]) -> None:
 
 
 def _completer(words: Iterable[str] | Callable[[], Iterable[str]]) -> Callable[[str], list[str]]:
-    """Return a function that completes the last part of a value that may be a sum (kl+at) or a list (a,b)."""
+    """Return a function that completes the last part of a value. The value may be a sum (kl+at) or a list (a,b)."""
 
     def complete(incomplete: str) -> list[str]:
         offered = words() if callable(words) else words
@@ -135,9 +148,9 @@ def _completer(words: Iterable[str] | Callable[[], Iterable[str]]) -> Callable[[
 
 
 def check_code(context: typer.Context, parameter: typer.CallbackParam, spec: str) -> str:
-    """Refuse code that a recipe names, unless this command line names it too; Typer calls this for each such flag.
+    """Check that code named by a recipe is trusted, and return the spec. Typer calls this for flags that may name code.
 
-    Raises: RecipeError for code that is not trusted.
+    Code that the command line itself names is trusted. Raises: RecipeError for other code without --trust.
     """
     source = context.get_parameter_source(str(parameter.name))
     if source is not None and source.name == "DEFAULT_MAP":
@@ -148,7 +161,7 @@ def check_code(context: typer.Context, parameter: typer.CallbackParam, spec: str
 
 
 def _type(entry: Entry) -> Any:
-    """Return the type that Typer checks: numbers and switches. It takes choices and spelled values as text."""
+    """Return the type that Typer checks: numbers and switches. For Typer, choices and sizes are text."""
     kind = entry.type
     if entry.setting.repeated:
         kind = list[str]
@@ -166,5 +179,5 @@ def _range(entry: Entry) -> Iterator[tuple[str, Any]]:
 
 
 def _value(entry: Entry, value: Any) -> Any:
-    """Return the value of a setting from what Typer parsed: a tuple where the flag may be repeated."""
+    """Return the value of a setting from the value that Typer parsed. A repeated flag gives a tuple."""
     return tuple(value or ()) if entry.setting.repeated else value

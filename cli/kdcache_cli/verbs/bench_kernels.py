@@ -92,14 +92,14 @@ def bench_kernels(
 
 
 def _check_removed(flag: str, names: str) -> None:
-    """Name what takes the place of a removed value. Raises: RecipeError."""
+    """Check that a flag's values are not removed ones. Raises: RecipeError with the replacement."""
     for name in names.split(","):
         if gone := removal(f"bench-kernels {flag} {name.strip().lower()}", FLAGS):
             raise gone
 
 
 def _measure(settings: "Settings", json_file: Path | None) -> None:
-    """Print and write the rows as they come."""
+    """Measure all cases. Print and write each result as it comes."""
     from kdcache.bench.kernels import measure, measure_ceilings
 
     result = GrowingResult(json_file, "kernels", of=len(list(settings.cases())))
@@ -115,7 +115,7 @@ def _measure(settings: "Settings", json_file: Path | None) -> None:
 
 
 def _check(device: "torch.device", dtype: str | None, json_file: Path | None) -> int:
-    """Print the accuracy grid, and return how many points missed a bound."""
+    """Check the accuracy of the kernels, print the result, and return how many points missed a bound."""
     from kdcache.bench.kernels import DTYPES, EVERY, CheckSettings, check, parse_names, resolved, summary
 
     dtypes = parse_names(dtype or ",".join(DTYPES), "--dtype", DTYPES)
@@ -129,7 +129,7 @@ def _check(device: "torch.device", dtype: str | None, json_file: Path | None) ->
         for point in check(settings):
             judged.append(point)
             result.add(point.to_json())
-            missed = sum(not one.passed for one in judged)
+            missed = sum(not point_result.passed for point_result in judged)
             bar.update(task, completed=len(judged), note=f"{missed} missed a bound" if missed else "")
     rows = summary(judged)
     _print_accuracy(f"{name} on {device.type}", judged, rows)
@@ -138,7 +138,7 @@ def _check(device: "torch.device", dtype: str | None, json_file: Path | None) ->
 
 
 def _print_accuracy(name: str, judged: "Sequence[Judged]", rows: list[dict[str, Any]]) -> None:
-    """Print the table by dtype, the verdict, and the points that missed a bound, worst first."""
+    """Print a table by dtype, the verdict, and the points that missed a bound, worst first."""
     from kdcache.bench.kernels import GRADIENT_BOUND
 
     missed = [result for result in judged if not result.passed]
@@ -153,7 +153,7 @@ def _print_accuracy(name: str, judged: "Sequence[Judged]", rows: list[dict[str, 
 
 
 def _print_row(row: "Row", cuda: bool) -> None:
-    """Print one case: a line for kdcache's loss and each rival, then what has no place in a column."""
+    """Print the result of one case: a line for kdcache's loss and for each rival, then remarks."""
     device = ["graph ms", "x graph"] if cuda else []
     times = [f"{'event' if cuda else 'best'} ms", "median", "p20 to p80", "x best", "x median"]
     host = ["host ms"] if cuda else []
@@ -198,7 +198,7 @@ def _miss(result: "Judged") -> str:
 
 
 def _number(value: float | None) -> str:
-    """Return three digits. Nothing rounds to 0."""
+    """Return a number as text with three digits. A small number does not become 0."""
     if value is None:
         return MISSING
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"

@@ -91,10 +91,10 @@ def _show(comparison: "Comparison") -> None:
     header, rows = class_table(comparison)
     (_, *names), *columns = zip(header, *rows, strict=True)
     for first in range(0, len(names) if SEGMENTATION in comparison.tasks else 0, _WIDEST):
-        shown = slice(first, first + _WIDEST)
-        table = figure_table("IoU %", *names[shown])
+        part = slice(first, first + _WIDEST)
+        table = figure_table("IoU %", *names[part])
         for class_name, *cells in columns[: len(comparison.class_names)]:
-            table.add_row(class_name, *map(_cell, cells[shown]))
+            table.add_row(class_name, *map(_cell, cells[part]))
         OUT.print()
         OUT.print(table)
     _print("Cost of one image", comparison, *cost_table(comparison))
@@ -118,7 +118,7 @@ def _print_rows(title: str, header: list[str], rows: list[list[str]], apart: Seq
 
 
 def _cell(text: str) -> Text | str:
-    """Return a figure that the table marks as the best in bold, others as they are: cells have no markup."""
+    """Return a table's text in bold if it is marked as the best one, else unchanged."""
     from kdcache.analysis.tables import BOLD
 
     begin, end = BOLD

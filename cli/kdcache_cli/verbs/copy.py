@@ -118,6 +118,6 @@ def _print(done: "Copied", result: "CopyResult") -> None:
         )
     elif done.source.fidelity is not None:
         OUT.print("the error against the teacher is unknown: the source already lost some of the targets")
-    wanted = done.changes.feature_dtype or "fp16"
-    for line in describe(result.manifest.features, result.manifest.feature_fidelity, wanted=wanted):
+    asked_dtype = done.changes.feature_dtype or "fp16"
+    for line in describe(result.manifest.features, result.manifest.feature_fidelity, wanted=asked_dtype):
         OUT.print(f"features: {line}", markup=False)

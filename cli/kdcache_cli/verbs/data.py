@@ -163,11 +163,13 @@ def _write_sheet(data: str, splits: list[str] | None, path: Path) -> None:
 
 def _print_split(name: str, part: "SplitReport", names: tuple[str, ...], numbers: Mapping[int, int]) -> None:
     sizes = sorted(part.sizes.items(), key=lambda item: -item[1])
-    shown = ", ".join(f"{count} of {size}" for size, count in sizes[:4])
-    shown += f" and {len(sizes) - 4} other sizes" if len(sizes) > 4 else ""
+    sizes_text = ", ".join(f"{count} of {size}" for size, count in sizes[:4])
+    sizes_text += f" and {len(sizes) - 4} other sizes" if len(sizes) > 4 else ""
     kinds = f" ({', '.join(part.label_kinds)})" if part.label_kinds else ""
     deep = f", {part.depth.labelled} with depth" if part.depth.labelled else ""
-    OUT.print(f"[bold]{escape(name)}[/]: {part.images} images, {part.labelled} labelled{kinds}{deep}; sizes {shown}")
+    OUT.print(
+        f"[bold]{escape(name)}[/]: {part.images} images, {part.labelled} labelled{kinds}{deep}; sizes {sizes_text}"
+    )
     if part.digest:
         OUT.print(f"digest {part.digest[:16]}")
     if part.depth.labelled:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from kdcache.analysis.comparison import Row
 
 THEIRS = "scenes:96x128,train=96,val=32,seed=0"
-"""What the teacher learns from."""
+"""The data that the teacher is trained on."""
 YOURS = "scenes:96x128,train=96,val=32,seed=1"
 LABELS = 8
 """The number of images in YOURS that have a label."""
@@ -38,8 +38,8 @@ def demo(
 ) -> None:
     """Try every step in about three minutes on two cores: teacher, cache, two students, report page.
 
-    The scenes look like streets and are made on the spot. Nothing is downloaded. One student learns from the cache, the
-    other one from labels only.
+    The scenes look like streets and are drawn on the spot. Nothing is downloaded. One student learns from the cache,
+    the other one from labels only.
     """
     teacher, cache, none, dist = (out / name for name in ("teacher", "scenes.zarr", "student-none", "student-dist"))
     common = {"iterations": iterations, "seed": seed, "device": device, "lr": 4e-3, "warmup": 20}
@@ -117,7 +117,7 @@ def _build(teacher: Path, cache: Path, device: str) -> None:
 
 
 def _report(runs: dict[str, Path], page: Path, device: str) -> dict[str, "Row"]:
-    """Write the page and print the table. Return the rows of the comparison by title, the teacher's first."""
+    """Write the report page and print the table. Return its rows: title -> row, the teacher's first."""
     from kdcache.analysis.compare import CompareOptions
     from kdcache.analysis.report import ReportOptions, make_report
     from kdcache.analysis.stored_evaluations import EvalSettings
@@ -128,14 +128,14 @@ def _report(runs: dict[str, Path], page: Path, device: str) -> dict[str, "Row"]:
     teacher, *students = map(str, runs.values())
     _show_command(f"report {' '.join(map(escape, students))}", page, {"teacher": teacher, "data": YOURS})
     judged = CompareOptions(EvalSettings(device=str(pick_device(device))), teacher)
-    with progress_of_steps("comparing") as shown:
+    with progress_of_steps("comparing") as progress:
         comparison = make_report(
             students,
             YOURS,
             "val",
             page,
             ReportOptions(judged, title="The demo", command="kdcache demo", size_of_cache=size_of_cache),
-            shown,
+            progress,
         )
     places = {Path(row.runs[0].run).name: row for row in comparison.rows}
     rows = {title: places[run.name] for title, run in runs.items()}
@@ -154,7 +154,10 @@ def _report(runs: dict[str, Path], page: Path, device: str) -> dict[str, "Row"]:
 
 
 def _show_savings(cache: Path, teacher: "Row", live: int) -> None:
-    """Print teacher forwards and seconds with the cache and with a live teacher, which runs `live` times a student."""
+    """Print teacher forwards and seconds, with the cache and with a live teacher.
+
+    `live` is the number of forwards of a live teacher for each student.
+    """
     from kdcache.store import open_cache, summarise
 
     once, latency = summarise(open_cache(cache)).records_written, teacher.cost.latency

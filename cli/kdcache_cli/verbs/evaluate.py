@@ -136,15 +136,17 @@ def _show(done: "Evaluated") -> None:
 def _of_classes(done: "Evaluated") -> str:
     from kdcache.metrics import percent
 
-    own = done.segmentation
+    metrics = done.segmentation
     return (
-        "" if own is None else f"[bold]mIoU {percent(own.miou)}[/]  mAcc {percent(own.macc)}  aAcc {percent(own.aacc)}"
+        ""
+        if metrics is None
+        else f"[bold]mIoU {percent(metrics.miou)}[/]  mAcc {percent(metrics.macc)}  aAcc {percent(metrics.aacc)}"
     )
 
 
 def _of_depth(done: "Evaluated") -> str:
-    own = done.depth
-    images = "" if own is None else f"[bold]rmse {own.rmse:.4g} m[/]  {own.counted_images} images"
+    metrics = done.depth
+    images = "" if metrics is None else f"[bold]rmse {metrics.rmse:.4g} m[/]  {metrics.counted_images} images"
     return f"{images}, labels of {done.depth_range}"
 
 
@@ -160,6 +162,6 @@ def _show_several(done: "Evaluated") -> None:
         for cells in rows:
             table.add_row(*cells)
         OUT.print(table)
-    for one in done.data_sets:
-        for note in one.notes():
+    for data_set in done.data_sets:
+        for note in data_set.notes():
             OUT.print(note, markup=False, highlight=False)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # the verbs import what they need: --help must not wait for t
 
 
 def print_audit(audited: "Audited", json: bool) -> None:
-    """Print an audit (`json`: report.json instead)."""
+    """Print the audit of a teacher as tables. If `json` is True, print the content of report.json instead."""
     audit = audited.audit
     if json:
         typer.echo(json_module.dumps(audit.to_json(), indent=1))
@@ -47,8 +47,8 @@ def _print_classes(audit: "Audit") -> None:
     )
     rows = class_rows(metrics)
     for number in order:
-        other = audit.confused_with(number)
-        instead = "" if other is None else f"{other.predicted} {100 * other.share:.0f} %"
+        confused = audit.confused_with(number)
+        instead = "" if confused is None else f"{confused.predicted} {100 * confused.share:.0f} %"
         right, sure = calibration.precision[number], calibration.confidence[number]
         table.add_row(*rows[number], percent(right), percent(sure), instead)
     OUT.print(table)
@@ -83,16 +83,16 @@ def _print_coverage(audit: "Audit") -> None:
 
     header = ("confidence", "pixels kept %", "of these right %", "their mIoU %")
     table = figure_table(*header, title="Pseudo labels over thresholds")
-    mious = [one.metrics.miou for one in audit.quality] or [math.nan] * len(THRESHOLDS)
+    mious = [quality.metrics.miou for quality in audit.quality] or [math.nan] * len(THRESHOLDS)
     for threshold, coverage, miou in zip(THRESHOLDS, audit.coverage, mious, strict=True):
         table.add_row(f"{threshold:g}", percent(coverage.total_share), percent(coverage.total_precision), percent(miou))
     OUT.print(table)
-    shown = [(THRESHOLDS.index(threshold), f"{threshold:g}") for threshold in (0.7, 0.9)]
-    titles = [text for _, at in shown for text in (f"kept at {at} %", "right %", "IoU %")]
+    printed = [(THRESHOLDS.index(threshold), f"{threshold:g}") for threshold in (0.7, 0.9)]
+    titles = [text for _, at in printed for text in (f"kept at {at} %", "right %", "IoU %")]
     table = figure_table("class", *titles, title="and of each class")
     for number, name in enumerate(audit.class_names):
         cells = []
-        for place, _ in shown:
+        for place, _ in printed:
             part, iou = audit.coverage[place], math.nan
             if audit.quality:
                 iou = audit.quality[place].metrics.iou[number]

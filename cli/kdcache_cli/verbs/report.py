@@ -108,5 +108,5 @@ def report(
 
 
 def _command() -> str | None:
-    """Return the command that made the page."""
+    """Return the command line that made the page, or None."""
     return shlex.join(["kdcache", *sys.argv[1:]]) if sys.argv[1:2] == ["report"] else None

@@ -72,7 +72,7 @@ def sweep(
     from kdcache.sweep import list_recipes, plan_sweep, read_recipe
 
     verbs = context.find_root().command
-    chosen = settings.read(EngineSettings, {"engine": engine, "num_gpus": num_gpus, "address": address})
+    engine_settings = settings.read(EngineSettings, {"engine": engine, "num_gpus": num_gpus, "address": address})
     if recipe is None:
         recipes = list_recipes()
         width = max(map(len, recipes))
@@ -86,7 +86,7 @@ def sweep(
         read = replace(read, seeds=shared_flags.parse_numbers(seeds, "--seeds"))
     folder, sources = _data_of(data or [], [str(table["name"]) for table in read.stream])
     planned = plan_sweep(read, folder, out, flags_of(verbs), sources)
-    if not chosen.is_ray:
+    if not engine_settings.is_ray:
         do_sweep(planned, verbs, recipe, parallel, dry_run)
         return
     from kdcache.ray_cluster import cluster
@@ -105,10 +105,15 @@ def do_sweep(
     dry_run: bool,
     runner: "Runner | None" = None,
 ) -> None:
-    """Do a planned sweep, or show its commands.
+    """Run all jobs of a planned sweep, or print their commands.
 
-    `recipe` is its name or file, for messages. `runner` does the jobs, by default this process or several of this
-    machine.
+    Args:
+        planned: the sweep.
+        verbs: the Typer group of all verbs.
+        recipe: the recipe's name or file, for messages.
+        parallel: the number of jobs at the same time.
+        dry_run: True prints the commands only.
+        runner: runs a job. None runs jobs in this process, or in `parallel` processes of this machine.
     """
     from kdcache.sweep import check_data, run_jobs
 
@@ -127,7 +132,10 @@ def do_sweep(
 
 
 def _data_of(values: Sequence[str], streams: Sequence[str]) -> tuple[str | None, dict[str, str]]:
-    """Return the data folder of --data, and the folders of streams by name. Raises: RecipeError for one given twice."""
+    """Return the data folder of --data (None without one), and the folders of streams by name.
+
+    Raises: RecipeError if one is given twice.
+    """
     named: dict[str, str] = {}
     folder = None
     for value in values:
@@ -147,7 +155,7 @@ def _data_of(values: Sequence[str], streams: Sequence[str]) -> tuple[str | None,
 
 
 def _check_code(planned: "Sweep", recipe: str) -> None:
-    """Refuse code as a model without --trust: later jobs read it from run folders."""
+    """Check that --trust is given if a model is a function. Later jobs read its name from run folders."""
     from kdcache.models.run import split_spec
     from kdcache.models.trust import check_trusted, named_by
 
@@ -161,7 +169,7 @@ def _check_code(planned: "Sweep", recipe: str) -> None:
 
 
 def _check_alone() -> None:
-    """Check that one process leads the sweep. Raises: RecipeError under torchrun."""
+    """Check that torchrun did not start several processes for the sweep. Raises: RecipeError."""
     rank, size = numbered()
     if size > 1:
         raise RecipeError(
@@ -172,7 +180,7 @@ def _check_alone() -> None:
 
 
 def flags_of(group: Any) -> dict[str, set[str]]:
-    """Return the flags of every verb of the command line, without dashes."""
+    """Return the flags of each verb: verb -> flags without dashes. `group` is the Typer group of all verbs."""
     return {
         name: {text.lstrip("-") for option in verb.params for text in option.opts if text.startswith("--")}
         for name, verb in group.commands.items()
@@ -180,18 +188,21 @@ def flags_of(group: Any) -> dict[str, set[str]]:
 
 
 class InProcess:
-    """Does each job in this process, as a call of its verb."""
+    """Runs the jobs of a sweep in this process, when it is called with a job."""
 
     def __init__(self, group: Any) -> None:
         self._group = group
 
     def __call__(self, job: "Job") -> None:
-        """Do a job, which prints as the verb does."""
+        """Run a job by calling its verb."""
         self._group(args=list(job.next_words), standalone_mode=False)
 
 
 class Apart:
-    """Does each job in a separate process, with a share of the cores, one of the GPUs and a log."""
+    """Runs the jobs of a sweep, when it is called with a job: each in its own process, with a log.
+
+    Each process gets an equal share of the CPU cores, and one of the GPUs.
+    """
 
     def __init__(self, sweep: "Sweep", parallel: int) -> None:
         from kdcache.models.trust import is_trusting
@@ -206,7 +217,7 @@ class Apart:
             self._free.put(places[number % len(places)])
 
     def __call__(self, job: "Job") -> None:
-        """Do a job in a process and wait for it. Raises: KDCacheError with the path of its log when it fails."""
+        """Run a job in a process and wait for it. Raises: KDCacheError, with the path of the job's log, if it fails."""
         from kdcache.sweep.plan import folder_name
         from kdcache.sweep.run import failed
 
