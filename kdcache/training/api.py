@@ -244,7 +244,7 @@ def _resolve(config: TrainConfig, sources: Sequence[Source], observer: Observer)
             shuffle = choose_shuffle(_shuffle(settings), dataset)
         share = choose_labelled_share(settings.data.labelled_share, dataset.label_flags)
         if settings.data.labelled_share is not None and share is None:
-            source.note(observer.note)("--labelled-share has nothing to share out: all samples have a label, or none")
+            source.note(observer.note)("--labelled-share has no effect: all samples have a label, or none has")
         source.config = settings.resolved(len(dataset), dataset.size, shuffle, share)
     if not config.data.stream:
         return sources[0].config
@@ -307,8 +307,9 @@ def _notes(source: Source, val: Split | None) -> Iterator[str]:
     """Yield notes about a stream: its part of a batch, the share of labels, unused caches and views, augmentation."""
     config, dataset, cache = source.config, source.dataset, source.cache
     if source.stream.name:
-        yield f"{source.rows} of {config.optimizer.batch_size} rows of every batch, {len(dataset)} samples, weight " + (
-            f"{source.stream.weight:g}"
+        yield (
+            f"{source.rows} of {config.optimizer.batch_size} samples in every batch, from {len(dataset)} samples, "
+            f"weight {source.stream.weight:g}"
         )
     if source.rows > len(dataset):
         yield (
@@ -333,7 +334,7 @@ def _notes(source: Source, val: Split | None) -> Iterator[str]:
         yield f"the cache has {views} views of a sample; with --augment {config.augmentation.augment} {rest}"
     if cache is not None and config.augmentation.augment == "warp":
         changed = "enlarges the stored views" if cache.pixels_stored else "crops the images of the data set"
-        yield f"augmentation warp {changed}, and moves the targets alike"
+        yield f"--augment warp {changed}, and moves the targets with them"
     if (text := shared_with_judge(config, dataset, val)) is not None:
         yield text
 

@@ -56,9 +56,9 @@ def pseudo_notes(config: TrainConfig, dataset: DrawnDataset, *, pasted: bool = F
         if any(coverage.selected) or _keeps_any(cache, targets, threshold, counts, some):
             if coverage.total_share < LITTLE:
                 yield (
-                    f"pseudo labels from {threshold:g} are on {100 * coverage.total_share:.3g} % of the pixels "
-                    f"({_by_class(dataset, coverage)}), by {len(some)} of {samples} samples; {half} would keep half. "
-                    "Look at the teacher's mIoU, or lower the threshold"
+                    f"the pseudo-label threshold {threshold:g} keeps {100 * coverage.total_share:.3g} % of the "
+                    f"pixels ({_by_class(dataset, coverage)}), measured on {len(some)} of {samples} samples. "
+                    f"{half} would keep half. Fix: check the teacher's mIoU, or lower the threshold"
                 )
             continue
         none = none_confident(cache, threshold, counts)
@@ -145,7 +145,7 @@ def collapse_note(config: TrainConfig, dataset: DrawnDataset, labelled: Sequence
     )
     return (
         f"{dataset.cache.place}: the teacher predicts {of_teacher:.1f} classes, and the labels have {of_labels:.1f} "
-        f"(by entropy). Targets (labels): {table}. Remedy: check the teacher's mIoU on such images, and use an earlier "
+        f"(by entropy). Targets (labels): {table}. Fix: check the teacher's mIoU on such images, and use an earlier "
         "round's teacher or a higher threshold"
     )
 

@@ -141,8 +141,8 @@ def check_val_share(share: float | None, val: str | None, streams: bool, method:
         return
     if val is not None or streams:
         raise RecipeError(
-            f"Cannot use --val-share {share:g} with {'--stream' if val is None else f'--val {val}'}: it judges one "
-            "cache by its features",
+            f"Cannot use --val-share {share:g} with {'--stream' if val is None else f'--val {val}'}: it "
+            "validates on the features of one cache",
             fix="Leave one of them out.",
         )
     if not reads_taps:

@@ -269,8 +269,8 @@ def trainer_batches(trainer: Trainer) -> Any:
 def test_a_stream_without_a_confident_pixel_is_noted(base: dict[str, Any], tmp_path: Path) -> None:
     notes = Notes()
     train(make_config(**base | {"stream": streams("by=ema"), "iterations": 2}), tmp_path / "run", observer=notes)
-    (text,) = [text for text in notes.texts if "not a single pixel" in text]
-    assert "of the stream u is confident, at 2 looks running" in text
+    (text,) = [text for text in notes.texts if "no pixel of the stream u" in text]
+    assert "is confident (log lines in a row: 2)" in text
     assert any("moving average (--ema), by one more forward of every step" in text for text in notes.texts)
     assert json.loads((tmp_path / "run" / "result.json").read_text())["iterations"] == 2
 

@@ -48,7 +48,7 @@ def test_a_low_share_is_told_with_the_threshold_that_keeps_half(cache: Cache, ps
     quarter, most = (float(sure.quantile(q)) for q in (0.75, 0.1))
     notes = list(pseudo_notes(pseudo(quarter, most), CacheDataset(cache)))
     assert len(notes) == 1  # of the threshold that keeps most there is nothing to say
-    share, half = re.findall(r"are on ([0-9.]+) % of the pixels .*; ([0-9.]+) would keep half", notes[0])[0]
+    share, half = re.findall(r"keeps ([0-9.]+) % of the pixels .*\. ([0-9.]+) would keep half", notes[0])[0]
     assert float(share) == pytest.approx(25, abs=2)
     assert float(half) == pytest.approx(float(sure.median()), rel=0.06)
     assert any(f"{name} " in notes[0] for name in cache.manifest.dataset.class_names)
@@ -68,7 +68,7 @@ def test_merged_classes_are_as_sure_as_the_sum_of_their_probabilities(cache: Cac
     for number, name in enumerate(("even", "odd")):
         own = sure[best == number]
         assert shares.get(name, 0) == pytest.approx(100 * float((own >= threshold).double().mean()), abs=3)
-    total = float(re.findall(r"are on ([0-9.]+) %", note)[0])
+    total = float(re.findall(r"keeps ([0-9.]+) %", note)[0])
     assert total == pytest.approx(25, abs=2)
     assert list(pseudo_notes(pseudo(threshold), CacheDataset(cache))) != [note]
 

@@ -101,8 +101,8 @@ def test_each_stream_has_terms_notes_and_a_table_of_its_own(
     train(make_config(**taught), tmp_path / "run", observer=notes)
     names = [name for name in read_metrics(tmp_path / "run", "train")[0] if "/" in name]
     assert names == ["a/loss", "a/ce", "a/kl", "a/dist", "b/loss", "b/ce", "b/kl"]
-    assert "stream a: 2 of 4 rows of every batch, 6 samples, weight 1" in notes.texts
-    assert "stream b: 2 of 4 rows of every batch, 5 samples, weight 0.5" in notes.texts
+    assert "stream a: 2 of 4 samples in every batch, from 6 samples, weight 1" in notes.texts
+    assert "stream b: 2 of 4 samples in every batch, from 5 samples, weight 0.5" in notes.texts
     recipe = tomllib.loads((tmp_path / "run" / "recipe.toml").read_text())
     assert [table["method"] for table in recipe["stream"]] == ["kl+dist", "none"]
     assert recipe["method"] == "kl+dist", "what the streams learn by"

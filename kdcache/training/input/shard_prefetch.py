@@ -115,8 +115,8 @@ def check_room(dataset: DrawnDataset, shuffle: str, note: Callable[[str], None])
     needed = _bytes(dataset, cache, 2 * window_samples(dataset) if shuffle == "window" else len(dataset))
     if room is not None and needed > room:
         note(
-            f"--cache-bytes: {room:,} bytes of copies are fewer than the {needed:,} that are read in turns; "
-            "shards will be fetched again and again"
+            f"--cache-bytes keeps {room:,} bytes of shards, but the training reads {needed:,} bytes in turn, so "
+            "shards are downloaded again and again. Fix: increase --cache-bytes"
         )
 
 

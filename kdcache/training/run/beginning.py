@@ -93,7 +93,7 @@ def _check_learns(config: TrainConfig, model: SegmentationModel, classes: int) -
         )
     if not model.head_kinds and config.data.val is not None:
         raise ModelError(
-            f"Cannot judge {config.run.model} by the labels of --val {config.data.val}: it has no head and learns "
+            f"Cannot validate {config.run.model} on the labels of --val {config.data.val}: it has no head and learns "
             "features only",
             fix="Validate on the feature loss instead: --val-share 0.02",
         )

@@ -161,8 +161,9 @@ class Watch:
                 self._noted.add(f"task {task}")
                 (other_task,) = (name for name in tasks if name != task)
                 yield (
-                    f"the head {task} starves: at two looks running its gradient over the shared parameters was below "
-                    f"{STARVING:g} times that of {other_task}, now {measured['ratio']:.2g} times; {_evened(tasks)}"
+                    f"the head {task} hardly learns: at two measurements in a row, its gradient over the shared "
+                    f"parameters was below {STARVING:g} times the gradient of {other_task}, now "
+                    f"{measured['ratio']:.2g} times. {_evened(tasks)}"
                 )
 
     def won(self, values: Mapping[str, float]) -> Iterator[str]:
@@ -180,9 +181,9 @@ class Watch:
                 self._noted.add(name)
                 yield (
                     f"the discriminator{f' of the {head} head' if head else ''}"
-                    f"{f' of the stream {stream}' if slash else ''} wins: at {WON_LOOKS} looks "
-                    f"running its loss was below {WON:g}, now {value:.2g}. It tells the streams apart with ease and "
-                    "the student learns little from it: raise the term's weight, or use loss=least-squares"
+                    f"{f' of the stream {stream}' if slash else ''} is too strong: in {WON_LOOKS} log lines in a row "
+                    f"its loss was below {WON:g}, now {value:.2g}. It tells the streams apart easily, so the student "
+                    "learns little from it. Fix: raise the term's weight, or use loss=least-squares"
                 )
 
     def unsure(self, values: Mapping[str, float], *, last: bool) -> Iterator[str]:
@@ -200,9 +201,9 @@ class Watch:
             if none and name not in self._noted:
                 self._noted.add(name)
                 yield (
-                    f"not a single pixel{f' of the stream {stream}' if slash else ''} is confident, at "
-                    f"{self._looks[name]} looks running: consistency teaches nothing so far. Labels have to make the "
-                    "student sure first; else lower the threshold of the term, or jitter less"
+                    f"no pixel{f' of the stream {stream}' if slash else ''} is confident (log lines in a row: "
+                    f"{self._looks[name]}), so consistency has no effect yet. Fix: train longer on labels, lower the "
+                    "term's threshold, or use less jitter"
                 )
 
     def lopsided(self, step: int, norms: dict[str, float]) -> Iterator[str]:
@@ -225,7 +226,7 @@ class Watch:
                 continue
             self._noted.add(name)
             verdict = "hardly does anything" if share < LITTLE else "dominates the loss"
-            yield f"{name} {verdict}: its gradient is {share:.2g} times that of cross-entropy; change its weight"
+            yield f"{name} {verdict}: its gradient is {share:.2g} times that of cross-entropy. Fix: change its weight"
 
 
 def _evened(tasks: Mapping[str, Mapping[str, float]]) -> str:
@@ -233,7 +234,7 @@ def _evened(tasks: Mapping[str, Mapping[str, float]]) -> str:
     plain = {task: values["norm"] / values["weight"] for task, values in tasks.items() if values["weight"] > 0}
     silent = [task for task, norm in plain.items() if norm == 0]
     if silent:
-        return f"no weight would balance them, for {' and '.join(silent)} has no gradient there at all"
+        return f"No weight would balance them, because {' and '.join(silent)} has no gradient there"
     total = sum(1 / norm for norm in plain.values())
     flags = " ".join(f"--task-weight {task}={1 / norm / total:.2g}" for task, norm in plain.items())
-    return f"{flags} would balance them"
+    return f"Fix: balance them with {flags}"

@@ -187,7 +187,7 @@ class Loggers(Observer):
                 self._failed(name, error)
 
     def _failed(self, name: str, error: Exception) -> None:
-        self._note(f"--log {name} failed and is left out from now on; metrics.jsonl goes on ({_reason(error)})")
+        self._note(f"--log {name} failed and is left out from now on; metrics.jsonl continues ({_reason(error)})")
 
 
 def _figures(task: str, score: Score) -> dict[str, float]:

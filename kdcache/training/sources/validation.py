@@ -36,9 +36,9 @@ def judged_by_its_own(samples: RunSamples) -> str | None:
     if samples.validation is None or not shared:
         return None
     return (
-        f"{len(shared)} of {len(samples.validation.ids)} validation images are trained on too, such as {shared[0]!r}: "
-        "the score says little about other images. Remedy: take them out of one of the two; where --val-fold I/K "
-        "judges a fold, leave it out of the training with --fold I/K"
+        f"{len(shared)} of {len(samples.validation.ids)} validation images are also trained on, such as {shared[0]!r}: "
+        "the score says little about other images. Fix: take them out of one of the two. If you validate on a fold "
+        "with --val-fold I/K, leave this fold out of the training with --fold I/K"
     )
 
 
@@ -80,20 +80,20 @@ def shared_with_judge(config: TrainConfig, dataset: DrawnDataset, val: Split | N
     """
     source = dataset.cache or dataset.split
     assert source is not None
-    judges, judged = [], list[str]()
+    validations, validated = [], list[str]()
     if val is not None:
-        judges.append("validation")
-        judged += val.ids
+        validations.append("validation")
+        validated += val.ids
     if config.left_out is not None:
-        judges.append(f"fold {config.data.fold}")
-        judged += itertools.compress(source.ids, config.left_out.holds(source.ids))
-    shared = shared_sequences(source.ids, dataset.indices, list(dict.fromkeys(judged)), config.data.folds_by)
+        validations.append(f"fold {config.data.fold}")
+        validated += itertools.compress(source.ids, config.left_out.holds(source.ids))
+    shared = shared_sequences(source.ids, dataset.indices, list(dict.fromkeys(validated)), config.data.folds_by)
     if not shared:
         return None
-    some = [f"{name} ({count} judged, {trained} trained on)" for name, count, trained in shared[:5]]
+    some = [f"{name} ({count} images there, {trained} in training)" for name, count, trained in shared[:5]]
     more = f" and {len(shared) - len(some)} more" if len(shared) > len(some) else ""
     return (
-        f"training and what judges it ({' and '.join(judges)}) share sequences: {', '.join(some)}{more}. Frames of one "
-        "video are alike, so the score says little about other videos. Remedy: judge on other sequences, which "
-        "--folds-by PATTERN (for instance '^(.+)_') keeps whole in a fold"
+        f"training shares sequences with {' and '.join(validations)}: {', '.join(some)}{more}. Frames of one video "
+        "look alike, so the score says little about other videos. Fix: validate on other sequences. --folds-by PATTERN "
+        "(for example '^(.+)_') keeps the frames of a sequence in one fold"
     )

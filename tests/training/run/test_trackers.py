@@ -206,7 +206,7 @@ def test_a_logger_that_fails_is_said_once_and_the_training_goes_on(
 ) -> None:
     notes = go(student | {"log": ["tensorboard", "wandb"]}, tmp_path)
     assert notes == [
-        "--log tensorboard failed and is left out from now on; metrics.jsonl goes on "
+        "--log tensorboard failed and is left out from now on; metrics.jsonl continues "
         "(ConnectionError: no route to host)"
     ]
     broken, whole = memory

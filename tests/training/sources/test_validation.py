@@ -32,11 +32,14 @@ def videos(tmp_path: Path) -> str:
     ("changes", "shared"),
     [
         ({"val": None}, None),
-        ({}, "judges it (validation) share sequences: bus_* (2 judged, 4 trained on). Frames"),
-        ({"val": None, "fold": "0/2"}, "judges it (fold 0/2) share sequences: "),
-        ({"val_split": "train", "val_fold": "0/2", "fold": "0/2"}, "(validation and fold 0/2) share sequences: "),
+        ({}, "training shares sequences with validation: bus_* (2 images there, 4 in training). Frames"),
+        ({"val": None, "fold": "0/2"}, "training shares sequences with fold 0/2: "),
+        (
+            {"val_split": "train", "val_fold": "0/2", "fold": "0/2"},
+            "training shares sequences with validation and fold 0/2: ",
+        ),
         ({"val_split": "train", "val_fold": "0/2", "fold": "0/2", "folds_by": "^(.+)_"}, None),
-        ({"fold": "0/2", "folds_by": "^(.+)_"}, "bus (2 judged, 4 trained on). Frames"),
+        ({"fold": "0/2", "folds_by": "^(.+)_"}, "bus (2 images there, 4 in training). Frames"),
         ({"fold": "1/2", "folds_by": "^(.+)_"}, None),
     ],
 )
@@ -53,8 +56,8 @@ def test_sequences_that_judge_and_training_share(
     ("changes", "shared"),
     [
         ({}, None),
-        ({"val_split": "train"}, "8 of 8 validation images are trained on too, such as 'bus_0000'"),
-        ({"val_split": "train", "val_fold": "0/2"}, "leave it out of the training with --fold I/K"),
+        ({"val_split": "train"}, "8 of 8 validation images are also trained on, such as 'bus_0000'"),
+        ({"val_split": "train", "val_fold": "0/2"}, "leave this fold out of the training with --fold I/K"),
         ({"val_split": "train", "val_fold": "0/2", "fold": "0/2"}, None),
         ({"val_split": "train", "val": "segmentation:"}, "8 of 8 validation images"),
     ],
