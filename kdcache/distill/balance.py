@@ -54,11 +54,11 @@ class FixedBalance(nn.Module):
         self._weights = dict(weights)
 
     def factors(self) -> Mapping[str, Tensor | float]:
-        """Return head -> the factor of its loss, as a Python float."""
+        """Return the weight of each head's loss, as a dict: head -> Python float."""
         return self._weights
 
     def weights(self) -> dict[str, float]:
-        """Return head -> the weight of its loss, as a Python float."""
+        """Return the weight of each head's loss, as a dict: head -> Python float."""
         return dict(self._weights)
 
     def forward(self, losses: Mapping[str, Tensor], counted: Mapping[str, Tensor] | None = None) -> Tensor:
@@ -102,23 +102,22 @@ class UncertaintyBalance(nn.Module):
 
     @torch.no_grad()
     def factors(self) -> Mapping[str, Tensor | float]:
-        """Return head -> the factor of its loss, a 0-dimensional tensor.
+        """Return the current weight of each head's loss, as a dict: head -> 0-dimensional tensor.
 
-        The factor is exp(-s), and exp(-s) / 2 for the form `squared`, where s is the head's learnt logarithm of a
-        variance.
+        The weight is exp(-s), and exp(-s) / 2 for the form `squared`, where s is the head's learnt log variance.
         """
         return {head: self._factor(head) * (-self.log_variance[head]).exp() for head in self.heads}
 
     def weights(self) -> dict[str, float]:
-        """Return head -> the factor of its loss, as a Python float. This waits for the device."""
+        """Return the current weight of each head's loss, as a dict: head -> Python float. This waits for the device."""
         return {head: float(factor) for head, factor in self.factors().items()}
 
     def forward(self, losses: Mapping[str, Tensor], counted: Mapping[str, Tensor] | None = None) -> Tensor:
-        """Return the balanced sum of the heads' losses, 0-dimensional, with gradients to the losses and the variances.
+        """Return the balanced sum of the heads' losses, 0-dimensional, with gradients to losses and log variances.
 
         Args:
             losses: head -> its loss, 0-dimensional.
-            counted: head -> the number of pixels, images or class weights in its loss, 0-dimensional, summed over all
+            counted: head -> how many pixels, images or class weights its loss counts, 0-dimensional, summed over all
                 processes and accumulated parts. A head with 0 is left out. None keeps all heads.
         Raises: RecipeError if the heads of `losses` are not exactly the heads with a form.
         """
@@ -138,7 +137,9 @@ Balance = FixedBalance | UncertaintyBalance
 
 
 def weigh_parts(parts: Mapping[str, Tensor], tasks: Mapping[str, str], balance: Balance) -> dict[str, Tensor]:
-    """Return each loss term times its task's weight. Gradients reach only the terms.
+    """Return each loss term times its task's weight, as a dict: name of the term -> 0-dimensional tensor.
+
+    Gradients reach only the terms, not the weights.
 
     Args:
         parts: name of a term -> its loss, 0-dimensional.

@@ -31,7 +31,7 @@ class StoredTargets(Protocol):
     """The interface of stored targets, as `Cache.targets_for` returns them: numpy arrays without pixels or labels."""
 
     def to_dict(self) -> Mapping[str, Any]:
-        """Return name -> numpy array, with the names of `Batch.to_dict`, such as `targets/segmentation/values`."""
+        """Return the numpy arrays by the names of `Batch.to_dict`, such as `targets/segmentation/values`."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,10 @@ class Batch:
 
     @property
     def any_label(self) -> Tensor:
-        """The segmentation labels (B, H, W), or another task's labels without them. Raises: KeyError without labels."""
+        """The segmentation labels (B, H, W), or if there are none, another task's labels.
+
+        Raises: KeyError for a batch without any labels.
+        """
         return self.labels[SEGMENTATION if SEGMENTATION in self.labels else next(iter(self.labels), SEGMENTATION)]
 
     @property
@@ -100,7 +103,10 @@ class Batch:
 
     @property
     def numbers(self) -> dict[str, Tensor]:
-        """The arrays of `arrays`, with features stored in 8 bits decoded to float32 (B, c, h, w). Path -> tensor."""
+        """The arrays of `arrays` as a dict: path -> tensor.
+
+        Features stored in 8 bits are decoded to float32 (B, c, h, w).
+        """
         numbers = {path: array for path, array in self.arrays.items() if not path.startswith("scales/")}
         for path, scales_B2c in self.arrays.items():
             room, _, tap = path.partition("/")
@@ -155,7 +161,10 @@ class Batch:
         return Batch(targets=self.targets, window=window, flip=self.flip, inside=inside, zoom=self.zoom)
 
     def with_pasted_targets(self) -> "Batch":
-        """Return the batch with the targets and windows of the pasted samples instead of its own. The rest stays."""
+        """Return a copy with the targets and windows of the pasted samples, instead of the batch's own.
+
+        Pixels and labels stay the same.
+        """
         source = self.targets_alone().map(neighbours) if self.pasted is None else self.pasted
         return replace(self, **{name: getattr(source, name) for name in _OF_TARGETS})
 
@@ -199,7 +208,7 @@ class Batch:
         return view_positions(self.window, self.flip, form.view_size, size, device)
 
     def to_dict(self) -> dict[str, Tensor]:
-        """Return name -> tensor: `pixels`, `labels/<task>`, `targets/<head>/values`, `arrays/<path>`, ...
+        """Return the tensors as a flat dict with names such as `pixels`, `labels/depth`, `targets/segmentation/values`.
 
         Absent tensors, `pasted` and `pseudo` are left out.
         """
@@ -217,7 +226,7 @@ class Batch:
 
     @classmethod
     def from_dict(cls, tensors: Mapping[str, Tensor]) -> "Batch":
-        """Return the batch that `to_dict` turned into `tensors`. It keeps the given tensors on their devices."""
+        """Make a batch from a result of `to_dict`. It keeps the given tensors, on the devices where they are."""
         groups: dict[str, dict[str, Any]] = {"labels": {}, "targets": {}, "arrays": {}}
         plain: dict[str, Any] = {}
         for name, tensor in tensors.items():
@@ -258,9 +267,10 @@ def pixels_of(streams: Streams) -> Tensor:
 
 
 def rows_of(streams: Streams, count: int, first: int = 0) -> Streams:
-    """Return a slice of every stream: together about `count` samples, from sample `first` of the whole batch on.
+    """Return a part of the whole batch, with a slice of every stream.
 
-    Each stream gives its share of them, and at least one sample.
+    All slices together have about `count` samples, and start at about sample `first`. Each slice has at least one
+    sample.
     """
     total = sum(map(len, streams))
     return tuple(batch.rows(max(1, len(batch) * count // total), len(batch) * first // total) for batch in streams)

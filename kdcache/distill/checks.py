@@ -142,7 +142,7 @@ def check_arrays(terms: "Sequence[Term]", batch: Batch) -> None:
 def check_taps(terms: "Sequence[Term]", features: Mapping[str, Tensor]) -> None:
     """Raise RecipeError if a term reads a feature of the student that `features` lacks.
 
-    `features` is the name of a tap -> features (B, c, h, w).
+    `features` is a dict: name of a tap -> features (B, c, h, w).
     """
     taps = [tap for term in terms for tap in term.student_taps() if tap not in features]
     if taps:
@@ -164,12 +164,12 @@ def check_pseudo(terms: "Sequence[Term]", batch: Batch) -> None:
 
 
 def check_heads(terms: "Sequence[Term]", batch: Batch, heads: Mapping[str, Tensor] | None) -> None:
-    """Check that a batch and a student's outputs have what the active terms of other heads than segmentation need.
+    """Check that a batch and a student have what the active terms of heads other than segmentation need.
 
     Args:
         terms: the active terms.
         batch: the batch with labels and targets.
-        heads: head -> the student's output. None checks only the batch.
+        heads: name of a head -> the student's output. None checks only the batch.
     Raises: RecipeError for a missing output, label or target. DataError for labels of another size than the batch's.
     """
     for term in terms:
@@ -200,11 +200,11 @@ def check_heads(terms: "Sequence[Term]", batch: Batch, heads: Mapping[str, Tenso
 
 
 def shows_otherwise(batch: Batch, form: TargetFormat, whole: Size | None) -> bool:
-    """Return True if the shape of the labels contradicts the batch's windows, so the labels were cut differently.
+    """Return True if the labels were cut in another way than the batch's windows say, as far as their shape shows it.
 
     If a window has the view's aspect ratio, its labels must have the aspect ratio of `whole`, up to a pixel. Windows of
-    other ratios contradict nothing. All windows of a batch must contradict, because a single random window may do so by
-    chance.
+    other aspect ratios are not checked. The result is True only if all windows of the batch have the view's aspect
+    ratio.
 
     Args:
         batch: the batch to check.

@@ -34,7 +34,7 @@ pytree.register_dataclass(Counts)
 
 
 def average_counts(counts: T, average: Callable[[Tensor], Tensor]) -> T:
-    """Return the mean of the counts over all processes, with a single exchange between them.
+    """Return the mean of the counts over all processes. The processes exchange data only once.
 
     `average` takes a float64 tensor and returns its mean over the processes.
     """

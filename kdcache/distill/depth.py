@@ -84,12 +84,11 @@ def scale_shift_invariant(
 ) -> Tensor:
     """Return the loss (B,) of maps that are known only up to a scale and a shift, such as disparities.
 
-    Both maps are aligned: minus their median over the valid pixels, then divided by the mean absolute deviation from
-    it. An even number of pixels has the lower of the two middle values as its median. The loss is the sum of the
-    smallest 80 % of the M absolute differences, divided by 2 M. `gradient_weight` times `gradient_matching` of the
-    aligned maps is added.
+    First, each map is aligned: its median over the valid pixels is subtracted, and the result is divided by its mean
+    absolute value. The loss is the sum of the smallest 80 % of the M absolute differences, divided by 2 M.
+    `gradient_weight` times `gradient_matching` of the aligned maps is added.
 
-    Arguments are as in `l1`, in any unit.
+    The median of an even number of pixels is the lower of the two middle values. Arguments are as in `l1`, in any unit.
     """
     maps = _filled(prediction_BHW, reference_BHW.detach(), mask_BHW)
     p_BHW, r_BHW = (_aligned(values_BHW, mask_BHW) for values_BHW in maps)
@@ -110,9 +109,9 @@ def scale_shift_invariant(
 def gradient_matching(prediction_BHW: Tensor, reference_BHW: Tensor, mask_BHW: Tensor, scales: int = SCALES) -> Tensor:
     """Return the gradient-matching loss (B,) of each image: how much the error changes between neighbouring pixels.
 
-    At each scale the absolute differences of the error between valid neighbours are summed and divided by the number of
-    valid pixels. The scales are added. Arguments are as in `l1`. `scales` is how many strides are used: 4 are 1, 2, 4
-    and 8 pixels.
+    At strides of 1, 2, 4 and 8 pixels, the absolute changes between valid neighbours are summed, and divided by the
+    number of valid pixels. The results of all strides are added. `scales` is the number of strides. Arguments are as in
+    `l1`.
     """
     error_BHW = _error(prediction_BHW, reference_BHW, mask_BHW)
     loss_B = error_BHW.new_zeros(len(error_BHW))

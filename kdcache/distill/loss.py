@@ -193,9 +193,10 @@ class DistillLoss(nn.Module):
         return Counts(ce, kl, terms)
 
     def counted(self, counts: Counts) -> dict[str, Tensor]:
-        """Return task -> a 0-dimensional number, above 0 if any term of the task counts a pixel or image.
+        """Return how much each task's terms count, as a dict: task -> 0-dimensional tensor.
 
-        `counts` are the denominators from `counts`. Only tasks with a term of weight above 0 are keys.
+        A value above 0 means that a term of the task counts a pixel or image. `counts` is a result of
+        `DistillLoss.counts`. Only tasks with a term of weight above 0 are keys.
         """
         weights = (self.ce_weight, self.kl_weight, *(0 if term.measured else term.weight for term in self.terms))
         parts = list(zip(self.part_tasks.values(), weights, (counts.ce, counts.kl, *counts.terms), strict=False))
@@ -256,12 +257,12 @@ class DistillLoss(nn.Module):
     def by_task(
         self, outputs: Outputs | Tensor, batch: Batch, counts: Counts | None = None
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Return the weighted loss of each task, and each term's value.
+        """Return two dicts: the weighted loss of each task, and the value of each term.
 
         The arguments and errors are the same as in `forward`.
 
-        Returns: task -> weighted sum of its terms, with a gradient. And name of a term -> its value before weighting,
-            without a gradient. All are 0-dimensional.
+        Returns: task -> the weighted sum of its terms, with a gradient; name of a term -> its value before weighting,
+            without a gradient. All values are 0-dimensional.
         """
         student = unpacked(outputs)
         batch = self._with_targets(batch, student.logits.dtype)
@@ -278,9 +279,9 @@ class DistillLoss(nn.Module):
         return by_task, dict(zip(self.names, values, strict=True))
 
     def parts(self, outputs: Outputs | Tensor, batch: Batch, counts: Counts | None = None) -> dict[str, Tensor]:
-        """Return name of an active term -> its weighted loss, 0-dimensional with a gradient.
+        """Return the weighted loss of each active term, as a dict: name -> 0-dimensional tensor with a gradient.
 
-        Gradient norms per term need it. The arguments and errors are the same as in `forward`.
+        They are needed to measure the gradient of each term. The arguments and errors are the same as in `forward`.
         """
         student = unpacked(outputs)
         batch = self._with_targets(batch, student.logits.dtype)

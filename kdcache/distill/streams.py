@@ -64,7 +64,7 @@ class Criterion(nn.Module):
 
     @property
     def part_tasks(self) -> dict[str, str]:
-        """The task of each term: `kitti/ce` -> `segmentation`."""
+        """The task of each term, as a dict such as `kitti/ce` -> `segmentation`."""
         named = ((stream, loss.part_tasks) for stream, loss in self._named())
         return {term_name(stream, part): task for stream, tasks in named for part, task in tasks.items()}
 
@@ -129,10 +129,10 @@ class Criterion(nn.Module):
         return Losses(loss, terms, {task: value.detach() for task, value in balanced.items()})
 
     def parts(self, outputs: Any, streams: Streams, counts: tuple[Counts, ...] | None = None) -> dict[str, Tensor]:
-        """Return name of an active term -> its weighted loss, 0-dimensional with a gradient.
+        """Return the weighted loss of each active term, as a dict: name -> 0-dimensional tensor with a gradient.
 
-        Gradient norms per term need it. The weights include the balance. A named stream also has its weighted sum,
-        `kitti/loss`. The arguments and errors are the same as in `forward`.
+        They are needed to measure the gradient of each term. The weights include the balance. A named stream also has
+        its weighted sum, `kitti/loss`. The arguments and errors are the same as in `forward`.
         """
         parts: dict[str, Tensor] = {}
         parted = self._parted(outputs, streams, counts)

@@ -16,13 +16,14 @@ from kdcache.training.streams import flag_of
 def check_flip(config: TrainConfig, processor: Processor | None = None) -> None:
     """Check that features from a cache are mirrored only if the user gave `--flip`.
 
-    Pixels are mirrored by default. Features of a mirrored image are not mirrored features, and with position embeddings
-    they must never be mirrored.
+    Pixels are mirrored by default. Features of a mirrored image are not mirrored features. With position embeddings,
+    features must never be mirrored.
 
     Args:
         config: settings whose `augment` is not `auto`.
         processor: how the cache's teacher prepares images. None if unknown.
-    Raises: RecipeError if stored features would be mirrored without `--flip`, or in spite of position embeddings.
+    Raises: RecipeError if stored features would be mirrored without `--flip`, or if the teacher has position
+        embeddings.
     """
     stored = [term.kind for term in config.terms if term.reads_taps]
     augmentation = config.augmentation

@@ -91,7 +91,7 @@ class TrainConfig:
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> "TrainConfig":
-        """Make the settings from name -> value. Raises: RecipeError that names the wrong flag."""
+        """Make the settings of a training from a dict: name -> value. Raises: RecipeError that names the wrong flag."""
         settings = {name.replace("-", "_"): value for name, value in settings.items()}
         check_names(settings, entries(*TRAINING))
         settings |= _choices(settings, cls.of)
@@ -101,7 +101,7 @@ class TrainConfig:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """All settings, without their tables: name -> value."""
+        """All settings of all tables in one dict: name -> value."""
         owners = (self.run, self.data, self.loss, self.augmentation, self.optimizer, self.machine)
         return {name: value for owner in owners for name, value in vars(owner).items()}
 
@@ -157,7 +157,7 @@ class TrainConfig:
 
     @property
     def taken(self) -> set[str]:
-        """Names of those settings of loss terms that have an effect, in any stream."""
+        """Names of the settings of loss terms, such as `temperature`, that have an effect in at least one stream."""
         if self.data.stream:
             return {name for stream in self.streams for name in stream.config.taken}
         taken = {name for term in self.active for name in term.takes}
@@ -284,7 +284,7 @@ class TrainConfig:
 
     @property
     def recipe(self) -> dict[str, Any]:
-        """The settings that took effect, name -> value, as recipe.toml has them."""
+        """The settings that took effect, as recipe.toml has them: name -> value."""
         return to_recipe({name: value for name, value in self.settings.items() if name not in self.untaken})
 
     def to_toml(self) -> str:
@@ -318,7 +318,7 @@ def _choices(settings: Mapping[str, Any], make: Callable[[Mapping[str, Any]], Tr
 
 
 def make_config(*, given: Collection[str] = (), copied: Collection[str] = (), **settings: Any) -> TrainConfig:
-    """Make the settings of a training from name=value. Raises: RecipeError that names the wrong flag.
+    """Make the settings of a training from keyword arguments. Raises: RecipeError that names the wrong flag.
 
     Args:
         given: names of the settings that the user typed. Each of them must have an effect.

@@ -104,7 +104,7 @@ def make_criterion(
 
 
 def stored_targets(cache: Cache, dataset: DrawnDataset) -> Cache | MergedTargets:
-    """Return the cache as the source of targets, or with a class map its targets in the training's classes."""
+    """Return the source of a stream's targets: the cache itself, or with a class map `MergedTargets` of the cache."""
     if dataset.mapped is None or SEGMENTATION not in dataset.heads:
         return cache
     lookup = dataset.mapped[1][: cache.num_classes].astype(int)
@@ -121,7 +121,7 @@ def label_counts(dataset: DrawnDataset) -> npt.NDArray[np.int64]:
 
 
 def sample_counts(dataset: DrawnDataset) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Return the number of pixels of each class (N, C), and of all pixels (N,), for each of N labelled samples.
+    """Return two arrays for the N labelled samples: the pixels of each class (N, C), and all pixels (N,).
 
     The result is kept for the next call, because counting reads all labels.
     """
@@ -167,7 +167,7 @@ def rare_order(config: TrainConfig, dataset: DrawnDataset, seed: int, note: Call
 
 
 def target_counts(cache: Cache, dataset: DrawnDataset) -> npt.NDArray[np.int64]:
-    """Return how many target pixels (C,) have each class as the teacher's best class.
+    """Return for each class (C,) at how many target pixels it is the teacher's best class.
 
     At most 256 samples are counted, evenly spread. With a class map, classes are those of the training.
     """
@@ -267,7 +267,7 @@ def _target_weight(
 
 
 def tap_shapes(model: SegmentationModel, config: TrainConfig) -> dict[str, tuple[int, int, int]]:
-    """Return tap of the model -> shape (c, h, w) of its feature, for one image of the training's size."""
+    """Return the shape of each feature of the model, for one image of the training's size: tap -> (c, h, w)."""
     assert config.data.size is not None
     features = _probe(model, config.data.size).features
     return {tap: (features[tap].shape[1], features[tap].shape[2], features[tap].shape[3]) for tap in model.taps}

@@ -171,7 +171,9 @@ class World:
 
 @contextmanager
 def processes() -> Iterator[World]:
-    """Set up the processes that torchrun started, in a with block that gets the `World`. Without torchrun it has one.
+    """Set up the processes that torchrun started, in a with block that gets the `World`.
+
+    Without torchrun, the world has one process.
 
     Raises: ModelError if another process has ended.
     """

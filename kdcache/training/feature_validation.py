@@ -34,7 +34,7 @@ class FeatureScore(NamedTuple):
     samples: int
 
     def to_json(self) -> dict[str, Any]:
-        """Return name of an attribute -> its value, for JSON."""
+        """Return the attributes as a dict for JSON: name -> value."""
         return self._asdict()
 
 

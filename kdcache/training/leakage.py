@@ -66,9 +66,9 @@ def check_teacher(cache: Cache, config: TrainConfig, labels_used: Flags) -> list
 
 
 def doubt(cache: Cache, fold: Fold) -> str | None:
-    """Return a note if the cache's teacher may have seen the fold, so class trust would be too high.
+    """Return a note if the cache's teacher may have seen the fold, else None.
 
-    None if it has not.
+    If it has, class trust is too high, because it is measured on this fold.
     """
     if cache.manifest.teacher.folds is not None:  # each sample's teacher has not seen it
         return None

@@ -19,7 +19,7 @@ from kdcache_kernels.window import Size
 
 
 class TermTargets(TargetFormat, Protocol):
-    """The interface of the targets that loss terms need. An open cache has it. `LabelTargets` have no manifest."""
+    """The interface of the targets that loss terms need. An open cache and `LabelTargets` have it."""
 
     @property
     def manifest(self) -> Any:
@@ -161,9 +161,9 @@ class Term(nn.Module):
 
     @property
     def reads_teacher(self) -> bool:
-        """True if the term learns from a teacher, or from labels as targets instead.
+        """True if the term learns from a teacher, or from labels that replace the teacher's targets.
 
-        False for a term on labels only.
+        It is False for a term that only has labels, such as `dice`.
         """
         return self.spec.reads_teacher
 
@@ -182,7 +182,7 @@ class Term(nn.Module):
         return (self._student_tap,) if self.spec.reads_taps else ()
 
     def after_step(self, batch: Batch) -> None:
-        """Store what later batches are compared with. The default does nothing.
+        """Store data of a batch, if later batches are compared with it. The default does nothing.
 
         It is called after the optimizer's step.
         """
@@ -226,7 +226,7 @@ class Term(nn.Module):
             return self.loss(batch, count)
 
     def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
-        """Compute the result of `forward` without autocast. Subclasses implement it."""
+        """Compute the result of `forward`, with autocast off. Subclasses implement it."""
         raise NotImplementedError
 
     def count(self, batch: TermBatch) -> Tensor:

@@ -88,10 +88,10 @@ def tap_channels(spec: FeatureTerm, setup: TermSetup) -> tuple[int, int]:
 
 
 class Hint(Projected):
-    """The loss term `hint`: the mean squared difference between projected features of the student and the teacher's.
+    """The loss term `hint`: the mean squared difference between the student's projected features and the teacher's.
 
-    The mean is over channels and cells. With `distance=smooth-l1`, a difference d counts as d^2 / 2 up to 1, and |d| -
-    1/2 beyond. Unless `standardise=channels` is given, the loss depends on the scale of the teacher's features.
+    The mean is over channels and cells. With `distance=smooth-l1`, a difference d counts as d^2 / 2 up to 1, and as |d|
+    - 1/2 beyond. Unless `standardise=channels` is given, the loss depends on the scale of the teacher's features.
 
     Default weight 1 (the mean over all elements; FitNets halves the sum). Its gradient is 0.2 to 0.7 times the
     cross-entropy's.
@@ -144,7 +144,8 @@ class Attention(Term):
 
     An attention map is the sum over channels of the squared features, divided by its L2 norm over the image's cells.
     The teacher's map comes from features/<tap>, or from statistics/at.<tap>. The student's map is resized to the
-    teacher's cells. Each cell is weighted by its share of counted pixels, in the norm and in the mean.
+    teacher's cells. Each cell is weighted by its share of counted pixels, in the norm and in the mean. In the mean, the
+    gate also weighs it.
 
     The default weight is h w / 2 for a teacher's map of h x w cells. Then the term is at most 1, because the mean of
     two maps with norm 1 is at most 2 / (h w). At 72 x 72 cells it is 2592 (published: 1000 to 10000). Its gradient is

@@ -56,9 +56,9 @@ def seen_on_cells(
 
 
 def divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """Return the summands of KL(p || q) from log-probabilities, with the shape of both arguments. Each is at least 0.
+    """Return the summands of KL(p || q) for log-probabilities of equal shape. Each summand is at least 0.
 
-    Their sum over an axis on which p and q sum to 1 is the KL. Equal distributions give exactly 0.
+    Sum them over the axis of the classes to get the KL. Equal distributions give exactly 0.
     """
     p, q = log_p.exp(), log_q.exp()
     return p * (log_p - log_q) + (q - p)
@@ -197,10 +197,7 @@ class Similarity(Term):
     kind = "sp"
 
     def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
-        """Return the squared difference of the image similarities, over the squared number of images: 0-dimensional.
-
-        `count` is ignored.
-        """
+        """Return the `sp` loss, 0-dimensional. `count` is ignored."""
         student_Bchw = wide(batch.student.features[self._student_tap])
         teacher_Bchw = self.seen(batch, batch.rows.arrays[self._arrays[0]], student_Bchw.dtype)
         rows = student_Bchw.shape[0]

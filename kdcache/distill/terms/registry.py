@@ -32,7 +32,7 @@ def make_term(spec: LossTerm, *, targets: TermTargets, **setup: Any) -> Term:
 
 @cache
 def term_modules() -> dict[str, type[Term]]:
-    """Return kind of a loss term -> the class that computes it, such as `cosine` -> `Cosine`."""
+    """Return the class that computes each kind of loss term, as a dict such as `cosine` -> `Cosine`."""
     for file in walk_packages([str(Path(__file__).parent)], f"{__package__}."):
         import_module(file.name)
     return {module.kind: module for module in _subclasses(Term) if "kind" in vars(module)}

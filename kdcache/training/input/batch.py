@@ -21,7 +21,7 @@ CLASS_LABEL = f"labels/{SEGMENTATION}"
 
 
 def row_of(batch: Batch, *at: int) -> Row:
-    """Return name -> numpy array for one sample of a batch, sharing the batch's memory.
+    """Return the numpy arrays of one sample of a batch, which share the batch's memory: name -> array.
 
     `at` is the sample's index in the batch. Without it, `batch` is a single sample. The names are as in
     `Batch.to_dict`.

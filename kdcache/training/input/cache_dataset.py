@@ -184,7 +184,7 @@ class CacheDataset(DrawnDataset):
         return prefetch(lambda record: self.cache.read(record, [path])[path], records, threads=2, ahead=8)
 
     def fields(self) -> dict[str, Field]:
-        """Return name -> (shape, dtype) of each tensor of a sample, named as in `Batch.to_dict`."""
+        """Return the shape and dtype of each tensor of a sample, by the names of `Batch.to_dict`."""
         fields = super().fields()
         if self.augment == "warp":  # the others show whole views, for which None stands
             fields |= {"window": ((4,), torch.float64), "flip": ((), torch.bool)}

@@ -114,7 +114,7 @@ class DrawnDataset(Dataset[Batch], ABC):
 
     @property
     def labelled(self) -> Sequence[int]:
-        """Those of `indices` whose samples have a label of a used task."""
+        """Numbers of the drawn samples that have a label, of any task that the dataset uses."""
         return [number for number in self.indices if self._has_label(number)]
 
     @property
@@ -207,7 +207,7 @@ class DrawnDataset(Dataset[Batch], ABC):
         """
 
     def fields(self) -> dict[str, Field]:
-        """Return name -> (shape, dtype) of each tensor of a sample, named as in `Batch.to_dict`."""
+        """Return the shape and dtype of each tensor of a sample, by the names of `Batch.to_dict`."""
         fields: dict[str, Field] = {
             "pixels": ((*self.size, 3), torch.uint8),
             CLASS_LABEL: (self.size, torch.uint8),

@@ -131,7 +131,10 @@ class Paste:
 
 
 class Pastes:
-    """Applies several pastes between the streams of a batch. Each takes pixels from samples before any paste."""
+    """Applies several pastes between the streams of a batch.
+
+    The order does not matter: all read the original pixels.
+    """
 
     def __init__(self, pastes: Sequence[Paste]) -> None:
         self._pastes = tuple(pastes)

@@ -92,9 +92,10 @@ class Ahead(Iterable[T]):
 
 
 def reads_ahead(dataset: DrawnDataset) -> bool:
-    """Return True if the local copies have room for the shards of three windows of an epoch.
+    """Return True if the local copies of a remote cache have room to download shards ahead.
 
-    Then shards can be downloaded ahead without evicting shards that are in use. The result is False for a local cache.
+    They need room for three times the samples that `--shuffle window` shuffles together. Otherwise new shards would
+    evict shards that are in use. The result is False for a local cache.
     """
     cache = dataset.cache
     if cache is None or not dataset.remote:
@@ -104,9 +105,9 @@ def reads_ahead(dataset: DrawnDataset) -> bool:
 
 
 def check_room(dataset: DrawnDataset, shuffle: str, note: Callable[[str], None]) -> None:
-    """Note if the local copies of a remote cache are too small, so that shards would be downloaded again and again.
+    """Call `note` if the local copies of a remote cache are so small that shards would be downloaded again and again.
 
-    `shuffle` is `full` or `window`. `note` is called with the note.
+    `shuffle` is `full` or `window`.
     """
     cache = dataset.cache
     if cache is None or not dataset.remote:

@@ -29,7 +29,7 @@ FEATURES = "features"
 
 @dataclass(frozen=True)
 class Judge:
-    """The figure of a validation's score that chooses the best weights.
+    """Names the figure of a score, such as mIoU, by which the best weights are chosen.
 
     Attributes:
         prefix: the text before the figure's name in logs, such as `depth_`.
@@ -47,9 +47,9 @@ class Judge:
         return -value if self.less else value
 
     def figure(self, value: float) -> dict[str, float]:
-        """Return the figure for result.json: its name, such as `best_miou` -> the number.
+        """Return the figure with its name in result.json, such as `best_miou` -> 0.42.
 
-        `value` is a result of the method `value`.
+        The argument is a result of `Judge.value`, and gets its original sign back.
         """
         return {f"best_{self.prefix}{self.score}": -value if self.less else value}
 

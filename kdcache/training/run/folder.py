@@ -68,7 +68,8 @@ def check_folder(
 ) -> None:
     """Check that a training may use the folder `run`.
 
-    It may if the folder is new or empty, if its run has no checkpoint yet, or to resume its run with the same settings.
+    A new training may use it if it is new or empty, or if its run has no checkpoint yet. A resumed training needs the
+    same settings and data as the folder's run.
 
     Args:
         config: the training's settings.
@@ -253,7 +254,7 @@ def write_beginning(
 
 
 def labels_of(datasets: Sequence[DrawnDataset]) -> str | None:
-    """Return which labels a training uses, as text from `pack_flags`. None if it has several streams."""
+    """Return which samples' labels a training uses, packed into text. None if it has several streams."""
     return pack_flags(datasets[0].labels_used) if len(datasets) == 1 else None
 
 

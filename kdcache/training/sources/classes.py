@@ -15,7 +15,7 @@ from kdcache.training.sources.source import Source
 
 
 def share_classes(sources: Sequence[Source], val: ClassList | None = None) -> ClassList:
-    """Give all streams the same classes, mapped by class maps, and return these classes.
+    """Give all streams the same classes, and return these classes. Streams with a class map are mapped to them.
 
     They are the classes of the streams without a class map. If every stream has a class map, they are the classes of
     the validation data. A stream that reads no segmentation labels takes the shared classes.

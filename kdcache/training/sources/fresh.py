@@ -9,10 +9,10 @@ from kdcache.training.config import TrainConfig
 
 
 def check_same_data(config: TrainConfig, cache: Cache, note: Callable[[str], None]) -> None:
-    """Check that the data set still is what the cache was built from, even if the cache stores pixels.
+    """Check that a data set still has the samples that the cache was built from, unchanged.
 
-    The data set is `--data`. Without `--data`, it is the split of `--val` that has the cache's samples. A change there
-    is only a note, because the training does not read it.
+    The data set is `--data`. Without `--data`, it is the split of `--val` that has the cache's samples. Changes there
+    are only noted, because the training does not read this split.
 
     Args:
         config: the stream's settings.

@@ -13,7 +13,7 @@ from kdcache.training.input.dataset import DrawnDataset
 
 
 def open_validation(config: TrainConfig) -> Split | None:
-    """Return the validation data, or their fold `--val-fold`. None without `--val`."""
+    """Return the split to validate on, or only its fold `--val-fold`. None without `--val`."""
     if config.data.val is None:
         return None
     split = open_split(config.data.val, config.data.val_split)

@@ -202,7 +202,7 @@ def row(losses: Losses) -> Tensor:
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:
-    """Return the states of PyTorch's random generators: `cpu` and, for a CUDA device, `cuda` -> uint8 tensor."""
+    """Return the states of PyTorch's random generators, uint8 tensors: `cpu`, and for a CUDA device also `cuda`."""
     state = {"cpu": torch.get_rng_state()}
     return state | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
 

@@ -49,9 +49,9 @@ class ModelEma:
             torch._foreach_copy_(*self._pairs(self._copied))
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the averaged weights: name in the model's state dict -> tensor.
+        """Return the averaged weights, by the names of the model's state dict.
 
-        The next update changes the tensors.
+        The next update changes these tensors.
         """
         return self._averages
 

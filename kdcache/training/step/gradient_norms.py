@@ -82,9 +82,10 @@ def add_gradients(total: dict[str, list[Tensor | None]], more: Iterable[tuple[st
 
 
 def task_lines(losses: Mapping[str, float], norms: Norms) -> dict[str, dict[str, float]]:
-    """Return task -> its `loss`, `weight`, gradient `norm`, and `ratio` of this norm to the other task's norm.
+    """Return four numbers for each task, as a dict: task -> `loss`, `weight`, `norm` and `ratio`.
 
-    `losses` has task -> its loss. The ratio is NaN if the other norm is 0.
+    `norm` is the task's gradient norm, and `ratio` is this norm divided by the other task's norm (NaN if that is 0).
+    `losses` is task -> its loss.
     """
     lines = {}
     for task, norm in norms.tasks.items():

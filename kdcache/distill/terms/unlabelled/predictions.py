@@ -91,7 +91,7 @@ class Adversarial(Term):
         self.discriminator = Discriminator(setup.targets.num_classes, setup.targets.view_size)
 
     def companions(self) -> tuple[Term, ...]:
-        """Return the term that trains the discriminator."""
+        """Return a tuple with one term, which trains the discriminator."""
         return (Discrimination(self),)
 
     def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
@@ -117,9 +117,9 @@ class Adversarial(Term):
         return (self._distance(own_patches, 0.0) + self._distance(other_patches, 1.0)) / 2
 
     def count(self, batch: TermBatch) -> Tensor:
-        """Return 1, because images have equally many patches.
+        """Return 1, a 0-dimensional tensor, because every image has equally many patches.
 
-        So a mean over parts of a batch equals the whole batch's.
+        So the mean over the parts of a batch equals the whole batch's mean.
         """
         return wide(batch.student.logits).new_ones(())
 
@@ -162,7 +162,7 @@ class Discrimination(Term):
         return self._adversary[0].discrimination(batch)
 
     def count(self, batch: TermBatch) -> Tensor:
-        """Return 1, as `Adversarial.count`."""
+        """Return 1, a 0-dimensional tensor, for the same reason as `Adversarial.count`."""
         return wide(batch.student.logits).new_ones(())
 
 

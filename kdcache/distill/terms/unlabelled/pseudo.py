@@ -20,8 +20,9 @@ _VALUES = 0x3C01
 class Pseudo(Term):
     """The loss term `pseudo`: cross-entropy with the teacher's best class, at pixels where the teacher is confident.
 
-    A pixel is confident if the teacher's largest probability is at least `threshold`. With `quantile` instead, the most
-    confident share of each class's pixels in this process's batch is. Equal confidences are kept or dropped together.
+    The teacher is confident at a pixel if its largest probability there is at least `threshold`. With `quantile=0.3`
+    instead, the 30 % most confident pixels of each class in this process's batch count as confident. Equal confidences
+    are kept or dropped together.
 
     | normalise | pixels with a pseudo label | divided by |
     | --- | --- | --- |
@@ -132,7 +133,7 @@ def _sum(counted_BHW: Tensor) -> Tensor:
 def most_confident(argmax_BHW: Tensor, confidence_BHW: Tensor, share: float, num_classes: int) -> Tensor:
     """Return the bool mask (B, H, W) of the most confident pixels of each class.
 
-    The threshold of a class is the largest confidence that keeps at least `share` of the class's pixels. So equal
+    A class's threshold is the largest confidence that keeps at least `share` of the class's pixels. So equal
     confidences are kept or dropped together. A confidence of 0 is never kept.
 
     Args:
@@ -197,7 +198,7 @@ class Consistency(Pseudo):
         return () if self.by == "store" else (self.by,)
 
     def companions(self) -> tuple[Term, ...]:
-        """Return the term that logs the share of confident pixels."""
+        """Return a tuple with one term, which logs the share of confident pixels."""
         return (Confident(self),)
 
     @property
