@@ -23,7 +23,10 @@ VALUES_V = np.arange(int(np.float16(1).view(np.uint16)) + 1, dtype=np.uint16).vi
 
 @dataclass(frozen=True)
 class Reliability:
-    """Pixels with a confidence in (low, high]: their share, mean confidence and accuracy (NaN without pixels)."""
+    """The pixels whose confidence is in (low, high]: their share, mean confidence and accuracy, all from 0 to 1.
+
+    `share` is a share of all labelled pixels. Confidence and accuracy are NaN if no pixel is in the bin.
+    """
 
     low: float
     high: float
@@ -34,11 +37,13 @@ class Reliability:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Expected calibration error: mean over labelled pixels of |confidence - accuracy| of their bin.
+    """How well a model's confidence matches its accuracy, over the labelled pixels.
 
     Attributes:
-        confidence, precision: per predicted class, the mean confidence of its pixels, and the share of them that is
-            right, or NaN for a class that is never predicted.
+        ece: the expected calibration error, 0 to 1: the mean over pixels of |confidence - accuracy| of their bin.
+        bins: the pixels by confidence, in order.
+        confidence: for each class, the mean confidence of the pixels predicted as this class, or NaN if there are none.
+        precision: for each class, the share of these pixels that are correct, or NaN if there are none.
     """
 
     ece: float
@@ -49,12 +54,15 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Coverage:
-    """The share of each predicted class's pixels that thresholds select.
+    """The pixels whose confidence reaches the threshold of their predicted class.
 
     Attributes:
-        thresholds: the least selected confidence of each class.
-        predicted, selected: number of pixels predicted as each class, and how many of them thresholds select.
-        precision: share of the selected, labelled pixels that are right, or NaN without any.
+        thresholds: for each class, the smallest confidence of a selected pixel.
+        predicted: for each class, the number of pixels predicted as this class.
+        selected: for each class, the number of these pixels at or above the threshold.
+        precision: for each class, the share of the selected, labelled pixels that are correct, or NaN if there are
+            none.
+        total_precision: the same share over all classes.
     """
 
     thresholds: tuple[float, ...]
@@ -65,20 +73,22 @@ class Coverage:
 
     @property
     def shares(self) -> tuple[float, ...]:
-        """The selected share of the pixels predicted as each class."""
+        """For each class, the share of the pixels predicted as this class that are selected. NaN if there are none."""
         return _ratios(self.selected, self.predicted)
 
     @property
     def total_share(self) -> float:
-        """The selected share of all pixels."""
+        """The share of all pixels that are selected."""
         return _ratio(sum(self.selected), sum(self.predicted))
 
 
 class ConfidenceCounts:
-    """Pixels by predicted class and confidence, accumulated in int64.
+    """Counts of pixels by predicted class (C) and confidence (V: the 15,361 float16 values from 0 to 1), int64 (C, V).
 
     Attributes:
-        predicted_CV: all pixels. labelled_CV: pixels with a label. right_CV: pixels with a correct prediction.
+        predicted_CV: counts of all pixels.
+        labelled_CV: counts of the pixels with a label.
+        right_CV: counts of the pixels with a correct prediction.
     """
 
     def __init__(self, classes: int) -> None:
@@ -93,10 +103,13 @@ class ConfidenceCounts:
         label_HW: NDArray[Any] | None,
         counted_HW: NDArray[Any] | None = None,
     ) -> None:
-        """Add pixels: class ids and float16 confidences in 0..1.
+        """Add the pixels of an image.
 
-        `label_HW` has 255 for void, or is None without a label. `counted_HW`, bool, are the pixels to add (default:
-        all).
+        Args:
+            argmax_HW: predicted class ids, of an integer type.
+            confidence_HW: confidences from 0 to 1, float16.
+            label_HW: class ids, 255 for void, or None for an image without a label.
+            counted_HW: bool, True for the pixels to add. None adds all.
         """
         counted = np.ones(argmax_HW.shape, bool) if counted_HW is None else counted_HW
         class_HW = argmax_HW.numpy().astype(np.int64)
@@ -107,7 +120,7 @@ class ConfidenceCounts:
             np.add.at(self.right_CV.reshape(-1), cell_HW[counted & (label_HW == class_HW)], 1)
 
     def calibration(self, bins: int = BINS) -> Calibration:
-        """Return the calibration of the labelled pixels over `bins` equal bins, closed on the right.
+        """Return the calibration of the labelled pixels, in `bins` equal intervals of confidence, closed on the right.
 
         Source: Guo et al. 2017, arXiv 1706.04599, equation 3.
         """
@@ -129,7 +142,7 @@ class ConfidenceCounts:
         )
 
     def coverage(self, threshold: float | Sequence[float]) -> Coverage:
-        """Return the pixels with a confidence at or above a threshold, one for all classes or one for each."""
+        """Count the pixels at or above a confidence threshold: one threshold for all classes, or one for each class."""
         thresholds_C = np.broadcast_to(np.asarray(threshold, np.float64), len(self.predicted_CV))
         first_C = np.searchsorted(VALUES_V, thresholds_C, side="left")
         selected_C, labelled_C, right_C = (
@@ -145,7 +158,10 @@ class ConfidenceCounts:
         )
 
     def threshold_keeping(self, share: float) -> float:
-        """Return the largest common threshold that keeps at least `share` of all pixels, or 1 without pixels."""
+        """Return the largest threshold for all classes that keeps at least `share` (0 to 1) of all pixels.
+
+        It is 1 if there are no pixels.
+        """
         kept_V = self.predicted_CV.sum(0)[::-1].cumsum()[::-1]
         enough_V = (kept_V >= share * kept_V[0]) & (kept_V > 0)
         return float(VALUES_V[np.flatnonzero(enough_V)[-1]]) if enough_V.any() else 1.0
@@ -157,9 +173,9 @@ class ConfidenceCounts:
         return float(values[-1]) if len(values) else 0.0
 
     def quantile_thresholds(self, share: float) -> tuple[float, ...]:
-        """Return the largest threshold per class that keeps at least `share` of its pixels.
+        """Return the largest threshold for each class that keeps at least `share` (0 to 1) of its predicted pixels.
 
-        Equal confidences are kept or dropped together. A class that is never predicted has 1.
+        Pixels of equal confidence are kept or dropped together. The threshold is 1 for a class that is never predicted.
         """
         kept_CV = self.predicted_CV[:, ::-1].cumsum(1)[:, ::-1]
         enough_CV = (kept_CV >= share * kept_CV[:, :1]) & (kept_CV > 0)
@@ -167,9 +183,9 @@ class ConfidenceCounts:
         return tuple(VALUES_V[last_C].tolist())
 
 
-def _ratio(part: float, whole: float) -> float:
-    return float(part) / float(whole) if whole else float("nan")
+def _ratio(part: float, total: float) -> float:
+    return float(part) / float(total) if total else float("nan")
 
 
 def _ratios(parts: Iterable[float], wholes: Iterable[float]) -> tuple[float, ...]:
-    return tuple(_ratio(part, whole) for part, whole in zip(parts, wholes, strict=True))
+    return tuple(_ratio(part, total) for part, total in zip(parts, wholes, strict=True))

@@ -17,10 +17,9 @@ _LEAST_KAPPA = 0.05
 
 
 def at_chance(metrics: Metrics) -> str | None:
-    """Return why these scores are chance level, such as "predicts Road alone (mIoU 2.79 %)", or None if they are not.
+    """Return why a model's scores are at chance level, such as "predicts Road alone (mIoU 2.79 %)", or None.
 
-    None if they beat any constant or random prediction, or fewer than two classes are labelled. With one class,
-    predicting it everywhere is right.
+    None means that the scores beat every constant and random prediction, or that fewer than two classes have labels.
     """
     pixels = sum(metrics.label_pixels)
     labelled = sum(count > 0 for count in metrics.label_pixels)

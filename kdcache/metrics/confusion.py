@@ -19,11 +19,10 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class ImageCounts:
-    """Pixels per image and class, int64 (N, C), which give the IoU of any selection of images.
+    """For N images and C classes, the pixels in both label and prediction (`hits`) and in either of them (`unions`).
 
-    Attributes:
-        ids: the images' ids.
-        hits: pixels of a class in both label and prediction. unions: in either of them. Void is left out.
+    Both are int64 (N, C), without void. The IoU of any selection of images is the sum of its hits over the sum of its
+    unions.
     """
 
     ids: tuple[str, ...]
@@ -32,46 +31,55 @@ class ImageCounts:
 
     @classmethod
     def of(cls, ids: Sequence[str], counts: Sequence[Tensor]) -> "ImageCounts":
-        """Return the counts of images from their confusion matrices, (C, C) each."""
+        """Return the counts of images from one confusion matrix (C, C) for each image, with labels along the rows."""
         matrices = torch.stack(list(counts)).numpy()
         hits = np.diagonal(matrices, axis1=1, axis2=2).copy()
         return cls(tuple(ids), hits, matrices.sum(1) + matrices.sum(2) - hits)
 
     @classmethod
     def of_arrays(cls, arrays: Mapping[str, Any]) -> "ImageCounts":
-        """Return the counts from their `arrays`. Raises: KeyError."""
+        """Return the counts from the arrays of an .npz file, as `arrays` gives them.
+
+        Raises: KeyError for a missing array.
+        """
         hits, unions = (arrays[name].astype(np.int64) for name in ("hits", "unions"))
         return cls(tuple(arrays["ids"].tolist()), hits, unions)
 
     @property
     def arrays(self) -> dict[str, npt.NDArray[Any]]:
-        """The arrays of a file that holds them."""
+        """The counts as arrays to store in an .npz file: `ids`, `hits` and `unions` (uint32)."""
         hits, unions = (counts.astype(np.uint32) for counts in (self.hits, self.unions))
         return {"ids": np.array(self.ids), "hits": hits, "unions": unions}
 
     @property
     def parts(self) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-        """Two arrays (N, C). Sum both over some images: the mean ratio of the sums is their score."""
+        """Hits and unions, (N, C) each.
+
+        Sum both over some images: the mean over classes of hits / unions is the mIoU of these images.
+        """
         return self.hits, self.unions
 
     @property
     def iou(self) -> Tensor:
-        """IoU of each image and class, (N, C) float64, NaN if a class is neither in its label nor predicted."""
+        """The IoU of each image and class, float64 (N, C). NaN if the class is neither in the label nor predicted."""
         hits, unions = (torch.from_numpy(counts).to(torch.float64) for counts in (self.hits, self.unions))
         return hits / unions
 
     @property
     def scores(self) -> list[float]:
-        """MIoU of each image, over its own classes."""
+        """The mIoU of each image, 0 to 1: the mean over the classes in its label or prediction."""
         return [iou.nanmean().item() for iou in self.iou]
 
 
 @dataclass(frozen=True)
 class Metrics:
-    """Segmentation metrics as fractions in 0..1, or NaN if a class does not occur.
+    """Segmentation metrics of a model on a split: fractions from 0 to 1, or NaN for a class that does not occur.
 
     Attributes:
-        images: counts of every image, or None if they were not kept. Ignored by comparison and JSON.
+        class_names, iou, acc, label_pixels: for each class, its name, IoU, recall, and number of labelled pixels.
+        miou, macc: the means of `iou` and `acc` over the classes that occur.
+        aacc: the share of the labelled pixels that are correct.
+        images: the counts of every image, or None if they were not kept. `==` and JSON leave them out.
     """
 
     class_names: tuple[str, ...]
@@ -84,7 +92,10 @@ class Metrics:
     images: ImageCounts | None = field(default=None, compare=False, repr=False)
 
     def to_json(self) -> dict[str, Any]:
-        """Return JSON values with null for NaN, and classes by name."""
+        """Return the metrics as JSON values, with null for NaN and one object for each class.
+
+        The counts of single images are left out.
+        """
         rows = zip(self.class_names, self.iou, self.acc, self.label_pixels, strict=True)
         classes = [dict(zip(("name", "iou", "acc", "label_pixels"), row, strict=True)) for row in rows]
         return without_nan({"miou": self.miou, "macc": self.macc, "aacc": self.aacc, "classes": classes})
@@ -104,14 +115,15 @@ class Metrics:
         )
 
     def over(self, names: Sequence[str]) -> "Metrics":
-        """Return the metrics of some classes only, if no other class is labelled. Means are over these classes.
+        """Return the metrics of the classes `names` only. No other class may have labelled pixels.
 
-        A labelled pixel that is predicted as one of the other classes stays a miss of its class.
+        `miou` and `macc` become means over these classes. A pixel that is predicted as another class still counts as
+        wrong.
         """
         kept = [self.class_names.index(name) for name in names]
         assert sum(self.label_pixels) == sum(self.label_pixels[i] for i in kept), "labels of a class that is left out"
         iou, acc = (tuple(values[i] for i in kept) for values in (self.iou, self.acc))
-        own = self.images
+        images = self.images
         return Metrics(
             class_names=tuple(names),
             iou=iou,
@@ -120,12 +132,12 @@ class Metrics:
             miou=mean_of(iou),
             macc=mean_of(acc),
             aacc=self.aacc,
-            images=None if own is None else ImageCounts(own.ids, own.hits[:, kept], own.unions[:, kept]),
+            images=None if images is None else ImageCounts(images.ids, images.hits[:, kept], images.unions[:, kept]),
         )
 
 
 class ConfusionMatrix:
-    """Counts of (label, prediction) pairs, accumulated in int64."""
+    """Counts of pixels by label (rows) and prediction (columns): `counts`, int64 (C, C)."""
 
     def __init__(self, class_names: Sequence[str], ignore_index: int = 255) -> None:
         self.class_names = tuple(class_names)
@@ -134,9 +146,10 @@ class ConfusionMatrix:
         self.counts = torch.zeros(size, size, dtype=torch.int64)
 
     def update(self, predicted: Tensor, label: Tensor) -> Tensor:
-        """Add pixels of any integer types, in equal shapes. Ids at or above the class count are a bug in the caller.
+        """Add the pixels of an image to the counts. Return the counts of these pixels only, int64 (C, C).
 
-        Returns: the counts of these pixels only, (C, C).
+        `predicted` and `label` are class ids of equal shapes and any integer types. Pixels labelled `ignore_index` do
+        not count. Every other id must be below the number of classes, which is not checked.
         """
         classes = len(self.class_names)
         counted = label != self.ignore_index
@@ -146,7 +159,7 @@ class ConfusionMatrix:
         return added
 
     def metrics(self) -> Metrics:
-        """Return IoU and accuracy of everything added so far."""
+        """Return the metrics of all pixels added so far."""
         counts = self.counts.to(torch.float64)
         hits, labelled, predicted = counts.diagonal(), counts.sum(1), counts.sum(0)
         iou = hits / (labelled + predicted - hits)  # 0/0 is NaN: the class does not occur
@@ -163,17 +176,17 @@ class ConfusionMatrix:
 
 
 def mean_of(values: Sequence[float]) -> float:
-    """Return the mean of the values that are not NaN, or NaN without any."""
+    """Return the mean of the values that are not NaN, or NaN if there are none."""
     numbers = [value for value in values if not math.isnan(value)]
     return sum(numbers) / len(numbers) if numbers else math.nan
 
 
 def number_of(value: float | None) -> float:
-    """Return a number from JSON, where None is NaN."""
+    """Return a number read from JSON as a float. None (null) becomes NaN."""
     return math.nan if value is None else float(value)
 
 
 def without_nan(content: dict[str, Any]) -> dict[str, Any]:
-    """Return a JSON object with None for NaN, which JSON does not have."""
+    """Return a copy of JSON values in which None replaces NaN and infinity, because JSON has neither."""
     plain: dict[str, Any] = json.loads(json.dumps(content), parse_constant=lambda _: None)
     return plain

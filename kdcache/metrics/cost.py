@@ -38,7 +38,14 @@ MOST_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class Latency:
-    """Milliseconds per image at batch size 1, over `repeats` calls after `warm_up` untimed calls."""
+    """A model's time per image in milliseconds, at batch size 1.
+
+    Attributes:
+        mean_ms, std_ms, median_ms: over the timed calls. The standard deviation is NaN for a single call.
+        repeats, warm_up: the number of timed calls, and of untimed calls before them.
+        device: the name of the GPU or processor.
+        threads: CPU threads that torch used.
+    """
 
     mean_ms: float
     std_ms: float
@@ -56,10 +63,14 @@ class Latency:
 
 @dataclass(frozen=True)
 class Cost:
-    """The cost of one image of `size` (H, W).
+    """A model's cost for one image.
 
     Attributes:
-        latency: None if time was not measured. reused: it was measured earlier, on the same machine.
+        size: (H, W) of the image in pixels.
+        parameters: number of parameters.
+        flops: floating-point operations, two for each multiply-add.
+        latency: time per image, or None if it was not measured.
+        reused: whether the latency was measured by an earlier comparison, on the same kind of machine.
     """
 
     size: tuple[int, int]
@@ -70,7 +81,7 @@ class Cost:
 
     @property
     def macs(self) -> int:
-        """Multiply-adds."""
+        """The number of multiply-adds for one image."""
         return self.flops // 2
 
     def to_json(self) -> dict[str, Any]:
@@ -82,7 +93,14 @@ class Cost:
 def measure_cost(
     model: SegmentationModel, size: tuple[int, int], *, device: torch.device | str = "cpu", repeats: int = REPEATS
 ) -> Cost:
-    """Count and time a model, which is moved to `device` and then put back into its mode. `repeats` 0 skips timing."""
+    """Count a model's parameters and operations, and time it. The model moves to `device` and keeps its training mode.
+
+    Args:
+        model: the model.
+        size: (H, W) of the image in pixels.
+        device: such as "cpu" or "cuda".
+        repeats: the largest number of timed calls. 0 measures no latency.
+    """
     with in_eval_mode(model.to(device)):
         latency = measure_latency(model, size, repeats=repeats) if repeats else None
         parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -90,7 +108,10 @@ def measure_cost(
 
 
 def count_flops(model: SegmentationModel, size: tuple[int, int]) -> int:
-    """Return the FLOPs of one image, two per multiply-add. The model should be in eval mode."""
+    """Return the floating-point operations for one image of `size` (H, W), two for each multiply-add.
+
+    The model should be in eval mode.
+    """
     # Attention as plain products: the counter knows not every fused kernel, that of the CPU for one.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(torch.zeros(1, 3, *size, device=_device(model)))
@@ -98,7 +119,10 @@ def count_flops(model: SegmentationModel, size: tuple[int, int]) -> int:
 
 
 def measure_latency(model: SegmentationModel, size: tuple[int, int], *, repeats: int = REPEATS) -> Latency:
-    """Time a model in eval mode, on its device. A GPU is waited for at the end of every call."""
+    """Time a model on one image of `size` (H, W), on the model's device. The model should be in eval mode.
+
+    Every call waits for the GPU. A slow model is timed less often than `repeats`.
+    """
     device = _device(model)
     x_13HW = torch.rand(1, 3, *size, device=device).contiguous(memory_format=torch.channels_last)
     with torch.inference_mode(), no_garbage_collection():
@@ -116,14 +140,14 @@ def measure_latency(model: SegmentationModel, size: tuple[int, int], *, repeats:
 
 
 def hardware_name(device: torch.device) -> str:
-    """Return the model name of a GPU, or of the processor."""
+    """Return the name of a device's GPU, or of the processor for "cpu"."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
 
 
 def _calls(
     model: SegmentationModel, x_13HW: Tensor, size: tuple[int, int], *, least: int, most: int, seconds: float
 ) -> list[float]:
-    """Return the milliseconds of at most `most` calls, and at least `least`, within `seconds`."""
+    """Time calls of a model until `seconds` have passed, at least `least` and at most `most`. Return milliseconds."""
     samples_ms: list[float] = []
     first = time.perf_counter()
     while len(samples_ms) < most and (len(samples_ms) < least or time.perf_counter() - first < seconds):
@@ -142,10 +166,15 @@ def _device(model: SegmentationModel) -> torch.device:
 
 @dataclass(frozen=True)
 class CostKey:
-    """Everything that a timing depends on.
+    """The facts that a stored latency depends on. It is reused only if all of them are equal.
 
     Attributes:
-        size: (H, W) of the image. device: its name. threads: of the CPU.
+        spec: the model's spec.
+        classes: number of classes.
+        size: (H, W) of the image in pixels.
+        device: the name of the GPU or processor.
+        threads: CPU threads that torch uses.
+        torch: torch's version.
     """
 
     spec: str
@@ -157,17 +186,20 @@ class CostKey:
 
     @classmethod
     def of(cls, spec: str, classes: int, size: tuple[int, int], device: str) -> "CostKey":
-        """Return the key of a network on a device of this machine."""
+        """Return the key of a model on a device of this machine ("cpu", "cuda"), with torch's current threads."""
         return cls(spec, classes, size, hardware_name(torch.device(device)), torch.get_num_threads(), torch.__version__)
 
     def path(self, folder: Path) -> Path:
-        """Return the file of the timing in a run's folder."""
+        """Return the path of the JSON file in a run's folder that stores the cost for this key."""
         digest = hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()
         return folder / f"cost-{self.size[0]}x{self.size[1]}-{digest[:8]}.json"
 
 
 def kept_cost(folder: Path, key: CostKey, repeats: int) -> Cost | None:
-    """Return the cost that an earlier comparison measured with `repeats` calls, or None if missing or damaged."""
+    """Read the cost that an earlier comparison stored in a run's folder.
+
+    Return None if there is none for `key`, if the file is damaged, or if it was timed with fewer than `repeats` calls.
+    """
     content = read_object(key.path(folder))
     try:
         if content["key"] != json.loads(json.dumps(asdict(key))) or content["asked"] < repeats:
@@ -179,7 +211,11 @@ def kept_cost(folder: Path, key: CostKey, repeats: int) -> Cost | None:
 
 
 def keep_cost(folder: Path, key: CostKey, cost: Cost, repeats: int) -> str | None:
-    """Write a cost with a timing into a run, completely or not at all. Return a note if it cannot be written."""
+    """Store a cost in a run's folder, completely or not at all. A cost without a latency is not stored.
+
+    `repeats` is the number of timed calls that was asked for. Return a warning if the file cannot be written, else
+    None.
+    """
     if cost.latency is None:
         return None
     content: dict[str, Any] = {

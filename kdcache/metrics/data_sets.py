@@ -17,11 +17,12 @@ NOT_SHARED = "not shared"
 
 @dataclass(frozen=True)
 class OnDataSet:
-    """The metrics of a model on one data set, for the classes that both have.
+    """The metrics of a model on one data set, over the classes that model and data share.
 
     Attributes:
-        missing: classes of the model that the data lack, so its metrics have no rows for them.
-        void: classes of the data that the model lacks. Their pixels are void.
+        data, split: the data set and its split, as the user named them.
+        missing: the model's classes that the data do not have. The metrics leave them out.
+        void: the data's classes that the model does not have. Their pixels count as void.
     """
 
     data: str
@@ -32,7 +33,7 @@ class OnDataSet:
 
     @classmethod
     def of(cls, split: Split, metrics: TaskMetrics) -> "OnDataSet":
-        """Return the metrics of a pass over `split`, made by `classes_by_name`, without classes that it lacks."""
+        """Return the metrics of an evaluation on `split`, without the classes that the data do not have."""
         if (match := split.match) is None:
             return cls(split.data, split.split, metrics)
         if metrics.segmentation is not None:
@@ -40,11 +41,11 @@ class OnDataSet:
         return cls(split.data, split.split, metrics, match.missing, match.void)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the metrics, and the classes that are not shared, as JSON values."""
+        """Return the metrics and the names of the classes that are not shared, as JSON values."""
         return {"missing_classes": list(self.missing), "void_classes": list(self.void), **self.metrics.to_json()}
 
     def notes(self) -> Iterator[str]:
-        """Yield sentences on classes that are not shared."""
+        """Yield a sentence for the classes that only the model has, and one for the classes that only the data have."""
         if self.missing:
             yield f"{self.data} has no {', '.join(self.missing)}: a prediction of these is a miss, and none has a row"
         if self.void:
@@ -52,69 +53,79 @@ class OnDataSet:
 
 
 def common_classes(results: Sequence[OnDataSet]) -> tuple[str, ...]:
-    """Return the classes with an IoU on every data set with segmentation labels, in the order of the first."""
-    ious = [_ious(one) for _, one in _segmented(results)]
+    """Return the classes that have an IoU on every data set with segmentation labels."""
+    ious = [_ious(metrics) for _, metrics in _segmented(results)]
     first = ious[0] if ious else {}
     return tuple(name for name in first if not any(math.isnan(iou.get(name, math.nan)) for iou in ious))
 
 
 def common_mious(results: Sequence[OnDataSet]) -> dict[int, float]:
-    """Return the mIoU over `common_classes` by data set number, to compare sets with different classes."""
+    """Return the mIoU (0 to 1) over the common classes, by the index of the data set in `results`.
+
+    Data sets with different classes can be compared by it. Data sets without segmentation labels are left out.
+    """
     names = common_classes(results)
-    return {number: mean_of([_ious(one)[name] for name in names]) for number, one in _segmented(results)}
+    return {number: mean_of([_ious(metrics)[name] for name in names]) for number, metrics in _segmented(results)}
 
 
 def class_table(results: Sequence[OnDataSet], class_names: Sequence[str]) -> Table:
-    """Return IoU in percent, a column per data set: the model's classes, their mean, the mean of common ones."""
-    columns = {number: _ious(one) for number, one in _segmented(results)}
+    """Return a table of IoU in percent: a row for each of `class_names` and a column for each data set.
+
+    More rows follow: mIoU, mIoU over the common classes if it differs, mAcc and aAcc.
+    """
+    columns = {number: _ious(metrics) for number, metrics in _segmented(results)}
     rows = [[name, *(_cell(ious, name) for ious in columns.values())] for name in class_names]
-    rows.append(["mIoU", *(percent(one.miou) for _, one in _segmented(results))])
+    rows.append(["mIoU", *(percent(metrics.miou) for _, metrics in _segmented(results))])
     names = common_classes(results)
     occur = [sum(not math.isnan(iou) for iou in ious.values()) for ious in columns.values()]
     if names and any(count != len(names) for count in occur):
         rows.append([f"mIoU, {len(names)} common", *map(percent, common_mious(results).values())])
-    rows.append(["mAcc", *(percent(one.macc) for _, one in _segmented(results))])
-    rows.append(["aAcc", *(percent(one.aacc) for _, one in _segmented(results))])
+    rows.append(["mAcc", *(percent(metrics.macc) for _, metrics in _segmented(results))])
+    rows.append(["aAcc", *(percent(metrics.aacc) for _, metrics in _segmented(results))])
     titles = _titles(results)
     return ["IoU %", *(titles[number] for number in columns)], rows
 
 
 def figure_table(results: Sequence[OnDataSet], task: str) -> Table:
-    """Return the figures of a task, a column per data set with labels of it."""
-    found = {number: own for number, one in enumerate(results) if (own := one.metrics.by_task.get(task)) is not None}
+    """Return a table of a task's metrics, such as depth's. Each data set with labels of the task has a column."""
+    found = {
+        number: metrics
+        for number, result in enumerate(results)
+        if (metrics := result.metrics.by_task.get(task)) is not None
+    }
     rows = [
-        [one.head, *(one.text(getattr(own, name)) for own in found.values())]
-        for name, one in EVALUATORS[task].figures.items()
+        [figure.head, *(figure.text(getattr(metrics, name)) for metrics in found.values())]
+        for name, figure in EVALUATORS[task].figures.items()
     ]
     titles = _titles(results)
     return [task, *(titles[number] for number in found)], rows
 
 
 def tables(results: Sequence[OnDataSet], class_names: Sequence[str]) -> list[Table]:
-    """Return the table of classes and a table of each other task, each if a data set has such labels."""
+    """Return the table of classes, then the table of each other task. A table without data sets is left out."""
     others = (figure_table(results, task) for task in EVALUATORS if task != SEGMENTATION)
     return [table for table in (class_table(results, class_names), *others) if len(table[0]) > 1]
 
 
 def data_sets_markdown(title: str, results: Sequence[OnDataSet], class_names: Sequence[str]) -> str:
-    """Return the tables and the classes that are not shared, as Markdown."""
-    notes = [f"- {note}\n" for one in results for note in one.notes()]
+    """Return an evaluation on several data sets as Markdown: the tables, and notes on classes that are not shared."""
+    notes = [f"- {note}\n" for result in results for note in result.notes()]
     return "\n".join(
         [f"# {title}\n", *(markdown_table(*table) for table in tables(results, class_names)), "".join(notes)]
     )
 
 
 def listing(results: Sequence[OnDataSet]) -> str:
-    """Return `iou_listing` of each data set below its name."""
+    """Return the class IoUs of each data set as plain text: its name, then the lines of `iou_listing`."""
     titles = _titles(results)
-    parts = [f"# {titles[number]}\n{iou_listing(one)}" for number, one in _segmented(results)]
+    parts = [f"# {titles[number]}\n{iou_listing(metrics)}" for number, metrics in _segmented(results)]
     return "\n".join(parts)
 
 
 def _segmented(results: Sequence[OnDataSet]) -> Iterator[tuple[int, Metrics]]:
-    for number, one in enumerate(results):
-        if one.metrics.segmentation is not None:
-            yield number, one.metrics.segmentation
+    for number, result in enumerate(results):
+        if result.metrics.segmentation is not None:
+            yield number, result.metrics.segmentation
 
 
 def _ious(metrics: Metrics) -> dict[str, float]:
@@ -127,4 +138,4 @@ def _cell(ious: dict[str, float], name: str) -> str:
 
 def _titles(results: Sequence[OnDataSet]) -> list[str]:
     """Return the data sets' names, with their splits."""
-    return [f"{one.data}, {one.split}" for one in results]
+    return [f"{result.data}, {result.split}" for result in results]

@@ -43,41 +43,51 @@ _GARG = (0.40810811, 0.99189189, 0.03594771, 0.96405229)
 
 @dataclass(frozen=True, eq=False)
 class DepthImages:
-    """Metrics of single images, float64 (N, 8) in the order of `DEPTH_METRICS`, and the images' ids."""
+    """The depth metrics of N images: `values`, float64 (N, 8), in the order of `DEPTH_METRICS`."""
 
     ids: tuple[str, ...]
     values: npt.NDArray[np.float64]
 
     @classmethod
     def of_arrays(cls, arrays: Mapping[str, Any]) -> "DepthImages":
-        """Return the metrics from their `arrays`. Raises: KeyError."""
+        """Return the metrics from the arrays of an .npz file, as `arrays` gives them.
+
+        Raises: KeyError for a missing array.
+        """
         return cls(tuple(arrays["depth_ids"].tolist()), arrays["depth"])
 
     @property
     def arrays(self) -> dict[str, npt.NDArray[Any]]:
-        """The arrays of a file that holds them."""
+        """The metrics as arrays to store in an .npz file: `depth_ids` and `depth`."""
         return {"depth_ids": np.array(self.ids), "depth": self.values}
 
     @property
     def parts(self) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-        """Two arrays (N, 1). Sum both over some images: the ratio of the sums is their score."""
+        """Each image's rmse, and an array of ones, (N, 1) each.
+
+        Sum both over some images: the ratio of the sums is the mean rmse of these images.
+        """
         rmse = self.values[:, :1]
         return rmse, np.ones_like(rmse)
 
     @property
     def scores(self) -> list[float]:
-        """The rmse of each image."""
+        """The rmse of each image in metres."""
         rmse: list[float] = self.values[:, 0].tolist()
         return rmse
 
 
 @dataclass(frozen=True)
 class DepthMetrics:
-    """Means over images of the metrics of this module, or NaN without an image that has a valid pixel.
+    """Depth metrics of a model on a split: the mean over the images with a valid pixel. NaN if no image has one.
+
+    A pixel is valid if its label is in the depth range. rmse and sq_rel are in metres. The deltas are shares from 0 to
+    1.
 
     Attributes:
-        counted_images, pixels: images with a valid pixel, and all their valid pixels.
-        images: metrics of every counted image. Ignored by comparison and JSON.
+        counted_images: number of images with a valid pixel.
+        pixels: number of valid pixels in these images.
+        images: the metrics of each of these images, or None. `==` and JSON leave them out.
     """
 
     rmse: float
@@ -93,7 +103,7 @@ class DepthMetrics:
     images: DepthImages | None = field(default=None, compare=False, repr=False)
 
     def to_json(self) -> dict[str, Any]:
-        """Return JSON values with null for NaN."""
+        """Return the metrics as JSON values, with null for NaN. The metrics of single images are left out."""
         return without_nan({name: value for name, value in asdict(self).items() if name != "images"})
 
     @classmethod
@@ -105,12 +115,12 @@ class DepthMetrics:
 
 @dataclass(frozen=True)
 class DepthRange:
-    """The depth labels that count.
+    """The depth labels that count in an evaluation.
 
     Attributes:
-        min_depth, max_depth: range of valid labels in metres, exclusive. Predictions are clipped to it.
-        crop: `garg` counts only pixels inside Garg's crop of the label's size, as on KITTI.
-    Raises: DataError for an invalid range.
+        min_depth, max_depth: in metres. A label counts if it lies between them. Predictions are clipped to this range.
+        crop: "none", or "garg": only pixels inside Garg's crop count, as is usual on KITTI.
+    Raises: DataError unless 0 < min_depth < max_depth.
     """
 
     min_depth: float = DepthSettings.min_depth
@@ -126,16 +136,19 @@ class DepthRange:
 
     @classmethod
     def of(cls, head: RegressionHead | None, settings: DepthSettings | None = None) -> "DepthRange":
-        """Return the range that settings describe. The default maximum is where the head clips, or 80 metres."""
-        chosen = settings or DepthSettings()
-        own = MAX_DEPTH if head is None or head.max_depth is None else head.max_depth
-        return cls(chosen.min_depth, own if chosen.max_depth is None else chosen.max_depth, chosen.depth_crop)
+        """Return the range of depth labels that count, from settings. None takes the default settings.
+
+        If the settings have no maximum, it is the head's `max_depth`, or 80 m if the head has no maximum.
+        """
+        used = settings or DepthSettings()
+        most = MAX_DEPTH if head is None or head.max_depth is None else head.max_depth
+        return cls(used.min_depth, most if used.max_depth is None else used.max_depth, used.depth_crop)
 
     def __str__(self) -> str:
         return f"{self.min_depth:g} to {self.max_depth:g} m" + ("" if self.crop == "none" else f", {self.crop} crop")
 
     def valid(self, label_HW: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
-        """Return the mask (H, W) of a label's pixels that count."""
+        """Return the mask of the pixels that count in a depth label (H, W) in metres, bool (H, W). NaN is False."""
         valid: npt.NDArray[np.bool_] = (label_HW > self.min_depth) & (label_HW < self.max_depth)  # False for NaN
         if self.crop == "none":
             return valid
@@ -149,10 +162,10 @@ class DepthRange:
 
 
 class DepthErrors:
-    """Accumulates metrics one image at a time. Several processes share the images and merge.
+    """Collects the depth metrics of images one by one. Several processes can share the images, and `merged` joins them.
 
     Args:
-        depth_range: the pixels that count.
+        depth_range: the labels that count. None takes the default range.
     """
 
     def __init__(self, depth_range: DepthRange | None = None) -> None:
@@ -160,9 +173,9 @@ class DepthErrors:
         self._rows: list[tuple[str, int, npt.NDArray[np.float64]]] = []
 
     def update(self, predicted: Tensor, label: Tensor, sample_id: str = "") -> None:
-        """Add an image's maps (H, W) in metres. Labels that are not finite are not valid.
+        """Add the metrics of an image: its predicted and true depth in metres, (H, W) each.
 
-        An image without a valid pixel does not count. Raises: DataError for maps of unequal sizes.
+        An image without a valid pixel is left out. Raises: DataError if the two shapes differ.
         """
         if predicted.shape != label.shape or label.ndim != 2:
             raise DataError(
@@ -177,23 +190,23 @@ class DepthErrors:
 
     @classmethod
     def merged(cls, parts: Iterable["DepthErrors"]) -> "DepthErrors":
-        """Return the errors of all parts, which measured different images with the same settings.
+        """Return the errors of all `parts` together. Each part measured different images with the same depth range.
 
-        Raises: DataError for parts of other settings.
+        Raises: DataError if the ranges differ.
         """
         first, *rest = parts
-        whole = cls(first.range)
+        total = cls(first.range)
         for part in (first, *rest):
-            if part.range != whole.range:
+            if part.range != total.range:
                 raise DataError(
-                    f"Cannot merge depth metrics of different ranges: {whole.range} and {part.range}",
+                    f"Cannot merge depth metrics of different ranges: {total.range} and {part.range}",
                     fix="Measure all parts with one range and crop.",
                 )
-            whole._rows += part._rows
-        return whole
+            total._rows += part._rows
+        return total
 
     def metrics(self) -> DepthMetrics:
-        """Return the means over all images, bit-identical for any order and any division among processes."""
+        """Return the mean metrics over all images added so far, the same bits for any order of the images."""
         values = np.stack([row for _, _, row in self._rows]) if self._rows else np.empty((0, len(DEPTH_METRICS)))
         means = [math.fsum(column) / len(column) if len(column) else math.nan for column in values.T]
         return DepthMetrics(

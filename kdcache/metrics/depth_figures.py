@@ -26,10 +26,12 @@ _TICKS = 4
 
 @dataclass(frozen=True)
 class DepthMap:
-    """Depths, or depth errors, (H, W), to draw. Values that are not finite are unknown.
+    """A map (H, W) of depths or depth errors, to draw in colours. Values that are NaN or infinite are drawn grey.
 
     Attributes:
-        high: the value at the upper end of the colours, which begin at 0. Larger values have its colour.
+        high: the value at the upper end of the colour bar, which begins at 0. Larger values have the last colour.
+        kind: "depth" or "error", which have different colour maps.
+        unit: text at the end of the bar.
     """
 
     values: npt.NDArray[np.floating]
@@ -38,36 +40,36 @@ class DepthMap:
     unit: str = "m"
 
     def rgb(self) -> Array:
-        """Return the colours, uint8 (H, W, 3)."""
+        """Return the map in colours, uint8 (H, W, 3)."""
         return colours_of(self.values / self.high, self.kind)
 
     def draw(self, axes: "Axes") -> None:
-        """Draw the picture into axes, with its bar next to it."""
+        """Draw the map and its colour bar into matplotlib axes."""
         from matplotlib import colormaps
 
         colours = colormaps[MAPS[self.kind]].with_extremes(bad=hex_colours([UNKNOWN_RGB])[0])
         known = np.ma.masked_invalid(self.values)
-        shown = axes.imshow(known, cmap=colours, vmin=0, vmax=self.high, interpolation="nearest")
+        image = axes.imshow(known, cmap=colours, vmin=0, vmax=self.high, interpolation="nearest")
         beyond = bool((known > self.high).any())
         figure = axes.get_figure()
         assert figure is not None
-        bar = figure.colorbar(shown, ax=axes, fraction=0.046, pad=0.02, extend="max" if beyond else "neither")
+        bar = figure.colorbar(image, ax=axes, fraction=0.046, pad=0.02, extend="max" if beyond else "neither")
         bar.set_label(self.unit, fontsize=9)
         bar.ax.tick_params(labelsize=8)
 
     def picture(self) -> "Image":
-        """Return the colours with a bar below them."""
+        """Return the map in colours as a PIL image, with the colour bar below it."""
         from PIL import Image
 
         height, width = self.values.shape
         bar = self.bar(width)
-        whole = Image.new("RGB", (bar.width, height + bar.height), "white")
-        whole.paste(Image.fromarray(self.rgb()), (0, 0))
-        whole.paste(bar, (0, height))
-        return whole
+        picture = Image.new("RGB", (bar.width, height + bar.height), "white")
+        picture.paste(Image.fromarray(self.rgb()), (0, 0))
+        picture.paste(bar, (0, height))
+        return picture
 
     def bar(self, width: int) -> "Image":
-        """Return a bar of the colours from 0 to `high`, with ticks and unit, at least as wide as its text."""
+        """Return the colour bar as a PIL image of `width` pixels, or wider if its ticks need it."""
         from PIL import Image, ImageDraw, ImageFont
 
         text = max(10, min(36, width // 40))
@@ -86,7 +88,10 @@ class DepthMap:
 
 
 def colours_of(shares: npt.NDArray[np.floating], kind: Kind) -> Array:
-    """Return colours uint8 (..., 3) of values as shares of the bar, grey if not finite."""
+    """Return colours, uint8 (..., 3), for values from 0 (start of the colour bar) to 1 (its end).
+
+    NaN and infinity become grey.
+    """
     from matplotlib import colormaps
 
     known = np.isfinite(shares)
@@ -96,7 +101,10 @@ def colours_of(shares: npt.NDArray[np.floating], kind: Kind) -> Array:
 
 
 def bar_end(maps: Iterable[npt.NDArray[np.floating]]) -> float:
-    """Return a round end for a bar of several maps, above at least 99 % of their known values."""
+    """Return a round value for the end of a colour bar of several maps.
+
+    At least 99 % of each map's values are below it. NaN and infinity do not count.
+    """
     known = [values[np.isfinite(values)] for values in maps]
     largest = max((float(np.percentile(values, _SHOWN)) for values in known if values.size), default=1.0)
     if largest <= 0:
@@ -106,6 +114,6 @@ def bar_end(maps: Iterable[npt.NDArray[np.floating]]) -> float:
 
 
 def absolute_error(predicted: npt.NDArray[np.floating], label: npt.NDArray[np.floating]) -> npt.NDArray[np.floating]:
-    """Return |prediction - label| in metres (H, W), NaN where the label is unknown."""
+    """Return |prediction - label| in metres (H, W), or NaN if the label is unknown."""
     error: npt.NDArray[np.floating] = np.abs(predicted - np.where(np.isfinite(label), label, np.nan))
     return error

@@ -26,41 +26,49 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class TaskMetrics:
-    """Metrics of a model on a split by task, or None for tasks that model or labels lack."""
+    """The metrics of a model on a split, by task.
+
+    A task is None if the model does not predict it, or if the split has no labels for it.
+    """
 
     segmentation: Metrics | None = None
     depth: DepthMetrics | None = None
 
     @classmethod
     def of_json(cls, content: Mapping[str, Any]) -> "TaskMetrics":
-        """Return the metrics from the JSON of `to_json`. Raises: KeyError, TypeError for other content."""
+        """Return the metrics from the JSON values of `to_json`. Raises: KeyError, TypeError for other content."""
         tasks = content.get("tasks", {SEGMENTATION: content})
-        return cls(**{task: EVALUATORS[task].metrics.of_json(own) for task, own in tasks.items() if own is not None})
+        return cls(
+            **{task: EVALUATORS[task].metrics.of_json(values) for task, values in tasks.items() if values is not None}
+        )
 
     @property
     def by_task(self) -> dict[str, TaskMetric]:
-        """The metrics of each judged task."""
-        return {task: own for task in TASKS if (own := getattr(self, task)) is not None}
+        """The metrics of each evaluated task, by task: "segmentation", "depth"."""
+        return {task: metrics for task in TASKS if (metrics := getattr(self, task)) is not None}
 
     def __repr__(self) -> str:
-        shown = [EVALUATORS[task].words(own) for task, own in self.by_task.items()]
-        return f"<TaskMetrics: {', '.join(shown) or 'nothing judged'}>"
+        scores = [EVALUATORS[task].words(metrics) for task, metrics in self.by_task.items()]
+        return f"<TaskMetrics: {', '.join(scores) or 'nothing judged'}>"
 
     def _repr_html_(self) -> str:
-        rows = [row for task, own in self.by_task.items() for row in EVALUATORS[task].rows(own)]
+        rows = [row for task, metrics in self.by_task.items() for row in EVALUATORS[task].rows(metrics)]
         return html_table("Metrics; IoU by class", ("", ""), rows)
 
     def to_json(self) -> dict[str, Any]:
-        """Return segmentation alone as in `Metrics`, else each task's numbers by name in `tasks`."""
-        own = {task: metrics.to_json() for task, metrics in self.by_task.items()}
-        return own.get(SEGMENTATION, {}) if set(own) <= {SEGMENTATION} else {"tasks": own}
+        """Return the metrics as JSON values.
+
+        With segmentation only, they are the values of `Metrics.to_json`. Otherwise they are {"tasks": {task: values}}.
+        """
+        by_task = {task: metrics.to_json() for task, metrics in self.by_task.items()}
+        return by_task.get(SEGMENTATION, {}) if set(by_task) <= {SEGMENTATION} else {"tasks": by_task}
 
 
 def metrics_markdown(title: str, metrics: TaskMetrics) -> str:
-    """Return one evaluation as Markdown: a summary and a table per task."""
+    """Return an evaluation as Markdown: the title, then a line of results and a table for each task."""
     parts = [f"# {title}\n"]
-    for task, own in metrics.by_task.items():
-        summary, table = EVALUATORS[task].table(own)
+    for task, of_task in metrics.by_task.items():
+        summary, table = EVALUATORS[task].table(of_task)
         parts += [f"{summary}\n", markdown_table(*table)]
     return "\n".join(parts)
 
@@ -77,7 +85,7 @@ def evaluate_model(
     framing: Framing | None = None,
     progress: Progress | None = None,
 ) -> Metrics:
-    """Evaluate `model` on the labelled samples of `split` with one confusion matrix, and counts of every image.
+    """Evaluate a model's segmentation on the labelled samples of a split.
 
     >>> import kdcache
     >>> model, _ = kdcache.load_run("runs/student")
@@ -85,18 +93,19 @@ def evaluate_model(
     >>> 0 <= metrics.miou <= 1
     True
 
-    Images are resized to `size`, and logits are upsampled to each label's own size.
+    Images are resized to `size`, and logits are upsampled to each label's own size. The result has the counts of every
+    image.
 
     Args:
-        model: moved to `device`, and put back into its mode afterwards.
+        model: the model, on `device`. It is in eval mode during the evaluation, and returns to its mode afterwards.
         split: the samples.
-        size: (H, W) that the model sees.
+        size: (H, W) of the model's input, in pixels.
         device: such as `cpu` or `cuda`.
         batch_size: images per forward pass.
-        at_size: resize labels to `size` instead, which is faster and not comparable with published figures.
+        at_size: resize labels to `size` instead, which is faster. Scores then differ from published ones.
         threads: threads that decode images.
-        framing: how it sees an image of another shape, or in windows. Default: squashed to `size`.
-        progress: called with (images done, images).
+        framing: how the model sees an image of another shape, or in windows. None squashes the image to `size`.
+        progress: called after each batch with (images done, images in total).
     Raises: DataError if nothing is labelled or an image cannot be read. RecipeError for an unknown device.
     """
     try:
@@ -119,11 +128,11 @@ def count_pixels(
     part: tuple[int, int] = (0, 1),
     progress: Progress | None = None,
 ) -> ConfusionMatrix:
-    """Return the confusion matrix of `evaluate_model`, which several processes can share and add up.
+    """Return the confusion matrix of a model on the labelled samples of a split.
 
-    `part` (i, n) takes every n-th labelled sample from the i-th on. It keeps no counts of single images.
+    `part` (i, n) takes every n-th labelled sample, starting at the i-th, so n processes can share them.
 
-    Raises: DataError for a split without labels.
+    Raises: DataError for a split without segmentation labels.
     """
     mine = labelled_images(split, (SEGMENTATION,))[part[0] :: part[1]]
     confusion = ConfusionMatrix(split.classes.names, IGNORE_INDEX)
@@ -140,12 +149,18 @@ def evaluate_tasks(
     depth: DepthSettings | None = None,
     progress: Progress | None = None,
 ) -> TaskMetrics:
-    """Evaluate every task that `model` predicts and `split` has labels of in one pass, with numbers of every image.
+    """Evaluate each task that a model predicts and a split has labels for, in one pass.
 
-    Arguments are as in `evaluate_model`. `depth` selects the depth labels that count. Settings other than the default
-    need a task of depth.
+    The result has the metrics of single images too.
 
-    Raises: DataError without a task to judge, for depth settings without depth, and for an image that cannot be read.
+    Args:
+        model: the model, on the device of `inference`.
+        split: the samples.
+        inference: how the model runs.
+        depth: the depth labels that count. None takes the defaults.
+        progress: called after each batch with (images done, images in total).
+    Raises: DataError if there is no such task, if `depth` is set without a task of depth, or if an image cannot be
+    read.
     """
     tasks = check_tasks(model, split, depth)
     labelled = labelled_images(split, tasks)
@@ -164,7 +179,17 @@ def accumulate(
     depth: DepthSettings | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Accumulator]:
-    """Return the accumulators of tasks after one pass over samples of a split. Arguments as in `evaluate_tasks`."""
+    """Run a model on samples of a split, and add its predictions to an accumulator for each task. Return them by task.
+
+    Args:
+        model: the model, on the device of `inference`.
+        split: the samples.
+        numbers: positions of the samples in `split`.
+        inference: how the model runs.
+        tasks: the tasks to evaluate.
+        depth: the depth labels that count. None takes the defaults.
+        progress: called after each batch with (images done, images in total).
+    """
     found = {task: EVALUATORS[task].begin(model, split, depth) for task in tasks}
     for prediction in _each(predictions(model, split, numbers, inference, tasks), len(numbers), progress):
         for task, label in prediction.labels.items():
@@ -186,9 +211,9 @@ def _each(
 
 
 def check_tasks(model: SegmentationModel, split: Split, depth: DepthSettings | None = None) -> tuple[str, ...]:
-    """Return the tasks that a model is judged on in a split.
+    """Return the tasks to evaluate: those that the model predicts and the split has labels for.
 
-    Raises: DataError without such a task, and for a depth range without depth.
+    Raises: DataError if there is none, or if `depth` is set but depth is not evaluated.
     """
     tasks, where = judged_tasks(model, split), f"{split.data}, split {split.split!r}"
     labels = f"labels of {', '.join(split.tasks)}" if split.tasks else "no labels"
@@ -213,7 +238,7 @@ def check_tasks(model: SegmentationModel, split: Split, depth: DepthSettings | N
 
 
 def labelled_images(split: Split, tasks: Sequence[str]) -> list[int]:
-    """Return the numbers of samples with a label of any task. Raises: DataError if there are none."""
+    """Return the positions of the samples with a label for any of `tasks`. Raises: DataError if there are none."""
     labelled = split.labelled(*tasks)
     if not labelled:
         raise DataError(

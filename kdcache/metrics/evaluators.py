@@ -28,13 +28,13 @@ Of = TypeVar("Of", Metrics, DepthMetrics)
 
 @dataclass(frozen=True)
 class Figure:
-    """A number that a task is evaluated by.
+    """A metric as tables show it.
 
     Attributes:
-        head: its header in tables, with its unit.
-        about: what it is, in words.
-        text: returns a value as text, '-' for NaN.
-        less: whether less of it is better.
+        head: the header of its column, with the unit.
+        about: an explanation in words.
+        text: function that returns a value as text, or "-" for NaN.
+        less: whether smaller values are better.
     """
 
     head: str
@@ -44,21 +44,22 @@ class Figure:
 
 
 class Accumulator(Protocol):
-    """Collects the answers to a task and its labels, image by image."""
+    """Collects predictions and labels of a task, image by image."""
 
     def update(self, predicted: Tensor, label: Tensor, sample_id: str = "") -> object:
-        """Add the answer and the label of an image, (H, W) each."""
+        """Add an image's prediction and label, (H, W) each. `sample_id` names the image in the results."""
 
     def result(self) -> TaskMetric | None:
-        """Return the metrics of all images, or None without images. Raises: DataError if no pixel counts."""
+        """Return the metrics of all images added, or None if there are none. Raises: DataError if no pixel counts."""
 
 
 class Evaluator(ABC, Generic[Of]):
-    """How a task is evaluated.
+    """How a task is evaluated. Each task has one subclass.
 
     Attributes:
-        metrics: the class of its metrics, and `images`, the class of the numbers of single images.
-        figures: the figures of its metrics, by their attributes.
+        metrics: the class of the task's metrics.
+        images: the class of the numbers of single images.
+        figures: how tables show each metric, by the name of the attribute of `metrics`.
     """
 
     metrics: ClassVar[type[Any]]
@@ -67,51 +68,55 @@ class Evaluator(ABC, Generic[Of]):
 
     @abstractmethod
     def predicted_by(self, model: SegmentationModel) -> bool:
-        """Return whether a model has a head whose answers can be compared with labels."""
+        """Return whether a model predicts this task in the unit of its labels, so that it can be evaluated."""
 
     @abstractmethod
     def answer(self, model: SegmentationModel, output_CHW: Tensor) -> Tensor:
-        """Return the answer (H, W) from a head's output: argmax uint8, or values in the head's unit."""
+        """Return the prediction (H, W) from a head's output (C, H, W): class ids, uint8, or numbers in its unit."""
 
     @abstractmethod
     def begin(self, model: SegmentationModel, split: Split, depth: DepthSettings | None) -> Accumulator:
-        """Return an empty accumulator. `depth` selects the depth labels that count."""
+        """Return an empty accumulator for a model on a split. `depth` selects the depth labels that count."""
 
     @abstractmethod
     def words(self, metrics: Of) -> str:
-        """Return the score with its name and unit."""
+        """Return the score with its name and unit, such as "mIoU 63.10 %"."""
 
     @abstractmethod
     def rows(self, metrics: Of) -> list[tuple[str, str]]:
-        """Return figures and their values for a notebook."""
+        """Return pairs of a metric's name and its value as text, for a notebook."""
 
     @abstractmethod
     def table(self, metrics: Of) -> tuple[str, Table]:
-        """Return a summary, and the header and rows of a table."""
+        """Return one line of results, and a table (header, rows) of the metrics."""
 
 
 class NumericEvaluator(Evaluator[Of]):
-    """How a task of numbers, such as depth, is evaluated: its errors can be merged over processes."""
+    """How a numeric task such as depth is evaluated. Errors from several processes can be merged."""
 
     @abstractmethod
     def merged(self, parts: Sequence[Any]) -> Of:
-        """Return the metrics over all accumulators of `begin`, one from each process, or NaN if no pixel counts."""
+        """Return the metrics over the accumulators of several processes, or NaN in all metrics if no pixel counts."""
 
 
 class ClassCounts:
-    """Counts of classes: `confusion` over all images of a split, and the counts of each image."""
+    """The accumulator of segmentation.
+
+    Attributes:
+        confusion: the confusion matrix over all images.
+    """
 
     def __init__(self, split: Split) -> None:
         self.confusion = ConfusionMatrix(split.classes.names)
         self._ids, self._counts = list[str](), list[Tensor]()
 
     def update(self, predicted: Tensor, label: Tensor, sample_id: str = "") -> None:
-        """Add the argmax and the label of an image, (H, W) each."""
+        """Add an image's predicted and true class ids, (H, W) each."""
         self._ids.append(sample_id)
         self._counts.append(self.confusion.update(predicted, label))
 
     def result(self) -> Metrics | None:
-        """Return the metrics with the counts of every image, or None without images."""
+        """Return the metrics of all images, with the counts of each image, or None if there are no images."""
         if not self._ids:
             return None
         return replace(self.confusion.metrics(), images=ImageCounts.of(self._ids, self._counts))
@@ -200,12 +205,15 @@ class _Depth(NumericEvaluator[DepthMetrics]):
 
     def table(self, metrics: DepthMetrics) -> tuple[str, Table]:
         summary = f"Depth of {metrics.counted_images} images, {metrics.pixels} pixels"
-        rows = [[one.head, one.text(getattr(metrics, name))] for name, one in self.figures.items()]
+        rows = [[figure.head, figure.text(getattr(metrics, name))] for name, figure in self.figures.items()]
         return summary, (["depth", "mean of images"], rows)
 
 
 def metric_head(heads: Mapping[str, RegressionHead], task: str) -> RegressionHead | None:
-    """Return the head of a regression task, if it has the unit of the task's labels, or None."""
+    """Return a model's head of a numeric task if it has the unit of the task's labels (metres), else None.
+
+    `heads` are the model's numeric heads by name.
+    """
     head = heads.get(task)
     return head if head is not None and head.unit == TASKS[task].unit else None
 

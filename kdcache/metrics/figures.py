@@ -42,7 +42,7 @@ _LETTERS_PER_INCH = 11
 
 
 def new_figure(width: float, height: float, title: str) -> "Figure":
-    """Return an empty figure, sized in inches, whose contents are laid out without overlaps."""
+    """Return an empty matplotlib figure of `width` x `height` inches, with a layout that avoids overlaps."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), dpi=_DOTS_PER_INCH, layout="constrained", facecolor="white")
@@ -53,10 +53,10 @@ def new_figure(width: float, height: float, title: str) -> "Figure":
 def save_figure(
     figure: "Figure", path: Path, above: str | None = None, formats: Sequence[Format] = ("png",)
 ) -> list[Path]:
-    """Write a picture in each format, completely or not at all, and return the files.
+    """Save a figure in each of `formats`, each file completely or not at all. Return the files.
 
-    `path` is the PNG. Other formats have its name with their own suffix. Text in SVG and PDF stays text. `above` is a
-    note at the top.
+    `path` is the PNG. Other formats have the same name with their own suffix. `above` is a warning in red at the top,
+    or None.
     """
     from matplotlib import rc_context
 
@@ -74,7 +74,7 @@ def save_figure(
 
 
 def check_formats(formats: Sequence[str]) -> tuple[Format, ...]:
-    """Return the formats of pictures, always including PNG. Raises: RecipeError for an unknown one."""
+    """Return the formats to save pictures in: PNG and the named ones. Raises: RecipeError for an unknown format."""
     known: tuple[Format, ...] = get_args(Format)
     if strange := [name for name in formats if name not in known]:
         raise RecipeError(f"Unknown format in --format: {','.join(strange)!r}", fix=f"Choose from: {','.join(known)}")
@@ -105,7 +105,10 @@ def _make_plain(figure: "Figure") -> None:
 
 
 def dress(axes: "Axes", title: str, x: str = "", y: str = "") -> "Axes":
-    """Set titles, a light grid in the background, and no box."""
+    """Set the title and the axis labels of matplotlib axes. Return the axes.
+
+    They get a light grid, and no frame at the top and right.
+    """
     axes.set_title(title, fontsize=11, color=INK)
     axes.set_xlabel(x, fontsize=10)
     axes.set_ylabel(y, fontsize=10)
@@ -118,14 +121,17 @@ def dress(axes: "Axes", title: str, x: str = "", y: str = "") -> "Axes":
 
 
 def hex_colours(colours: Colours) -> list[str]:
-    """Return colours as `#rrggbb`, which matplotlib takes."""
+    """Return RGB colours (0 to 255) as `#rrggbb` text for matplotlib."""
     return ["#{:02x}{:02x}{:02x}".format(*colour) for colour in colours]
 
 
 def class_bars(
     axes: "Axes", names: Sequence[str], colours: Colours, solid: Sequence[float], outlined: Sequence[float]
 ) -> None:
-    """Draw two bars per class, the first class on top: one filled in its colour, one outlined below it."""
+    """Draw two horizontal bars for each class, in percent: `solid` values filled, and `outlined` values below them.
+
+    Values are fractions from 0 to 1, or NaN. The first class is at the top.
+    """
     places = np.arange(len(names))
     fills = hex_colours(colours)
     above, below = 100 * np.array(solid), 100 * np.array(outlined)
@@ -142,14 +148,17 @@ def class_bars(
 
 
 def colour_ids(ids_HW: Array, colours: Colours) -> Array:
-    """Return class ids as uint8 (H, W, 3) in the colours of the classes."""
+    """Return class ids (H, W) as an image in the colours of the classes, uint8 (H, W, 3). Void is light grey."""
     table = np.full((256, 3), VOID_RGB, np.uint8)
     table[: len(colours)] = colours
     return table[ids_HW]
 
 
 def palette_png(ids_HW: Array, colours: Colours) -> bytes:
-    """Return a PNG with the class ids as pixels. A viewer shows the classes' colours."""
+    """Return the bytes of a PNG that stores class ids, uint8 (H, W), as palette indices.
+
+    Viewers show the class colours.
+    """
     from PIL import Image
 
     image = Image.fromarray(ids_HW)
@@ -160,14 +169,17 @@ def palette_png(ids_HW: Array, colours: Colours) -> bytes:
 
 
 def png_bytes(image: "Image") -> bytes:
-    """Return the content of a PNG file."""
+    """Return a PIL image as the bytes of a PNG file."""
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
     return buffer.getvalue()
 
 
 def error_colour(colours: Colours) -> tuple[int, int, int]:
-    """Return a red for wrong pixels, the first that differs from all classes, else the most distant one."""
+    """Return the colour (RGB) for wrong pixels: the first of seven reds that differs clearly from all class colours.
+
+    If all reds resemble a class colour, it is the most distant red.
+    """
     classes = np.array(colours, float).reshape(-1, 3)
     distances = [np.linalg.norm(classes - red, axis=1).min(initial=np.inf) for red in _REDS]
     apart = [place for place, distance in enumerate(distances) if distance >= _APART]
@@ -177,7 +189,7 @@ def error_colour(colours: Colours) -> tuple[int, int, int]:
 def mark_wrong(
     pixels_HW3: Array, label_HW: Array, predicted_HW: Array, wrong: tuple[int, int, int] = WRONG_RGB
 ) -> Array:
-    """Return the image in dark grey, with wrong predictions in `wrong` and void as in labels, uint8 (H, W, 3)."""
+    """Return an image in dark grey, with wrong pixels in the colour `wrong` and void in light grey, uint8 (H, W, 3)."""
     grey_HW1 = pixels_HW3.mean(2, keepdims=True)
     marked_HW3 = np.broadcast_to(30 + 0.5 * grey_HW1, pixels_HW3.shape).astype(np.uint8)
     marked_HW3[label_HW != predicted_HW] = wrong
@@ -186,10 +198,10 @@ def mark_wrong(
 
 
 class Drawn(Protocol):
-    """A picture that can draw itself, with its colour bar."""
+    """A picture that draws itself and its colour bar into matplotlib axes, such as a `DepthMap`."""
 
     def draw(self, axes: "Axes") -> None:
-        """Draw the picture into axes."""
+        """Draw the picture and its colour bar into matplotlib axes."""
 
 
 def panels(
@@ -198,14 +210,14 @@ def panels(
     legend: Sequence[tuple[str, tuple[int, int, int]]],
     layout: Layout = "grid",
 ) -> "Figure":
-    """Draw pictures of one size and a legend of their colours. The first picture must be an array.
+    """Return a figure of pictures of one size, with a legend of colours. The first picture must be an array.
 
     Args:
-        title: above the pictures, only in a grid.
-        pictures: (title, picture).
-        legend: (name, colour).
-        layout: grid: in pairs one below the other, more than twelve in several columns, with the legend at the side.
-            row: side by side without the title and with the legend below, as in a paper.
+        title: text above the pictures. A row does not show it.
+        pictures: pairs of a title and a picture, an array uint8 (H, W, 3) or a `Drawn`.
+        legend: pairs of a name and an RGB colour.
+        layout: "grid": two pictures in each line, and more columns if there are more than 24. The legend is at the
+            side. "row": all side by side, with the legend below, as in a paper.
     """
     from matplotlib.patches import Patch
 
@@ -235,16 +247,17 @@ def panels(
     colours = hex_colours([colour for _, colour in legend])
     handles = [Patch(facecolor=colour, edgecolor=INK, linewidth=0.5, label="class") for colour in colours]
     where: Any = {"loc": "outside lower center", "ncols": words} if in_row else {"loc": "outside right center"}
-    shown = figure.legend(handles=handles, fontsize=9, frameon=False, **where)
-    for text, (name, _) in zip(shown.get_texts(), legend, strict=True):
+    legend_box = figure.legend(handles=handles, fontsize=9, frameon=False, **where)
+    for text, (name, _) in zip(legend_box.get_texts(), legend, strict=True):
         text.set_text(one_line(name))  # as a label, matplotlib would hide a name that begins with _
     return figure
 
 
 def draw_confusion(counts: Array, names: Sequence[str], title: str) -> "Figure":
-    """Draw the confusion matrix in % of each label's pixels. With very many classes, only those with the lowest recall.
+    """Return a figure of a confusion matrix, in percent of each label's pixels.
 
-    `counts` are pixels (C, C), with labels along the rows.
+    `counts` are pixels (C, C), with labels along the rows. Of more than 40 classes, only those with the lowest recall
+    are drawn.
     """
     labelled = counts.sum(1)
     shares = counts / np.maximum(labelled, 1)[:, None]
@@ -276,5 +289,8 @@ def draw_confusion(counts: Array, names: Sequence[str], title: str) -> "Figure":
 
 
 def file_part(sample: str) -> str:
-    """Return a sample's id, whatever its characters, as a part of a file name."""
+    """Return a sample's id as a part of a file name.
+
+    Other characters than ASCII letters, digits, "_", "." and "-" become "-". Only the last 100 characters are kept.
+    """
     return re.sub(r"[^\w.-]+", "-", sample, flags=re.ASCII).strip("-.")[-_LONGEST_NAME:] or "sample"

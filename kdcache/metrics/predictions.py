@@ -20,11 +20,13 @@ from kdcache.tasks import SEGMENTATION, numeric
 
 @dataclass(frozen=True)
 class Predicted:
-    """The predictions for a sample (by its number in the split) and its labels, all of one size (H, W).
+    """The predictions of a model for one sample, with the sample's labels. All maps have the size (H, W) of the labels.
 
     Attributes:
-        answers: the answer by task: argmax uint8 of `segmentation`, float32 metres of `depth`.
-        labels: the labels by task, where there are any: uint8 with 255 for void, float32 metres with NaN for unknown.
+        number: the sample's position in the split.
+        answers: the predictions by task. "segmentation": class ids, uint8. "depth": metres, float32.
+        labels: the existing labels by task. "segmentation": uint8, 255 for void. "depth": metres, float32, NaN for
+            unknown.
     """
 
     number: int
@@ -33,12 +35,12 @@ class Predicted:
 
     @property
     def argmax(self) -> Tensor:
-        """The predicted classes, uint8 (H, W)."""
+        """The predicted class ids, uint8 (H, W)."""
         return self.answers[SEGMENTATION]
 
     @property
     def label(self) -> Tensor:
-        """The segmentation label."""
+        """The segmentation label, uint8 (H, W), 255 for void."""
         return self.labels[SEGMENTATION]
 
 
@@ -73,12 +75,14 @@ class _Sample:
 
 
 def predicted_tasks(model: SegmentationModel) -> tuple[str, ...]:
-    """Return the tasks of a model's learnt heads: classes, and depth if it is in metres."""
-    return tuple(task for task, one in EVALUATORS.items() if one.predicted_by(model) and task not in model.untrained)
+    """Return the tasks that a model has learnt and predicts in the unit of labels, such as depth in metres."""
+    return tuple(
+        task for task, judge in EVALUATORS.items() if judge.predicted_by(model) and task not in model.untrained
+    )
 
 
 def judged_tasks(model: SegmentationModel, split: Split) -> tuple[str, ...]:
-    """Return the tasks that a model predicts and that a sample of the split has a label of."""
+    """Return the tasks that a model predicts and that at least one sample of the split has a label for."""
     return tuple(task for task in predicted_tasks(model) if task in split.tasks)
 
 
@@ -145,7 +149,10 @@ def predict_batch(
     tasks: Sequence[str],
     device: torch.device | str,
 ) -> list[Predicted]:
-    """Return the predictions for a batch of samples, in its order."""
+    """Return the predictions for a batch of loaded samples, in the same order.
+
+    `size` is (H, W) of the model's input.
+    """
     pixels = torch.stack([sample.pixels for sample in batch]).to(device)
     heads = model(model.normalise(pixels)).heads
     return [
@@ -169,9 +176,17 @@ def answer_of(
     view: Window | None = None,
     seen: tuple[int, int] | None = None,
 ) -> Tensor:
-    """Return the answer (H, W) to a task at `size` from a head's output: argmax uint8, or values in the head's unit.
+    """Return the prediction (H, W) for a task at `size`, from a head's output.
 
-    `view` and `seen` are the part of the image that the model saw, and the size of its input, as in `at_image`.
+    It has class ids, uint8, or numbers in the head's unit.
+
+    Args:
+        model: the model.
+        task: "segmentation" or "depth".
+        output_Chw: the head's output for one image.
+        size: (H, W) of the result.
+        view: the part of the image that the model saw, in pixels of the image. None is the whole image.
+        seen: (H, W) of the model's input. Needed with `view`.
     """
     return EVALUATORS[task].answer(model, at_image(model, output_Chw, size, view, seen))
 
@@ -183,8 +198,8 @@ def _load(split: Split, index: int, inference: Inference, tasks: Sequence[str]) 
     window, view = Window.full(*image_size), None
     if framing.slides:
         size = framing.scaled(image_size, size)
-    elif (seen := framing.view(image_size, size)) != window:
-        window, view = seen, None if at_size else seen
+    elif (part := framing.view(image_size, size)) != window:
+        window, view = part, None if at_size else part
     labels: dict[str, Any] = {task: label for task in tasks if (label := split.label(index, task)) is not None}
     pixels, ids = render(image, labels.get(SEGMENTATION), window, flip=False, size=size)
     if at_size:

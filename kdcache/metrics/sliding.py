@@ -26,15 +26,16 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True)
 class Framing:
-    """How a model sees an image.
+    """How a model sees an image: resized to its input size, or cut into overlapping windows.
 
     Args:
-        fit: how the image is fitted into the model's size. `crop` cuts it into windows of that size.
-        window: (H, W) of sliding windows, in pixels of the image, or of the image at `whole`.
-        stride: (H, W) from a window to the next, at most the window. Default: two thirds of it.
-        whole: (H, W) that the image is resized to, by `fit`, before windows are cut. Default: its own size.
+        fit: how an image of another shape is fitted into the input size: "squash", "pad", or "crop", which cuts it into
+            windows of that size.
+        window: (H, W) of windows in pixels. None cuts windows only for "crop".
+        stride: (H, W) from one window to the next, in pixels. None takes two thirds of the window.
+        whole: (H, W) that the image is resized to, by `fit`, before windows are cut. None keeps the image's size.
 
-    Raises: RecipeError for a stride without windows, or beyond them.
+    Raises: RecipeError for a stride without windows, or larger than the window.
     """
 
     fit: Fit = "squash"
@@ -44,7 +45,10 @@ class Framing:
 
     @classmethod
     def of(cls, settings: ImageSettings, judge: JudgeSettings, trained: Fit = "squash") -> Framing:
-        """Return the framing of settings. `auto` is `trained`, the fit of the training. Raises: as the constructor."""
+        """Return the framing that settings describe. If their fit is "auto", it is `trained`, the fit of the training.
+
+        Raises: RecipeError for a stride without windows, or larger than the window.
+        """
         fit = trained if settings.fit == "auto" else settings.fit
         return cls(fit, judge.window, judge.stride, None if judge.window is None else settings.size)
 
@@ -61,36 +65,40 @@ class Framing:
 
     @property
     def slides(self) -> bool:
-        """Whether the model sees an image in parts."""
+        """Whether the model sees an image in windows."""
         return self.window is not None or self.fit == "crop"
 
     @property
     def steps(self) -> Size:
-        """(H, W) from a window to the next."""
+        """The distance (H, W) from one window to the next, in pixels. Only for a framing with a window."""
         assert self.window is not None
         return self.stride or _two_thirds(self.window)
 
     def view(self, image_size: Size, size: Size) -> Window:
-        """Return the part of an image, in its pixels, that the model of input `size` (H, W) sees at once."""
+        """Return the part of an image, in its pixels, that a model with input `size` (H, W) sees without windows."""
         return whole_window(self.fit, image_size, size)
 
     def scaled(self, image_size: Size, size: Size) -> Size:
-        """Return (H, W) of an image before it is cut. Without a window, parts have the model's `size` (H, W)."""
-        wanted = size if self.window is None else self.whole
-        if wanted is None:
+        """Return the size (H, W) that an image is resized to before windows are cut.
+
+        `image_size` is (H, W) of the image, and `size` is (H, W) of the model's input.
+        """
+        target = size if self.window is None else self.whole
+        if target is None:
             return image_size
         if self.fit == "squash":
-            return wanted
-        factors = [to / of for to, of in zip(wanted, image_size, strict=True)]
+            return target
+        factors = [to / of for to, of in zip(target, image_size, strict=True)]
         factor = max(factors) if self.fit == "crop" else min(factors)
-        least = wanted if self.fit == "crop" else (1, 1)
+        least = target if self.fit == "crop" else (1, 1)
         height, width = (max(1, low, round(side * factor)) for side, low in zip(image_size, least, strict=True))
         return height, width
 
     def parts(self, scaled: Size, size: Size, name: str) -> list[tuple[int, int]]:
-        """Return the first rows and columns of the windows that cover an image of (H, W) `scaled`.
+        """Return the top left corner (y, x) of each window, so that the windows cover an image of size `scaled` (H, W).
 
-        Raises: RecipeError, which names the image, for windows larger than the image.
+        `size` is (H, W) of the model's input. Raises: RecipeError, which names the image, for windows larger than the
+        image.
         """
         window, step = (size, size) if self.window is None else (self.window, self.steps)
         if any(w > side for w, side in zip(window, scaled, strict=True)):
@@ -102,7 +110,7 @@ class Framing:
         return [(row, column) for row in rows for column in columns]
 
     def part_size(self, size: Size) -> Size:
-        """Return (H, W) of a window."""
+        """Return (H, W) of a window in pixels. Without a set window, it is the model's input `size`."""
         return self.window or size
 
 
@@ -116,16 +124,16 @@ def slide(
     batch_size: int,
     name: str = "an image",
 ) -> dict[str, Tensor]:
-    """Run a model on an image in windows. Return the mean outputs by head, (C, H, W) float32 at the pixels' size.
+    """Run a model on overlapping windows of an image. Return each head's mean output, float32 (C, H, W), by name.
 
     Args:
-        model: the model to run.
-        pixels_HW3: uint8, on the model's device, of the size of `Framing.scaled`.
+        model: the model.
+        pixels_HW3: the image, uint8, on the model's device, resized to `Framing.scaled`.
         framing: the windows.
-        size: (H, W) of the model's input, if there is no window.
-        heads: names of the outputs.
+        size: (H, W) of the model's input, which is the window if `framing` has none.
+        heads: names of the heads to return.
         batch_size: windows per forward pass.
-        name: the image's name, for messages.
+        name: the image's name in error messages.
     Raises: RecipeError for windows larger than the image.
     """
     height, width = pixels_HW3.shape[:2]
@@ -150,10 +158,14 @@ def slide(
 def at_image(
     model: SegmentationModel, output_Chw: Tensor, image_size: Size, view: Window | None = None, size: Size | None = None
 ) -> Tensor:
-    """Resize a head's output bilinearly to an image's own size, (C, H, W).
+    """Resize a head's output (C, h, w) bilinearly to an image's size. Return (C, H, W).
 
-    `view` is the part of the image that the model saw, in the image's pixels. None is the whole image. `size` is (H, W)
-    of the model's input.
+    Args:
+        model: the model, which says how its head resizes.
+        output_Chw: the head's output.
+        image_size: (H, W) of the image.
+        view: the part of the image that the model saw, in pixels of the image. None is the whole image.
+        size: (H, W) of the model's input. Needed with `view`.
     """
     if view is None or view == Window.full(*image_size) or size is None:
         return model.upsample(output_Chw[None], image_size)[0]

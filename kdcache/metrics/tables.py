@@ -11,12 +11,12 @@ Table = tuple[list[str], list[list[str]]]
 
 
 def percent(value: float) -> str:
-    """Return a fraction in percent with two digits, or '-' for NaN."""
+    """Return a fraction (0 to 1) in percent with two decimals, such as "63.10", or "-" for NaN."""
     return "-" if math.isnan(value) else f"{100 * value:.2f}"
 
 
 def class_rows(metrics: Metrics) -> list[tuple[str, str, str, str]]:
-    """Return (class, IoU %, Acc %, share of labelled pixels %) per class."""
+    """Return, for each class, its name and three texts in percent: IoU, recall and share of the labelled pixels."""
     total = sum(metrics.label_pixels) or 1
     return [
         (name, percent(iou), percent(acc), percent(pixels / total))
@@ -27,7 +27,7 @@ def class_rows(metrics: Metrics) -> list[tuple[str, str, str, str]]:
 
 
 def iou_listing(metrics: Metrics) -> str:
-    """Return a line per class, `===>road:       65.35`, and the mean, in percent with two digits, `nan` if absent.
+    """Return plain text with a line for each class, `===>road:       65.35`, and the mIoU last, in percent.
 
     Source: the listing of AdaptSegNet's compute_iou.py (arXiv 1802.10349).
     """
@@ -40,7 +40,7 @@ def iou_listing(metrics: Metrics) -> str:
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a GitHub table with the first column left-aligned and the others right-aligned."""
+    """Return a Markdown table. The first column is aligned left, the others right."""
     first, *rest = [
         "| " + " | ".join(one_line(cell).replace("|", "\\|") for cell in row) + " |" for row in (header, *rows)
     ]
@@ -61,7 +61,7 @@ DEPTH_HEADS = {
 
 
 def depth_figure(name: str, value: float) -> str:
-    """Return a depth metric as text: shares of pixels in percent, others with four digits, '-' for NaN."""
+    """Return the value of the depth metric `name` as text: deltas in percent, others with four digits, "-" for NaN."""
     if math.isnan(value):
         return "-"
     return percent(value) if name.startswith("delta") else f"{value:#.4g}".rstrip(".")

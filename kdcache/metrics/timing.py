@@ -11,7 +11,7 @@ import torch
 
 @contextmanager
 def no_garbage_collection() -> Iterator[None]:
-    """Disable garbage collection in a with block, to keep it out of timings."""
+    """Disable Python's garbage collection in a with block, so it does not disturb timings."""
     gc.collect()
     was_enabled = gc.isenabled()
     gc.disable()
@@ -23,7 +23,7 @@ def no_garbage_collection() -> Iterator[None]:
 
 
 def cpu_name() -> str:
-    """Return the processor's model as the system names it, or "unknown"."""
+    """Return the name of the processor's model, or "unknown" (Linux), or what Python's `platform` reports."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -35,7 +35,7 @@ _WORDS = ("DefaultCPUAllocator", "not enough memory", "can't allocate memory", "
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error means out of memory: CUDA's, Python's, or torch's CPU allocator's."""
+    """Return whether an exception means that CUDA, Python or torch's CPU allocator ran out of memory."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(word in str(error) for word in _WORDS)
