@@ -44,8 +44,8 @@ def l1(prediction_BHW: Tensor, reference_BHW: Tensor, mask_BHW: Tensor) -> Tenso
     """Return the mean absolute error (B,) of each image's valid pixels.
 
     Args:
-        prediction_BHW: float32 or float64. The result has a gradient by it.
-        reference_BHW: the reference depth, of the same dtype.
+        prediction_BHW: the student's depth, float32 or float64. Only it gets a gradient.
+        reference_BHW: the reference depth, of the same dtype and unit.
         mask_BHW: bool, True for valid pixels.
     """
     return _mean(_error(prediction_BHW, reference_BHW, mask_BHW).abs(), mask_BHW)

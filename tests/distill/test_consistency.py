@@ -193,9 +193,9 @@ def test_without_a_confident_pixel_there_is_no_gradient(normalise: str) -> None:
 def test_defaults_schedule_and_what_is_missing() -> None:
     term = consistency()
     assert (term.threshold, term.normalise, term.by, term.reads_teacher) == (0.968, "all", "student", False)
-    assert "the student's own" in term.describe()
-    assert term.describe().endswith("confident is 0.968")
-    assert consistency(quantile=0.5).describe().endswith("confident is the surest 0.5 of each class")
+    assert "come from the student, with" in term.describe()
+    assert term.describe().endswith("have a probability of at least 0.968")
+    assert consistency(quantile=0.5).describe().endswith("a share of 0.5 of each class")
     criterion = DistillLoss(ce_weight=0.0, kl_weight=0.0, further=[term, consistency(by="ema")], scheduled=True)
     assert labellers(criterion) == ("student", "ema")
     assert labellers(DistillLoss(further=[consistency(weight=0.0)])) == ()

@@ -225,7 +225,7 @@ def test_by_a_quantile_the_surest_share_of_each_class_is_learnt_among_what_was_n
     for row in read_metrics(tmp_path / "run", "train"):
         assert 0.3 - 1e-6 <= row["u/confident"] < 1
         assert row["u/consistency"] > 0
-    assert any("confident is the surest 0.3 of each class" in text for text in notes.texts)
+    assert any("the highest probabilities, a share of 0.3 of each class" in text for text in notes.texts)
 
 
 def test_bf16_mixed_samples_a_schedule_and_a_single_source(
@@ -271,7 +271,7 @@ def test_a_stream_without_a_confident_pixel_is_noted(base: dict[str, Any], tmp_p
     train(make_config(**base | {"stream": streams("by=ema"), "iterations": 2}), tmp_path / "run", observer=notes)
     (text,) = [text for text in notes.texts if "no pixel of the stream u" in text]
     assert "is confident (log lines in a row: 2)" in text
-    assert any("moving average (--ema), by one more forward of every step" in text for text in notes.texts)
+    assert any("moving average (--ema), with one more forward without gradient" in text for text in notes.texts)
     assert json.loads((tmp_path / "run" / "result.json").read_text())["iterations"] == 2
 
 

@@ -236,15 +236,15 @@ def compare_channels(
     teacher_BChw: Tensor,
     count: Tensor | None,
 ) -> Tensor:
-    """Return T^2 / C * sum over channels of KL(p_t || p_s), averaged over images: 0-dimensional.
+    """Return T^2 / C * sum over C channels of KL(p_t || p_s), averaged over images: 0-dimensional.
 
-    p_t and p_s are the softmax of one channel over all cells of an image, for teacher and student.
+    p_t and p_s are the softmax of a channel / T over all cells of an image, for teacher and student.
 
     Args:
         term: gives the temperature T.
         batch: gives windows and masks.
         student_BCxx: the student's logits or features, on any grid.
-        teacher_BChw: the teacher's, with equally many channels.
+        teacher_BChw: the teacher's logits or features, with as many channels.
         count: replaces the batch's own number of images with a counted pixel.
     Raises: ShapeError if the numbers of channels differ.
     """

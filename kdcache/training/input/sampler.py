@@ -160,7 +160,7 @@ def epoch_order(seed: int, epoch: int, records: int, shard_records: int | None =
     """Return a permutation (R,) int64 of all R records, for one epoch.
 
     Args:
-        seed: seed of all epochs.
+        seed: seed of the order, the same for all epochs.
         epoch: number of the epoch.
         records: number of records, R.
         shard_records: number of records in a shard, to shuffle within a few shards. None shuffles all records at once.

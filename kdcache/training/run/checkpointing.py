@@ -127,7 +127,7 @@ class RunState:
     def restore(self) -> dict[str, Tensor] | None:
         """Continue from the checkpoint in the run's folder, if there is one.
 
-        Returns: the random state of this process. None if there is no checkpoint, or it was saved by fewer processes.
+        Returns: the `random_state` of this process. None if there is no checkpoint, or it was saved by fewer processes.
         Raises: ModelError if the checkpoint is of another model. RecipeError if it cannot be read.
         """
         state = load_checkpoint(self._run, self._device)

@@ -158,14 +158,14 @@ def most_confident(argmax_BHW: Tensor, confidence_BHW: Tensor, share: float, num
 _LOWEST = -60000.0
 """What logits are cut to before they become float16."""
 _WHOSE = {
-    "student": "the student's own, by one more forward of every step without gradient",
-    "ema": "those of its moving average (--ema), by one more forward of every step without gradient",
-    "store": "those of the cache's teacher",
+    "student": "the student, with one more forward without gradient in every step",
+    "ema": "the student's moving average (--ema), with one more forward without gradient in every step",
+    "store": "the cache's teacher",
 }
 _DIVIDED = {
-    "all": "the confident pixels, divided by all",
-    "share": "all pixels, times the share of the confident ones",
-    "kept": "the confident pixels, divided by their number",
+    "all": "the sum over confident pixels, divided by the number of all pixels",
+    "share": "the mean over all pixels, times the share of confident pixels",
+    "kept": "the mean over confident pixels",
 }
 
 
@@ -209,9 +209,13 @@ class Consistency(Pseudo):
     def describe(self) -> str:
         """Return one line for the log: who makes the pseudo labels, how the loss is normalised, and the threshold."""
         return (
-            f"{self.kind}: pseudo labels of the weak view, without jitter, are {_WHOSE[self.by]}; learnt are "
-            f"{_DIVIDED[self.normalise]}; confident is "
-            + (f"{self.threshold:g}" if self.quantile is None else f"the surest {self.quantile:g} of each class")
+            f"{self.kind}: pseudo labels of the weak view (without jitter) come from {_WHOSE[self.by]}. The loss is "
+            f"{_DIVIDED[self.normalise]}. Confident pixels have "
+            + (
+                f"a probability of at least {self.threshold:g}"
+                if self.quantile is None
+                else f"the highest probabilities, a share of {self.quantile:g} of each class"
+            )
         )
 
     def confident_and_counted(self, batch: TermBatch) -> tuple[Tensor, Tensor]:
