@@ -24,7 +24,7 @@ from kdcache.training.step.ema import ModelEma
 from kdcache.training.step.optim import Schedule, load_optimizer
 
 FEATURES = "features"
-"""What judges a training without labels."""
+"""The name, in addition to the tasks, of the validation by feature loss."""
 
 
 @dataclass(frozen=True)
