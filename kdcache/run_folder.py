@@ -156,12 +156,10 @@ class RunModel(BaseModel):
     def from_metadata(cls, metadata: dict[str, str], path: Path) -> "RunModel | None":
         """Return the description of an exported model, or None if kdcache did not export the file.
 
-        Args:
-            metadata: the file's header, as `RunModel.metadata` returned it for the export.
-            path: the file, for the error message.
+        `metadata` is the file's header, as `RunModel.metadata` returned it for the export. `path` is the file, for the
+        error.
 
-        Raises:
-            ModelError: the header's fields are invalid.
+        Raises: ModelError if the header's fields are invalid.
         """
         if not {"spec", "class_names"} <= set(metadata):
             return None
@@ -296,14 +294,10 @@ class Run:
         return read_object(self.folder / LOCAL)
 
     def weights(self, which: str = "best") -> Path:
-        """Return the path of a weights file of the run.
+        """Return the path of a weights file. `which` is `best`, `last`, `best-ema` or `last-ema`.
 
-        Args:
-            which: `best`, `last`, `best-ema` or `last-ema`. The weights that the run was opened with (`RUN@WEIGHTS`)
-                have priority.
-
-        Raises:
-            RecipeError: the file is missing.
+        The weights that the run was opened with (`RUN@WEIGHTS`) have priority. Raises: RecipeError if the file is
+        missing.
         """
         which = self.which or which
         path = weights_path(self.folder, which)
@@ -369,12 +363,7 @@ def _here(value: Any, place: Any) -> Any:
 def write_local(run: Path, spec: str, recipe: Mapping[str, Any]) -> None:
     """Write a run's local.json: the private folders of this machine, which the run's other files leave out.
 
-    Without such folders, no file is written.
-
-    Args:
-        run: the run folder.
-        spec: the model spec, with the full path of a .py file.
-        recipe: the settings of the training, with their full paths.
+    `spec` and `recipe` (flag -> value) have full paths. Without private folders, no file is written.
     """
     code, _, function = spec.rpartition(":")
     content: dict[str, Any] = {"spec": f"{Path(code).absolute()}:{function}"} if code.endswith(".py") else {}

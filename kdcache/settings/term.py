@@ -33,12 +33,7 @@ _ADDED = {
 
 
 class Missing(NamedTuple):
-    """Something that a loss term needs and a cache lacks.
-
-    Attributes:
-        what: the need, in words.
-        flag: the flag of `kdcache build-teacher-cache` that stores it.
-    """
+    """A need of a loss term that a cache lacks: in words (`what`), and the build flag that stores it."""
 
     what: str
     flag: str
@@ -195,13 +190,7 @@ class LossTerm:
         return False
 
     def check_unit(self, whose: str, head: Any) -> None:
-        """Check that a head has values in a unit that the term can compare.
-
-        Args:
-            whose: the owner of the head for the message, such as "the student's".
-            head: the head, with its `unit`.
-        Raises: RecipeError for another unit.
-        """
+        """Check that the term can compare a head's unit. `whose` names its owner in errors. Raises: RecipeError."""
 
     def check_student(self, heads: Mapping[str, Any]) -> None:
         """Check that a student has the head that the term reads.
@@ -223,16 +212,9 @@ class LossTerm:
     def resolved(
         self, manifest: Any, student_taps: Sequence[str], grids: Mapping[str, tuple[int, int]] | None = None
     ) -> Self:
-        """Return a copy of the term with its taps chosen. A term that reads no taps is returned unchanged.
+        """Check that a cache has what the term needs, and return the term. `FeatureTerm.resolved` also chooses taps.
 
-        Without `teacher_tap`, the cache's last tap is taken. Without `student_tap`, the tap whose grid is nearest to
-        the teacher's is taken, if possible the one of the same name.
-
-        Args:
-            manifest: the cache's manifest, or None if labels replace the teacher.
-            student_taps: the student's taps.
-            grids: the (h, w) of each student tap for a whole view. None treats all as equal.
-        Raises: RecipeError if the cache or the student lacks a tap or another need of the term.
+        `manifest` is the cache's manifest, or None if labels replace the teacher. Raises: RecipeError.
         """
         check_terms([self], manifest)
         return self
@@ -296,16 +278,10 @@ class FeatureTerm(LossTerm):
     def resolved(
         self, manifest: Any, student_taps: Sequence[str], grids: Mapping[str, tuple[int, int]] | None = None
     ) -> Self:
-        """Return a copy of the term with its taps chosen.
+        """Return a copy of the term with its taps chosen: the cache's last, and the student's with the nearest grid.
 
-        Without `teacher_tap`, the cache's last tap is taken. Without `student_tap`, the tap whose grid is nearest to
-        the teacher's is taken, if possible the one of the same name.
-
-        Args:
-            manifest: the cache's manifest, or None if labels replace the teacher.
-            student_taps: the student's taps.
-            grids: the (h, w) of each student tap for a whole view. None treats all as equal.
-        Raises: RecipeError if the cache or the student lacks a tap or another need of the term.
+        Taps that the user named are kept. `grids` has the (h, w) of each of the `student_taps` for a whole view. None
+        treats all as equal. Raises: RecipeError if the cache or the student lacks a tap.
         """
         check_terms([self], manifest)
         if not self.reads_taps:
@@ -375,11 +351,9 @@ def entries_of(term: type) -> dict[str, Entry]:
 
 
 def untaken(given: Mapping[str, Any], taken: Collection[str]) -> dict[str, Any]:
-    """Return those settings of loss terms that have no effect: name with underscores -> value.
+    """Return those settings in `given` that have no effect: name with underscores -> value.
 
-    Args:
-        given: the settings that the user gave: name -> value.
-        taken: the names of the settings that the terms in use read. A weight of 0 never counts as without effect.
+    `taken` are the names that the terms in use read. A weight of 0 never counts as without effect.
     """
     named = {name.replace("-", "_"): value for name, value in given.items()}
     idle = {name: value for name, value in named.items() if name not in taken and _takers(name)}
@@ -387,12 +361,7 @@ def untaken(given: Mapping[str, Any], taken: Collection[str]) -> dict[str, Any]:
 
 
 def no_effect(idle: Mapping[str, Any], loss: str) -> RecipeError:
-    """Return the error for settings that have no effect, because no term of the loss reads them.
-
-    Args:
-        idle: the settings: name -> value.
-        loss: the loss in words, for the message.
-    """
+    """Return the error for settings (name -> value) that no term of the loss reads. `loss` is the loss in words."""
     owners: dict[str, list[str]] = {}
     for name in idle:
         takers = _takers(name)

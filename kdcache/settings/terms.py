@@ -75,10 +75,7 @@ class Depth(_OnLabels):
         return True
 
     def check_unit(self, whose: str, head: Any) -> None:
-        """Check that a head predicts metres. `whose` names its owner in the message.
-
-        Raises: RecipeError for another unit.
-        """
+        """Check that a head predicts metres. `whose` names its owner, for the error. Raises: RecipeError."""
         if head.unit != METRES:
             raise RecipeError(
                 f"{self.kind} needs depth in metres, but {whose} head {DEPTH} has unit {head.unit!r}",
@@ -145,10 +142,7 @@ class Attention(FeatureTerm):
     weight: Weight | None = setting(None, "Factor on the term (default: h w / 2 of the teacher's cells).")
 
     def offered(self, manifest: Any) -> list[str]:
-        """Return the taps in a cache that the term can use: with features, then with stored attention maps.
-
-        The last is the default.
-        """
+        """Return the usable taps of a cache: with features, then with attention maps. The last is the default."""
         return super().offered(manifest) + _made_of(manifest, "at")
 
     def arrays(self, manifest: Any) -> tuple[str, ...]:
@@ -176,10 +170,7 @@ class TokenSimilarity(FeatureTerm):
     temperature: Positive = setting(0.07, "Temperature of both softmaxes.")
 
     def offered(self, manifest: Any) -> list[str]:
-        """Return the taps in a cache that the term can use: with features, then with stored similarities.
-
-        Taps with one vector per view are left out. The last is the default.
-        """
+        """Return the usable taps of a cache: with maps of features, then with similarities. The last is the default."""
         maps = [tap for tap in super().offered(manifest) if not is_summary(manifest.features[tap])]
         return maps + _made_of(manifest, "similarity")
 
@@ -190,10 +181,7 @@ class TokenSimilarity(FeatureTerm):
 
 
 class Queue(FeatureTerm):
-    """The loss term `queue`: it compares which recent images are similar to an image.
-
-    It reads taps with one vector per view.
-    """
+    """The loss term `queue`: it compares which recent images are similar, by taps with one vector per view."""
 
     kind = "queue"
     compares = "similarity"
@@ -295,10 +283,7 @@ class Entropy(LossTerm):
 
 
 class Consistency(PseudoLabels):
-    """The loss term `consistency`: predictions for a strong view learn from confident ones for a weak view.
-
-    The strong view is the same image with stronger augmentation.
-    """
+    """The loss term `consistency`: the strong view of an image learns from confident predictions for its weak view."""
 
     kind = "consistency"
     threshold: Share = setting(0.968, "Least probability of a pseudo label.")
@@ -354,10 +339,7 @@ class DepthSilog(Depth):
 
 
 class DepthSsi(Depth):
-    """The loss term `depth-ssi`: the error of depth after scale and shift are aligned.
-
-    So it also learns from teachers whose depth has no unit.
-    """
+    """The loss term `depth-ssi`: the error of depth after scale and shift are aligned, so that units do not matter."""
 
     kind = "depth-ssi"
     weight: Weight | None = setting(0.3, "Factor on the term.")
@@ -386,10 +368,7 @@ METHODS = ("kl", *KINDS)  # of `--method`
 
 
 def parse_term(value: Any) -> LossTerm:
-    """Return the loss term of a text such as 'cosine,weight=0.1,teacher_tap=layer4', or of a table of a recipe.
-
-    A LossTerm is returned unchanged. Raises: RecipeError for unknown or repeated options, and for invalid values.
-    """
+    """Return the loss term of a text such as 'cosine,weight=0.1', or of a table of a recipe. Raises: RecipeError."""
     if isinstance(value, LossTerm):
         return value
     if isinstance(value, str):
@@ -397,11 +376,9 @@ def parse_term(value: Any) -> LossTerm:
         pairs: list[tuple[str, Any]] = [("kind", kind), *map(_option, options)]
     else:
         pairs = (
-            [(key, option_value) for key, option_value in value.items() if option_value is not None]
-            if isinstance(value, Mapping)
-            else []
+            [(key, entry) for key, entry in value.items() if entry is not None] if isinstance(value, Mapping) else []
         )
-    named = {str(key).replace("-", "_"): option_value for key, option_value in pairs}
+    named = {str(key).replace("-", "_"): part for key, part in pairs}
     if len(named) < len(pairs):
         raise RecipeError(
             f"A term has an option twice: {', '.join(str(key) for key, _ in pairs)}",
@@ -418,18 +395,12 @@ def parse_term(value: Any) -> LossTerm:
 
 
 def loss_term(kind: str, **options: Any) -> LossTerm:
-    """Return a loss term: `loss_term("cosine", weight=0.1)`.
-
-    Raises: RecipeError for an unknown kind or option, or an invalid value.
-    """
+    """Return a loss term: `loss_term("cosine", weight=0.1)`. Raises: RecipeError for an invalid argument."""
     return parse_term({"kind": kind, **options})
 
 
 def parse_method(text: str) -> tuple[LossTerm, ...]:
-    """Return the loss terms of a method: 'kl+at' gives two terms with their defaults, and 'none' gives ().
-
-    Raises: RecipeError for an unknown or a repeated term.
-    """
+    """Return the loss terms of a method: two for 'kl+at', () for 'none'. Raises: RecipeError for an invalid method."""
     kinds = [part.strip() for part in text.split("+")]
     if kinds == ["none"]:
         return ()
@@ -449,10 +420,7 @@ def parse_method(text: str) -> tuple[LossTerm, ...]:
 
 
 def auto_method(*, parted: bool) -> str:
-    """Return the method that `--method auto` stands for: `kl` if `parted` is True, else `dist`.
-
-    `parted` is True if pixels are pasted between samples, or if a batch is processed in parts.
-    """
+    """Return the method of `--method auto`: `kl` if batches have pasted pixels or parts (`parted`), else `dist`."""
     return "kl" if parted else "dist"
 
 

@@ -20,8 +20,6 @@ from kdcache.models import build_model, trusting
 from kdcache.models.foreign.hub_spec import parse_hub
 from kdcache.models.foreign.image_settings import image_settings
 from kdcache.teacher import fingerprint, load_teacher
-from kdcache.training import make_config
-from kdcache.training.run.beginning import begin_model
 
 T = pytest.importorskip("transformers")
 timm = pytest.importorskip("timm")
@@ -292,24 +290,6 @@ def test_a_backbone_is_told_how_it_gets_classes(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="Nothing to learn: timm:resnet18") as raised:
         kdcache.train(tmp_path / "run", model="timm:resnet18", data="scenes:64x64,train=4,val=2", size=(64, 64))
     assert raised.value.fix == "Choose a model with classes: model='smp:unet-tu-resnet18'"
-
-
-@pytest.mark.parametrize(
-    ("verb", "sources", "distils"),
-    [
-        ("train-teacher", {"data": "photos"}, False),
-        ("train-student", {"data": "photos"}, False),
-        ("train-student", {"cache": "photos.zarr"}, True),
-    ],
-)
-def test_a_backbone_is_advised_to_learn_features_only_from_a_cache(
-    verb: str, sources: dict[str, Any], distils: bool
-) -> None:
-    config = make_config(verb=verb, model="timm:resnet18", method="none", **sources)
-    with pytest.raises(ModelError, match="Nothing to learn: timm:resnet18") as raised:
-        begin_model(config, len(NAMES), ("segmentation",))
-    assert ("--method" in str(raised.value)) == distils
-    assert "--model smp:unet-tu-resnet18" in raised.value.fix
 
 
 def test_a_file_of_timm_may_have_its_classifier(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from kdcache.store import open_cache
 from kdcache.teacher import BuildOptions, Teacher, build_cache
 from kdcache.training import CacheDataset, Observer, make_config, train
 from kdcache.training.input.subset import Part, held_out
+from kdcache.training.run.beginning import begin_model
 
 NETS = """
 import torch
@@ -239,6 +240,23 @@ def test_an_exported_backbone_answers_with_its_features(name, run, tmp_path) -> 
         )
         answers = dict(zip(model.taps, program(image), strict=True))
         assert torch.allclose(answers["s8"], features.features["s8"], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("verb", "sources", "distils"),
+    [
+        ("train-teacher", {"data": "photos"}, False),
+        ("train-student", {"data": "photos"}, False),
+        ("train-student", {"cache": "photos.zarr"}, True),
+    ],
+)
+def test_it_is_advised_to_learn_features_only_from_a_cache(verb: str, sources: dict[str, Any], distils: bool) -> None:
+    pytest.importorskip("timm")
+    config = make_config(verb=verb, model="timm:resnet18", method="none", **sources)
+    with pytest.raises(ModelError, match="Nothing to learn: timm:resnet18") as raised:
+        begin_model(config, 3, ("segmentation",))
+    assert ("--method" in str(raised.value)) == distils
+    assert "--model smp:unet-tu-resnet18" in raised.value.fix
 
 
 def test_labels_cannot_judge_it(run, scenes, tmp_path) -> None:
