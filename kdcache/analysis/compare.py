@@ -44,10 +44,12 @@ class CompareOptions:
     """How runs are compared.
 
     Attributes:
-        teacher: a run or SPEC@FILE that gets a separate row.
-        baseline: name of a row, or of a run in it. None takes each model's row that learnt from labels only.
-        blocks_by: pattern of the sequences to resample for the interval over images. None resamples images.
-        own_fold: judge each run on the fold that its training left out (cross-validation).
+        judging: how each run is evaluated.
+        teacher: a run or SPEC@FILE that gets its own row, outside the ranking. None adds no row.
+        baseline: the name of a row, or of a run in it. None takes, for each row, the row of the same model that learnt
+            from labels only.
+        blocks_by: a pattern that finds the sequence in a sample's id. Intervals over images then resample sequences.
+        own_fold: evaluate each run on the fold that its training left out (cross-validation).
         repeats: timed calls per model. 0 measures no latency.
         smoke: the runs come from a shortened recipe (`sweep --smoke`), so all output is marked.
     """
@@ -68,13 +70,18 @@ def compare(
     options: CompareOptions | None = None,
     progress: Progress | None = None,
 ) -> Comparison:
-    """Evaluate runs, or reuse stored evaluations of the same weights and data, and compare them.
+    """Evaluate runs and compare them, with one row for each recipe.
 
-    `runs` are run folders, folders of runs, or SPEC@FILE. The default `data` and `split` are the recipes' validation
-    split.
+    Stored evaluations of the same weights and data are reused.
 
-    Raises: RecipeError for invalid runs, unknown names, and a pattern that gives fewer than two sequences;
-        MismatchError for runs of other classes or other data.
+    Args:
+        runs: run folders, folders that hold runs, or SPEC@FILE.
+        data: the data set. None takes the validation data of the recipes.
+        split: its split. None takes the validation split of the recipes.
+        options: how to compare. None takes the defaults.
+        progress: called with (what is done, units done, units in total).
+    Raises: RecipeError for invalid runs, unknown names, or a pattern that finds fewer than two sequences. MismatchError
+    for runs with other classes or other data.
     """
     options = options or CompareOptions()
     which = options.judging.which
@@ -130,12 +137,15 @@ def compare(
 
 
 def one_range(judging: EvalSettings, members: Sequence[Entry], split: Split) -> tuple[EvalSettings, DepthRange | None]:
-    """Return `settings` with one depth range for all models, up to their largest depth, and that range.
+    """Return evaluation settings with one depth range for all models, and this range.
 
-    Raises: DataError if no depth is judged in the range.
+    The range is None if depth is not evaluated. It ends at the largest depth that any of the models predicts. `members`
+    are the models to compare.
+
+    Raises: DataError if `judging` has depth settings, but depth is not evaluated.
     """
     heads = [regressions_of(entry, split.classes, judging.which) for entry in members if in_metres(split.tasks)]
-    ranges = [own for each in heads if (own := judged_range(each, split, judging.depth)) is not None]
+    ranges = [depth_range for each in heads if (depth_range := judged_range(each, split, judging.depth)) is not None]
     if not ranges:
         if judging.depth != DepthSettings():
             raise DataError(
@@ -144,7 +154,7 @@ def one_range(judging: EvalSettings, members: Sequence[Entry], split: Split) -> 
                 fix="Leave these flags out, or give models that predict depth in metres and data with labels of depth.",
             )
         return judging, None
-    widest = max(ranges, key=lambda one: one.max_depth)
+    widest = max(ranges, key=lambda depth_range: depth_range.max_depth)
     return replace(judging, depth=replace(judging.depth, max_depth=widest.max_depth)), widest
 
 
@@ -154,14 +164,17 @@ def _warnings(rows: Sequence[Row]) -> list[str]:
 
 
 def comparable_split(runs: Sequence[Entry], data: str | None, split: str | None) -> Split:
-    """Return the one split that all runs are judged on: the named one, or the one that their recipes validate on.
+    """Open the split on which all runs are compared: the named one, or the validation split of their recipes.
 
-    `data` is its current folder. Raises: RecipeError if no recipe names one; MismatchError if the data has another
-    digest.
+    Args:
+        runs: the runs.
+        data: the data set, or None for the one in the recipes.
+        split: its split, or None for the one in the recipes, else "val".
+    Raises: RecipeError if no recipe names data, or recipes name different data. MismatchError if the data has changed.
     """
     if data is not None:
-        own = {str(run.settings.get("val-split", "val")) for run in runs if "val" in run.settings}
-        opened = open_split(data, split or (own.pop() if len(own) == 1 else "val"))
+        splits = {str(run.settings.get("val-split", "val")) for run in runs if "val" in run.settings}
+        opened = open_split(data, split or (splits.pop() if len(splits) == 1 else "val"))
         if split is None:
             check_same_data(runs, opened)
         return opened
@@ -177,43 +190,50 @@ def comparable_split(runs: Sequence[Entry], data: str | None, split: str | None)
         )
     (_, first), *others = named.items()
     source, *more = [validated_split(run, *where) for where, run in named.items()]
-    for (_, run), other in zip(others, more, strict=True):
-        if data_digest(other) != data_digest(source):
+    for (_, run), further in zip(others, more, strict=True):
+        if data_digest(further) != data_digest(source):
             raise MismatchError(
                 f"Cannot compare runs on two data sets: {first.text} was validated on {source.data}, split "
-                f"{source.split!r}, and {run.text} on {other.data}, split {other.split!r}",
+                f"{source.split!r}, and {run.text} on {further.data}, split {further.split!r}",
                 fix="Name the data for all with --data and --split, or compare fewer runs.",
             )
     return source
 
 
 def choose_baseline(group: Group, groups: Sequence[Group], named: str | None = None) -> Group | None:
-    """Return a row's baseline: the named row, or its model on labels only. Of several, the most similar."""
+    """Return the baseline of a row among all rows, or None if it does not have one.
+
+    It is the row with the name `named`. Without a name, it is a row of the same model that learnt from labels only, and
+    of several such rows, the one with the most similar settings.
+    """
     if named is not None:
         baseline = _named(named, groups)
         return None if baseline is group else baseline
-    plain_rows = [other for other in groups if not other.taught and not other.teacher]
+    plain_rows = [row for row in groups if not row.taught and not row.teacher]
     if group.teacher:
         return plain_rows[0] if len(plain_rows) == 1 else None
-    rivals = [other for other in plain_rows if other.model == group.model]
+    rivals = [row for row in plain_rows if row.model == group.model]
     if not group.taught or not rivals:
         return None
     return min(rivals, key=group.likeness)
 
 
 def choose_control(group: Group, groups: Sequence[Group]) -> Group | None:
-    """Return a row's control: same model and terms, labels in the teacher's place. Of several, the most similar."""
+    """Return the control of a row among all rows: the same model and loss terms, with labels in the teacher's place.
+
+    Of several controls, it is the one with the most similar settings. None if there is none.
+    """
     if group.control or group.teacher or not group.taught:
         return None
-    rivals = [other for other in groups if other.control and not other.teacher and other.terms == group.terms]
+    rivals = [row for row in groups if row.control and not row.teacher and row.terms == group.terms]
     return min(rivals, key=group.likeness, default=None)
 
 
 def adjust_rows(rows: Sequence[Row]) -> tuple[Row, ...]:
-    """Adjust the verdicts of rows for multiple comparisons: those of each task together, and those of all classes.
+    """Return rows whose verdicts are adjusted for multiple comparisons by Holm's method.
 
-    Differences to controls are adjusted together with differences to baselines.
-    The teacher's verdicts count separately, so they make no other verdict harder to reach.
+    The differences in a task, to baselines and to controls, form one family of tests. All differences in class IoUs
+    form another. The teacher's row is not adjusted, so it does not weaken other verdicts.
     """
     adjusted = list(rows)
     for task in TASKS:
@@ -228,8 +248,8 @@ def adjust_rows(rows: Sequence[Row]) -> tuple[Row, ...]:
     places = [place for place, row in enumerate(rows) if not row.teacher]
     classes = iter(adjust([gap for place in places for gap in rows[place].class_differences]))
     for place in places:
-        own = tuple(next(classes) for _ in rows[place].class_differences)
-        adjusted[place] = replace(adjusted[place], class_differences=own)
+        class_gaps = tuple(next(classes) for _ in rows[place].class_differences)
+        adjusted[place] = replace(adjusted[place], class_differences=class_gaps)
     return tuple(adjusted)
 
 
@@ -280,20 +300,21 @@ class _Judge:
     def judged_notes(self) -> list[str]:
         """The notes on evaluations, each once with the runs that it applies to."""
         return [
-            f"{', '.join(runs[:3])}{' and others' * (len(runs) > 3)}: {text}" for text, runs in self._judged.items()
+            f"{', '.join(runs[:3])}{' and others' if len(runs) > 3 else ''}: {text}"
+            for text, runs in self._judged.items()
         ]
 
     def score(self, run: Entry, teacher: bool) -> RunScore:
         """Return the score of a run. With `own_fold`, a teacher that left out no fold is judged on the whole split."""
-        own = run.own_fold() if self._options.own_fold and not (teacher and run.fold is None) else None
-        part = self._split if own is None else fold_alone(self._split, *own)
+        fold = run.own_fold() if self._options.own_fold and not (teacher and run.fold is None) else None
+        part = self._split if fold is None else fold_alone(self._split, *fold)
         evaluation: Evaluation = evaluate_run(
             run,
             part,
             self.digest(part),
             self._options.judging,
             lambda done, total: self._progress(f"evaluating {run.name}", done, total),
-            own,
+            fold,
             self._contents,
         )
         self.notes += [run.note] if run.note else []
@@ -369,15 +390,15 @@ def _difference(
     judged = task in blocks and any(score.images(task) is not None for score in scores[group.name])
     if rival is None or not judged:
         return None
-    own, theirs = scores[group.name], scores[rival.name]
-    values = [_by_key(row, lambda score: score.value(task)) for row in (own, theirs)]
+    our_scores, theirs = scores[group.name], scores[rival.name]
+    values = [_by_key(row, lambda score: score.value(task)) for row in (our_scores, theirs)]
     gap = difference(values[0], values[1], rival.name)
     if gap.paired:
-        common = {score.key for score in own} & {score.key for score in theirs}
-        own, theirs = (tuple(score for score in row if score.key in common) for row in (own, theirs))
-    folds = {score.fold for score in (*own, *theirs)}
-    ours, others = ([images for score in row if (images := score.images(task))] for row in (own, theirs))
-    known = task in blocks and (len(ours), len(others)) == (len(own), len(theirs))
+        common = {score.key for score in our_scores} & {score.key for score in theirs}
+        our_scores, theirs = (tuple(score for score in row if score.key in common) for row in (our_scores, theirs))
+    folds = {score.fold for score in (*our_scores, *theirs)}
+    ours, others = ([images for score in row if (images := score.images(task))] for row in (our_scores, theirs))
+    known = task in blocks and (len(ours), len(others)) == (len(our_scores), len(theirs))
     return replace(
         gap,
         over="seeds" if len(folds) < 2 else "seeds and folds",
@@ -395,23 +416,25 @@ def _row(
     used: bool,
 ) -> Row:
     """Return the row of a group. `rivals` are its baseline and its control. `used`: others are measured against it."""
-    own, baseline = scores[group.name], rivals[0]
-    judged = [task for task in TASKS if any(task in score.tasks.by_task for score in own)]
-    iou = [_iou(number) for number in range(len(own[0].metrics.class_names))]
+    run_scores, baseline = scores[group.name], rivals[0]
+    judged = [task for task in TASKS if any(task in score.tasks.by_task for score in run_scores)]
+    iou = [_iou(number) for number in range(len(run_scores[0].metrics.class_names))]
     gaps: list[Difference] = []
     if baseline is not None:
         theirs = scores[baseline.name]
-        gaps = [difference(_by_key(own, column), _by_key(theirs, column), baseline.name) for column in iou]
+        gaps = [difference(_by_key(run_scores, column), _by_key(theirs, column), baseline.name) for column in iou]
     return Row(
         name=group.name,
         model=group.model,
         differs=dict(group.differs),
-        runs=own,
+        runs=run_scores,
         scores={
-            task: {name: Spread.of(score.value(task, name) for score in own) for name in EVALUATORS[task].figures}
+            task: {
+                name: Spread.of(score.value(task, name) for score in run_scores) for name in EVALUATORS[task].figures
+            }
             for task in judged
         },
-        iou=tuple(Spread.of(map(column, own)) for column in iou),
+        iou=tuple(Spread.of(map(column, run_scores)) for column in iou),
         gaps={task: Gaps(*(_difference(scores, group, rival, blocks, task) for rival in rivals)) for task in TASKS},
         class_differences=tuple(gaps),
         cost=cost,

@@ -24,11 +24,14 @@ from kdcache.tasks import SEGMENTATION, TASKS
 
 @dataclass(frozen=True)
 class RunScore:
-    """One run of a row. `reused` tells whether its metrics come from a stored evaluation.
+    """The metrics of one run of a row.
 
     Attributes:
-        tasks: metrics of the judged tasks.
-        class_names: the comparison's class names.
+        run: the run's name or path, as the user wrote it.
+        seed, fold: from its recipe, or None.
+        tasks: the metrics of each evaluated task.
+        reused: whether the metrics come from a stored evaluation.
+        class_names: the class names of the comparison.
     """
 
     run: str
@@ -40,64 +43,69 @@ class RunScore:
 
     @property
     def metrics(self) -> Metrics:
-        """Metrics of segmentation, all NaN if it is not judged."""
+        """The metrics of segmentation. All are NaN if segmentation is not evaluated."""
         if self.tasks.segmentation is not None:
             return self.tasks.segmentation
         names, nothing = self.class_names, (math.nan,) * len(self.class_names)
         return Metrics(names, nothing, nothing, (0,) * len(names), math.nan, math.nan, math.nan)
 
     def images(self, task: str) -> Images | None:
-        """Return the per-image numbers of a task, or None if they were not stored."""
+        """Return the per-image counts or metrics of a task, or None if they are not known."""
         metrics = self.tasks.by_task.get(task)
         return None if metrics is None else metrics.images
 
     def value(self, task: str, name: str | None = None) -> float:
-        """Return a figure of a task, by default its score, or NaN if the task is not judged."""
+        """Return a metric of a task, or NaN if the task is not evaluated. `name` None returns the task's score."""
         metrics = self.tasks.by_task.get(task)
         return math.nan if metrics is None else float(getattr(metrics, name or TASKS[task].score))
 
     @property
     def key(self) -> Key:
-        """Seed and fold, by which runs of two rows pair."""
+        """Seed and fold. Runs of two rows are paired if their keys are equal."""
         return self.seed, self.fold
 
     def to_json(self) -> dict[str, Any]:
         """Return the run's seed, fold and metrics as JSON values."""
         origin = {"run": self.run, "seed": self.seed, "fold": self.fold, "reused": self.reused}
-        further = {task: own.to_json() for task, own in self.tasks.by_task.items() if task in FURTHER}
+        further = {task: metrics.to_json() for task, metrics in self.tasks.by_task.items() if task in FURTHER}
         return {**origin, "at_chance": at_chance(self.metrics), **self.metrics.to_json(), **further}
 
 
 @dataclass(frozen=True)
 class Gaps:
-    """The differences of a row in the score of a task.
+    """The differences of a row's score in one task from the scores of other rows.
 
     Attributes:
-        baseline: the difference to the baseline, or None for a baseline and for a row without one.
-        control: the difference to the row with the same terms but labels in the teacher's place, or None without one.
+        baseline: the difference from the baseline, or None if the row does not have a baseline.
+        control: the difference from the control, or None if the row does not have a control.
     """
 
     baseline: Difference | None = None
     control: Difference | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Return both as JSON values."""
+        """Return the two differences as JSON values, under the names "difference" (to the baseline) and "control"."""
         gaps = {"difference": self.baseline, "control": self.control}
         return {name: None if gap is None else gap.to_json() for name, gap in gaps.items()}
 
 
 @dataclass(frozen=True)
 class Row:
-    """Runs of one recipe.
+    """The runs of one recipe, which differ only in seed and fold, with their mean scores.
 
     Attributes:
-        model: the recipe's spec. differs: the settings that distinguish it from other rows.
-        scores: the figures of each judged task, by task and name.
-        iou: per class, in the order of `Comparison.class_names`.
-        gaps: the differences to other rows, by task. class_differences: in each class's IoU, to the baseline.
-        cost: the cost of one image with the first run's model.
-        teacher: it is the teacher's row, outside the ranking. baseline: others are measured against it.
-        distilled: it learnt from a teacher's targets, or has no recipe to tell.
+        name: its name, made of the settings that distinguish it, or of folder names.
+        model: the spec of the model.
+        differs: the settings that distinguish the row from other rows, by flag.
+        runs: the metrics of each run.
+        cost: the cost of one image, measured with the model of the first run.
+        teacher: whether this is the teacher's row, which is outside the ranking.
+        baseline: whether other rows are compared with this row.
+        scores: mean and standard deviation of each metric: task -> metric -> Spread.
+        iou: the IoU of each class, in the order of `Comparison.class_names`.
+        gaps: the differences from baseline and control, by task.
+        class_differences: for each class, the difference of its IoU from the baseline's.
+        distilled: whether it learnt from a teacher's targets. True also if its recipe is unknown.
     """
 
     name: str
@@ -114,36 +122,42 @@ class Row:
     distilled: bool = True
 
     def spread(self, task: str, name: str | None = None) -> Spread:
-        """Return a figure of a task, by default its score, or NaN if the task is not judged."""
+        """Return mean and standard deviation of a metric over the runs, NaN if the task is not evaluated.
+
+        `name` None returns the task's score.
+        """
         return self.scores.get(task, {}).get(name or TASKS[task].score, Spread.of(()))
 
     def differences(self, task: str) -> tuple[Difference | None, Difference | None]:
-        """Return the differences to baseline and control in the score of a task."""
+        """Return the differences of a task's score from the baseline and from the control, or None without one."""
         gaps = self.gaps.get(task, Gaps())
         return gaps.baseline, gaps.control
 
     def with_gaps(self, task: str, **gaps: Difference | None) -> "Row":
-        """Return the row with another `baseline` or `control` difference in a task."""
+        """Return a copy of the row with other differences in a task.
+
+        `gaps` are keywords: `baseline`, `control` or both.
+        """
         return replace(self, gaps={**self.gaps, task: replace(self.gaps.get(task, Gaps()), **gaps)})
 
     @property
     def miou(self) -> Spread:
-        """The mIoU."""
+        """The mIoU, 0 to 1: mean and standard deviation over the runs."""
         return self.spread(SEGMENTATION)
 
     @property
     def difference(self) -> Difference | None:
-        """The difference in mIoU to the baseline."""
+        """The difference of the mIoU from the baseline's, or None if there is no baseline."""
         return self.differences(SEGMENTATION)[0]
 
     @property
     def control(self) -> Difference | None:
-        """The difference in mIoU to the control."""
+        """The difference of the mIoU from the control's, or None if there is no control."""
         return self.differences(SEGMENTATION)[1]
 
     @property
     def collapsed(self) -> tuple[tuple[str, str], ...]:
-        """(Run, reason) of the runs that have learnt nothing."""
+        """The runs that have learnt nothing: pairs of a run and the reason in words."""
         return tuple((score.run, why) for score in self.runs if (why := at_chance(score.metrics)) is not None)
 
     def to_json(self, class_names: Sequence[str]) -> dict[str, Any]:
@@ -172,7 +186,10 @@ class Row:
 
 
 def collapse(row: Row, name: str) -> str | None:
-    """Return a warning if runs of a row, called `name`, have learnt nothing, else None."""
+    """Return a warning that runs of a row have learnt nothing, or None if all have learnt something.
+
+    `name` is the row's name in the warning.
+    """
     collapsed = row.collapsed
     if not collapsed:
         return None
@@ -187,12 +204,15 @@ def collapse(row: Row, name: str) -> str | None:
 
 
 def is_collapsed(row: Row) -> bool:
-    """Return whether no run of a row has learnt anything."""
+    """Return whether none of the row's runs has learnt anything."""
     return bool(row.runs) and len(row.collapsed) == len(row.runs)
 
 
 def alike(row: Row) -> str | None:
-    """Return a warning if all runs have the same score without a collapse, which leaves no noise to measure."""
+    """Return a warning that all runs of a row have exactly the same metrics, or None.
+
+    Equal metrics mean that the seed changed nothing, so the noise between runs is unknown.
+    """
     scores = {(score.tasks.segmentation, score.tasks.depth) for score in row.runs}
     if len(row.runs) < 2 or len(scores) > 1 or is_collapsed(row):
         return None
@@ -213,14 +233,19 @@ def _figure(spread: Spread, view: TaskView) -> str:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The results of some runs on one split, as fractions in 0..1.
+    """The results of runs on one split, with one row for each recipe. Scores are fractions from 0 to 1, or metres.
 
     Attributes:
-        data_sha256: digest of classes, ids, images and labels of the split.
-        images: number of labelled images that every run was judged on (with `own_fold`: each on its own fold's).
-        notes: what a reader could misread.
-        smoke: the runs come from a shortened recipe, so their scores mean nothing.
-        depth_range: the depth labels that count, in words, or None if depth is not judged.
+        data, split: the data set and its split.
+        data_sha256: digest of the split's classes, ids, images and labels.
+        images: number of labelled images.
+        own_fold: whether each run was evaluated only on the fold that its training left out.
+        weights: which weights of the runs were evaluated, such as "best".
+        class_names, class_colours: names and RGB colours of the classes.
+        rows: the results.
+        notes: warnings for the reader, one sentence each.
+        smoke: whether the runs come from a shortened recipe, so that scores mean nothing.
+        depth_range: the depth labels that count, in words, or None if depth is not evaluated.
     """
 
     data: str
@@ -267,17 +292,17 @@ class Comparison:
         return named | public_names(runs)
 
     def without_folders(self, text: str) -> str:
-        """Return a text about the comparison without folders of this machine, so it can be published."""
+        """Return a text in which public names replace the folders of this machine."""
         return str(without_places(text, self._places))
 
     @property
     def banner(self) -> str | None:
-        """The note above the tables and the page, or None if there is none."""
+        """A warning above all tables, for runs of a shortened recipe or on generated scenes, or None."""
         return banner(self.data, self.smoke)
 
     @property
     def contestants(self) -> list[Row]:
-        """The rows without the teacher's."""
+        """All rows except the teacher's."""
         return [row for row in self.rows if not row.teacher]
 
     @property
@@ -287,28 +312,35 @@ class Comparison:
 
     @property
     def tasks(self) -> tuple[str, ...]:
-        """The tasks that runs are judged on."""
+        """The tasks in which at least one run is evaluated: "segmentation", "depth"."""
         judged = {task for row in self.rows for score in row.runs for task in score.tasks.by_task}
         return tuple(task for task in TASKS if task in judged)
 
     @property
     def latency(self) -> Latency | None:
-        """The first latency measured. Device and threads are the same for all rows."""
+        """The first measured latency, or None. Its device and threads are the same for all rows."""
         return next((row.cost.latency for row in self.rows if row.cost.latency is not None), None)
 
     def best(self, value: Callable[[Row], float], *, least: bool = False) -> float:
-        """Return the largest (or least) value of a column without the teacher, or NaN if there is none."""
+        """Return the largest (or with `least` the smallest) value over all rows except the teacher's.
+
+        `value` is a function that returns a number for a row. Rows with NaN do not count. The result is NaN if there is
+        none.
+        """
         values = [value(row) for row in self.contestants if not math.isnan(value(row))]
         return min(values, default=math.nan) if least else max(values, default=math.nan)
 
     def is_best(self, row: Row, value: Callable[[Row], float], *, least: bool = False) -> bool:
-        """Return whether a row has the best value of a column. If all rows are equal, none is best."""
-        values = [value(other) for other in self.contestants]
+        """Return whether a row has the best value of all rows except the teacher's. If all are equal, no row is best.
+
+        `value` is a function that returns a number for a row. `least` says that smaller numbers are better.
+        """
+        values = [value(contestant) for contestant in self.contestants]
         all_equal = len(values) > 1 and len(set(values)) == 1
         return not row.teacher and not all_equal and value(row) == self.best(value, least=least)
 
     def best_score(self, task: str) -> float:
-        """Return the best score in a task without the teacher, or NaN if there is none."""
+        """Return the best score in a task over all rows except the teacher's, or NaN if there is none."""
         return self.best(lambda row: row.spread(task).mean, least=VIEWS[task].less)
 
     def _further_json(self) -> dict[str, Any]:
@@ -317,7 +349,7 @@ class Comparison:
         return best | ({"depth_range": self.depth_range} if judged else {})
 
     def to_json(self) -> dict[str, Any]:
-        """Return the comparison as JSON values with NaN as null, without folders of this machine."""
+        """Return the comparison as JSON values, with null for NaN. Names replace the folders of this machine."""
         content = {
             "data": self.data,
             "split": self.split,
@@ -340,7 +372,7 @@ class Comparison:
 
 
 def banner(data: str, smoke: bool = False) -> str | None:
-    """Return the note for scores on procedural scenes (`data`) or of `sweep --smoke`, or None for all others."""
+    """Return a warning for scores on generated scenes (`data`) or of a shortened recipe (`smoke`), else None."""
     drawn = any(is_scenes(task_of(part)[1]) for part in parts_of(data))
     if not drawn and not smoke:
         return None

@@ -22,14 +22,14 @@ Points = list[tuple[int, float]]
 
 @dataclass(frozen=True)
 class Curves:
-    """Points (step, value) by name, without values that were not finite.
+    """The curves of a training's log. Each curve is a list of (step, value). Values that are not finite are left out.
 
     Attributes:
-        losses: the total (`loss`) and its terms, except terms that are always 0.
-        scores: validation scores, as fractions.
-        depth: depth rmse of validations, in metres.
-        speed: images per second between two lines of the log.
-        waiting: share of that time spent waiting for data.
+        losses: the total loss ("loss") and each loss term, by name. Terms that are always 0 are left out.
+        scores: validation scores by name, from 0 to 1.
+        speed: images per second since the line before in the log.
+        waiting: the share (0 to 1) of this time that the training waited for data.
+        depth: validation metrics of depth by name, rmse in metres.
     """
 
     losses: dict[str, Points]
@@ -40,7 +40,10 @@ class Curves:
 
 
 def read_curves(run: Run) -> Curves | None:
-    """Return the log of a run as curves, or None without a log. Raises: RecipeError for an invalid log."""
+    """Read the curves of a run's log, or None if it does not have a log.
+
+    Raises: RecipeError for an invalid log.
+    """
     if (rows := run.metrics) is None:
         return None
     training = [row for row in rows if row["kind"] == "train"]
@@ -59,12 +62,15 @@ def read_curves(run: Run) -> Curves | None:
 
 
 def draw_curves(curves: Curves, title: str, batch_size: int | None = None) -> "Figure":
-    """Draw four panels over the optimizer's steps."""
+    """Return a figure of four charts over the steps: losses, validation, speed and waiting for data.
+
+    `batch_size` adds milliseconds per step to the title of speed, unless it is None.
+    """
     figure = new_figure(12, 8, title)
     losses, scores, speed, waiting = figure.subplots(2, 2).flat
     many = len(curves.losses) > 2  # the total of one part is that part
-    shown = curves.losses if many else {"loss": curves.losses.get("loss", [])}
-    _draw(dress(losses, "loss and its parts, unweighted" if many else "loss", "step"), shown)
+    lines = curves.losses if many else {"loss": curves.losses.get("loss", [])}
+    _draw(dress(losses, "loss and its parts, unweighted" if many else "loss", "step"), lines)
     in_percent = {
         _SCORES[name]: [(step, 100 * value) for step, value in points] for name, points in curves.scores.items()
     }
@@ -111,7 +117,7 @@ def _draw_beside(axes: "Axes", lines: dict[str, Points]) -> None:
     if (covered := axes.get_legend()) is not None:
         covered.remove()
     lines_and_names = zip(axes.get_legend_handles_labels(), right.get_legend_handles_labels(), strict=True)
-    right.legend(*(left + own for left, own in lines_and_names), fontsize=9, framealpha=0.8, edgecolor="none")
+    right.legend(*(left + further for left, further in lines_and_names), fontsize=9, framealpha=0.8, edgecolor="none")
 
 
 def _speed_title(speed: Points, batch_size: int | None) -> str:

@@ -54,7 +54,16 @@ SIDE_BY_SIDE = "side_by_side"
 
 @dataclass(frozen=True)
 class Shown:
-    """A model whose predictions are drawn."""
+    """A model to draw, with its scores.
+
+    Attributes:
+        name: its name in pictures.
+        model: the model.
+        size: (H, W) of its input, in pixels.
+        device: the device that it is on.
+        scores: its score for each labelled image.
+        framing: how it sees an image of another shape, or in windows.
+    """
 
     name: str
     model: SegmentationModel
@@ -65,12 +74,15 @@ class Shown:
 
     @property
     def heads(self) -> tuple[str, ...]:
-        """The tasks to draw: judged classes, and numbers such as depth with or without a label."""
-        own = predicted_tasks(self.model)
-        return tuple(task for task in own if task in FURTHER or task in self.scores.tasks)
+        """The tasks to draw: evaluated tasks, and numeric tasks such as depth even if there are no labels."""
+        learnt = predicted_tasks(self.model)
+        return tuple(task for task in learnt if task in FURTHER or task in self.scores.tasks)
 
     def predict(self, split: Split, number: int) -> Predicted:
-        """Return the prediction for one image, at its labels' size, and its labels."""
+        """Return the predictions for one image of a split, at the size of its labels.
+
+        `number` is the image's position in the split.
+        """
         inference = Inference(self.size, self.device, batch_size=1, threads=0, framing=self.framing)
         with closing(predictions(self.model, split, [number], inference, self.heads)) as batches:
             return next(batches)[0]
@@ -78,10 +90,13 @@ class Shown:
 
 @dataclass(frozen=True)
 class Case:
-    """An image to draw: its position among the scored images, its folder and the first part of the file's name.
+    """An image to draw because of its rank.
 
     Attributes:
-        score: the score that ranked it.
+        position: its position in `ImageScores.images`.
+        folder: name of the folder of its picture.
+        prefix: beginning of the picture's file name, such as "success_rank1".
+        score: the score by which it was ranked.
     """
 
     position: int
@@ -91,7 +106,10 @@ class Case:
 
 
 def best_cases(ranking: Sequence[tuple[int, float]], best: int, worst: int, score: Score = MIOU) -> list[Case]:
-    """Return the best and the worst cases of a ranking, in the order of their ranks."""
+    """Return the first `best` and the last `worst` images of a ranking, each in the order of their ranks.
+
+    `ranking` has pairs (position, score), the best first, as `ranked` returns them.
+    """
     upper, lower = best_and_worst(ranking, best, worst)
     groups = ((upper, SUCCESSES, "success_rank"), (lower, FAILURES, "failure_rank"))
     return [
@@ -103,13 +121,14 @@ def best_cases(ranking: Sequence[tuple[int, float]], best: int, worst: int, scor
 
 @dataclass(frozen=True)
 class Gallery:
-    """How to draw images of a split.
+    """How to draw the images of a split.
 
     Attributes:
-        teacher, baseline: models with a panel in every picture of another model.
-        above: a note above every picture.
-        layout: how a picture's panels are arranged. `row` has no overlay and no errors.
-        formats: the formats of every picture.
+        split: the images.
+        teacher, baseline: models with a panel in the pictures of every other model, or None.
+        above: a warning above every picture, or None.
+        layout: "grid" or "row". A row has no overlay and no errors.
+        formats: file formats of every picture.
     """
 
     split: Split
@@ -126,9 +145,10 @@ class Gallery:
         folder: Path,
         progress: Callable[[int, int], None],
     ) -> None:
-        """Draw images through one model: image, ground truth, teacher, prediction, overlay, errors, and depth below.
+        """Draw images with one model's predictions into a folder, and a contact sheet of them.
 
-        A contact sheet shows all images, small.
+        A picture has the image, ground truth, teacher, prediction, overlay and errors, then the same for depth.
+        `progress` is called with (pictures done, pictures in total).
         """
         strips = list[Panel]()
         for done, case in enumerate(cases, 1):
@@ -145,9 +165,9 @@ class Gallery:
             save_figure(panels(title, strips, []), folder / SHEET, self.above, self.formats)
 
     def draw_side_by_side(self, models: Sequence[Shown], cases: Sequence[Case], folder: Path) -> None:
-        """Draw the same images through several models: predictions, errors, and mean scores."""
+        """Draw images with the predictions and errors of several models next to each other, into a folder."""
         for case in cases:
-            images = [shown.scores.images[case.position] for shown in models]
+            images = [model.scores.images[case.position] for model in models]
             values = [case.score.of(image) for image in images]
             figure = self.side_by_side(
                 models, images[0].number, f"{_rank(case)}: {shorten(images[0].sample)}", case.score
@@ -155,8 +175,11 @@ class Gallery:
             self._save(figure, folder / SIDE_BY_SIDE, case, images[0].sample, statistics.fmean(values))
 
     def one_model(self, shown: Shown, number: int) -> tuple[list[Panel], Legend]:
-        """Return the pictures of an image through one model, each with its title, and the classes' colours."""
-        pixels, own = self.split.image(number), shown.predict(self.split, number)
+        """Return the pictures of an image with one model's predictions, and the legend of their colours.
+
+        `number` is the image's position in the split. Each picture is a pair of a title and an image.
+        """
+        pixels, predicted = self.split.image(number), shown.predict(self.split, number)
         others = {}
         if self.teacher is not None:
             others["teacher"] = self.teacher.predict(self.split, number)
@@ -165,16 +188,16 @@ class Gallery:
             others[name if self.layout == "row" else f"baseline: {name}"] = self.baseline.predict(self.split, number)
         name = shorten(shown.name, 40) if self.layout == "row" else "prediction"
         pictures: list[Panel] = [("image", pixels)]
-        for task in own.answers:
-            pictures += self._panels(task, pixels, own, others, name)
-        return pictures, self._legend([own, *others.values()], own.answers)
+        for task in predicted.answers:
+            pictures += self._panels(task, pixels, predicted, others, name)
+        return pictures, self._legend([predicted, *others.values()], predicted.answers)
 
     def _panels(
-        self, task: str, pixels: Array, own: Predicted, others: Mapping[str, Predicted], name: str
+        self, task: str, pixels: Array, predicted: Predicted, others: Mapping[str, Predicted], name: str
     ) -> list[Panel]:
         """Return the panels of a task at one scale: ground truth, others, prediction, in a grid overlay and errors."""
-        view, answer, label = VIEWS[task], own.answers[task].numpy(), own.labels.get(task)
-        maps = {"ground truth": label} | {other: taught.answers.get(task) for other, taught in others.items()}
+        view, answer, label = VIEWS[task], predicted.answers[task].numpy(), predicted.labels.get(task)
+        maps = {"ground truth": label} | {title: taught.answers.get(task) for title, taught in others.items()}
         known = {title: values.numpy() for title, values in maps.items() if values is not None} | {name: answer}
         scale, classes = view.scale(known.values()), self.split.classes
         panels = [(title, view.picture(values, classes, scale)) for title, values in known.items()]
@@ -185,14 +208,14 @@ class Gallery:
         return [(f"{view.prefix}{title}", picture) for title, picture in panels]
 
     def side_by_side(self, models: Sequence[Shown], number: int, title: str, score: Score) -> "Figure":
-        """Draw the image, its labels, then panels for each model and task.
+        """Return a figure of an image, its labels, and the predictions of several models.
 
-        A grid also has each model's errors, a row also has the teacher. One bar is for all depths, another for all
-        errors.
+        A grid also has each model's errors. A row also has the teacher. All depths share one colour bar, and all errors
+        another one. `number` is the image's position in the split.
         """
         pixels, in_row = self.split.image(number), self.layout == "row"
-        predicted = [shown.predict(self.split, number) for shown in models]
-        labels = {task: label for own in predicted for task, label in own.labels.items()}
+        predicted = [model.predict(self.split, number) for model in models]
+        labels = {task: label for prediction in predicted for task, label in prediction.labels.items()}
         scales = {task: self._scales(task, predicted, labels.get(task)) for task in TASKS}
         pictures: list[Panel] = [("image", pixels)]
         for task in (task for task in TASKS if task in labels):
@@ -203,36 +226,44 @@ class Gallery:
             pictures.append(("teacher", colour_ids(ids, self.split.classes.colours)))
         if not in_row:  # each model's two panels stand in one row
             pictures += [("", np.full_like(pixels, 255))] * (len(pictures) % 2)
-        for shown, own in zip(models, predicted, strict=True):
-            position = next(image for image in shown.scores.images if image.number == number)
-            for task, answer in own.answers.items():
+        for model, prediction in zip(models, predicted, strict=True):
+            position = next(image for image in model.scores.images if image.number == number)
+            for task, answer in prediction.answers.items():
                 view, score, (scale, worst) = VIEWS[task], Score(task), scales[task]
                 judged = score.text(score.of(position)) if task in labels else view.no_score
                 picture = view.picture(answer.numpy(), self.split.classes, scale)
-                pictures.append((f"{shorten(shown.name, 40)}: {judged}", picture))
-                pictures += [] if in_row else [self._error(task, pixels, own, worst)]
-        legend = self._legend(predicted, {task for own in predicted for task in own.answers})
+                pictures.append((f"{shorten(model.name, 40)}: {judged}", picture))
+                pictures += [] if in_row else [self._error(task, pixels, prediction, worst)]
+        legend = self._legend(predicted, {task for prediction in predicted for task in prediction.answers})
         return panels(title, pictures, legend, self.layout)
 
     def _scales(self, task: str, predicted: Sequence[Predicted], label: Tensor | None) -> tuple[float, float]:
         """Return the scale of all maps of a task, and of all its errors."""
-        view, answers = VIEWS[task], [own.answers[task].numpy() for own in predicted if task in own.answers]
+        view, answers = (
+            VIEWS[task],
+            [prediction.answers[task].numpy() for prediction in predicted if task in prediction.answers],
+        )
         if label is None:
             return view.scale(answers), 1.0
         truth = label.numpy()
         return view.scale([*answers, truth]), view.error_scale([(answer, truth) for answer in answers])
 
-    def _error(self, task: str, pixels: Array, own: Predicted, scale: float) -> Panel:
-        view, label = VIEWS[task], own.labels.get(task)
+    def _error(self, task: str, pixels: Array, prediction: Predicted, scale: float) -> Panel:
+        view, label = VIEWS[task], prediction.labels.get(task)
         if label is None:
             return view.no_label, np.full_like(pixels, 255)
-        return view.error(pixels, own.answers[task].numpy(), label.numpy(), self.split.classes, scale)
+        return view.error(pixels, prediction.answers[task].numpy(), label.numpy(), self.split.classes, scale)
 
-    def _legend(self, shown: Sequence[Predicted], tasks: Collection[str]) -> Legend:
+    def _legend(self, all_predicted: Sequence[Predicted], tasks: Collection[str]) -> Legend:
         """Return the meaning of the colours of tasks, in their order."""
         entries: Legend = []
         for task in (task for task in TASKS if task in tasks):
-            maps = [own[task].numpy() for one in shown for own in (one.answers, one.labels) if task in own]
+            maps = [
+                by_task[task].numpy()
+                for predicted in all_predicted
+                for by_task in (predicted.answers, predicted.labels)
+                if task in by_task
+            ]
             entries += VIEWS[task].legend(maps, self.split.classes, errors=self.layout == "grid")
         return entries
 
@@ -242,12 +273,15 @@ class Gallery:
 
 
 def strip(pictures: Sequence[Panel]) -> Array:
-    """Return image, ground truth and last prediction (classes, else depth) side by side, small, uint8 (H, W, 3)."""
+    """Return a thumbnail, uint8 (H, W, 3): image, ground truth and prediction next to each other.
+
+    It shows classes, or depth if there are no classes. `pictures` are those of `Gallery.one_model`.
+    """
     named = {name: picture for name, picture in pictures if name != "overlay" and not _is_error(name)}
     further = [name for name in named if name.startswith(tuple(VIEWS[task].prefix for task in FURTHER))]
     answers = [name for name in named if name != "image" and name not in further] or further
-    wanted = ["image", *(name for name in answers[:-1] if name.endswith("ground truth")), *answers[-1:]]
-    arrays = [one.rgb() if isinstance(one := named[name], DepthMap) else one for name in wanted]
+    titles = ["image", *(name for name in answers[:-1] if name.endswith("ground truth")), *answers[-1:]]
+    arrays = [panel.rgb() if isinstance(panel := named[name], DepthMap) else panel for name in titles]
     small = []
     for place, array in enumerate(arrays):
         picture = Image.fromarray(array)
@@ -262,18 +296,18 @@ def _is_error(name: str) -> bool:
 
 
 def folder_names(paths: Sequence[str]) -> list[str]:
-    """Return a unique folder name per run: the last part of its path, with parents if needed."""
+    """Return a unique folder name for each run: the last part of its path, with more parts if needed."""
     parts = [[file_part(part) for part in re.split(r"[/\\]", path) if part not in ("", ".", "..")] for path in paths]
     longest = max(map(len, parts), default=0)
     for count in range(1, longest + 1):
-        names = ["-".join(own[-count:]) for own in parts]
+        names = ["-".join(path_parts[-count:]) for path_parts in parts]
         if len(set(names)) == len(names) and SIDE_BY_SIDE not in names:
             return names
-    return [f"{number}-{'-'.join(own[-1:])}" for number, own in enumerate(parts, 1)]
+    return [f"{number}-{'-'.join(path_parts[-1:])}" for number, path_parts in enumerate(parts, 1)]
 
 
 def shorten(text: str, most: int = 60) -> str:
-    """Return the end of a long id or path, because the beginning is often common to all."""
+    """Return the last `most` characters of an id or path, with "..." in front if it is longer."""
     return text if len(text) <= most else "..." + text[3 - most :]
 
 
@@ -286,7 +320,10 @@ def _rank(case: Case) -> str:
 
 
 def earlier_pictures(out: Path, runs: Iterable[str]) -> Iterator[Path]:
-    """Yield the pictures of images from an earlier call: those of these runs, and those side by side."""
+    """Yield the files that an earlier call drew into `out` for these runs, and its pictures of several models.
+
+    `runs` are names of folders.
+    """
     for folder in (SIDE_BY_SIDE, *(f"{run}/{name}" for run in runs for name in (SUCCESSES, FAILURES))):
         yield from _pictures(out / folder)
 
@@ -299,7 +336,7 @@ def _pictures(folder: Path) -> Iterator[Path]:
 
 
 def summary_json(shown: Mapping[str, Shown]) -> dict[str, object]:
-    """Return every score of every run by the name of its folder, and the heads shown."""
+    """Return the scores of every model and the tasks it shows, as JSON values, by the name of its folder."""
     return {
         name: {"run": model.name, "heads": list(model.heads), **model.scores.to_json()} for name, model in shown.items()
     }

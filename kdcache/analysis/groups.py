@@ -48,10 +48,14 @@ _BARE = ("model", "method", "verb")
 
 @dataclass(frozen=True)
 class Group:
-    """A row: its runs, and the settings that distinguish it from other rows. A setting that it lacks is None.
+    """The runs of a row, before they are evaluated.
 
     Attributes:
-        teacher: it is the teacher's row, outside the ranking.
+        name: the row's name.
+        runs: its runs, which differ only in seed and fold.
+        differs: the settings that distinguish the row from other rows, by flag. None for a setting that it does not
+            have.
+        teacher: whether this is the teacher's row, which is outside the ranking.
     """
 
     name: str
@@ -61,68 +65,71 @@ class Group:
 
     @property
     def settings(self) -> Mapping[str, Any]:
-        """The recipe, with the first run's seed and fold."""
+        """The recipe of its first run, by flag. Empty if there is no recipe."""
         return self.runs[0].settings
 
     @property
     def model(self) -> str:
-        """The spec of its model, or its name without a recipe."""
+        """The spec of its model. Without a recipe, it is the row's name."""
         return str(self.settings.get("model", self.name))
 
     @property
     def taught(self) -> bool:
-        """Whether it learnt by more than cross-entropy and depth from labels, in any of its streams.
+        """Whether it learnt by more than cross-entropy and depth terms on labels. Such a row cannot be a baseline.
 
-        A model without a recipe cannot be a baseline, so it counts as taught.
+        True also if its recipe is unknown.
         """
         return not self.settings or any(map(_is_taught, stream_settings(self.settings)))
 
     @property
     def distilled(self) -> bool:
-        """Return whether any stream learnt from a teacher. Without a recipe this is unknown, and counts as yes."""
+        """Whether any of its streams learnt from a teacher's targets. True also if its recipe is unknown."""
         return not self.settings or any(map(_is_distilled, stream_settings(self.settings)))
 
     @property
     def terms(self) -> list[tuple[Any, ...]]:
-        """The model and the loss terms of each stream, with the teacher or labels as their source."""
+        """The model, then the method and the extra loss terms of each stream. Equal lists mean the same loss."""
         return [
             (self.settings.get("model"),),
-            *((own.get("method"), own.get("term")) for own in stream_settings(self.settings)),
+            *((stream.get("method"), stream.get("term")) for stream in stream_settings(self.settings)),
         ]
 
     @property
     def control(self) -> bool:
-        """Whether labels stood in the teacher's place."""
+        """Whether it is a control: its loss had labels in the teacher's place."""
         return is_control(self.settings)
 
     def likeness(self, other: "Group") -> float:
-        """Return how many settings differ between two rows, among the settings that separate rows. 0 is equal.
+        """Return the number of settings in which two rows differ. 0 means equal.
 
-        Two streams of one name add the share of their settings that differ. A setting of the whole training does not
-        count if every stream sets it.
+        Only settings that distinguish rows count. Each stream of both adds the share (0 to 1) of its settings that
+        differ.
         """
         streams = [*(self.settings.get("stream") or ()), *(other.settings.get("stream") or ())]
         both = bool(self.settings.get("stream")) and bool(other.settings.get("stream"))
-        own = {key for key in self.differs if both and all(key in stream for stream in streams)}
+        of_streams = {key for key in self.differs if both and all(key in stream for stream in streams)}
         return sum(
             _unlike_streams(value, other.differs[key]) if key == "stream" else other.differs[key] != value
             for key, value in self.differs.items()
-            if key not in own
+            if key not in of_streams
         )
 
 
 def stream_settings(settings: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Return the settings of each stream of a recipe, completed by the whole training's settings."""
+    """Return the settings of each stream of a recipe.
+
+    A setting that a stream does not have comes from the whole training.
+    """
     streams: Sequence[Mapping[str, Any]] = settings.get("stream") or ({},)
-    return [{**settings, **own} for own in streams]
+    return [{**settings, **stream} for stream in streams]
 
 
 def is_control(settings: Mapping[str, Any]) -> bool:
-    """Return whether labels replaced the teacher in a run of these settings, in all streams with teacher terms."""
+    """Return whether labels replaced the teacher in a recipe, in all streams whose loss needs a teacher."""
     if not settings.get("stream"):
         return settings.get("teacher") == "labels"
-    taught = [own for own in stream_settings(settings) if _is_taught(own)]
-    return bool(taught) and all(own.get("teacher") == "labels" for own in taught)
+    taught = [stream for stream in stream_settings(settings) if _is_taught(stream)]
+    return bool(taught) and all(stream.get("teacher") == "labels" for stream in taught)
 
 
 def _is_taught(settings: Mapping[str, Any]) -> bool:
@@ -140,18 +147,21 @@ def _terms(settings: Mapping[str, Any]) -> list[LossTerm]:
     return [*parse_method(str(settings.get("method", "none"))), *map(parse_term, settings.get("term") or ())]
 
 
-def _unlike_streams(one: Any, other: Any) -> float:
+def _unlike_streams(our_streams: Any, their_streams: Any) -> float:
     """Return the share of settings that differ between the streams of two rows, or 1 for other streams."""
-    ours, theirs = ({table.get("name"): table for table in streams or ()} for streams in (one, other))
+    ours, theirs = ({table.get("name"): table for table in streams or ()} for streams in (our_streams, their_streams))
     if ours.keys() != theirs.keys() or not ours:
-        return float(one != other)
+        return float(our_streams != their_streams)
     keys = {(name, key) for tables in (ours, theirs) for name, table in tables.items() for key in table}
     differing = sum(bool(ours[name].get(key) != theirs[name].get(key)) for name, key in keys)
     return differing / len(keys)
 
 
 def group_runs(runs: Sequence[Entry]) -> tuple[list[Group], list[str]]:
-    """Return rows in the order of their first runs, and notes on what a reader could misread."""
+    """Group runs into rows: runs of equal recipes share a row if they differ in seed or fold.
+
+    Return the rows in the order of their first runs, and warnings, one sentence each.
+    """
     left_out = {*REPEATED, *MACHINE}
     rows: dict[str, list[Entry]] = {}
     for run in runs:
@@ -216,8 +226,8 @@ def _names(parts: Sequence[Sequence[Entry]], keys: Sequence[str]) -> list[str]:
         settings = members[0].settings
         idle = _OF_A_TEACHER if settings.get("method") == "none" else ()
         words = [_words(key, settings.get(key)) for key in keys if key not in (*idle, "teacher")] if settings else []
-        own = [str(settings["name"])] if settings.get("name") else words
-        names.append(", ".join([*own, CONTROL] if is_control(settings) else own) or members[0].name)
+        parts_of_name = [str(settings["name"])] if settings.get("name") else words
+        names.append(", ".join([*parts_of_name, CONTROL] if is_control(settings) else parts_of_name) or members[0].name)
     for source in ("name", "text"):
         counts = Counter(names)
         names = [

@@ -28,7 +28,14 @@ from kdcache.tasks import DEPTH, SEGMENTATION, TASKS
 
 @dataclass(frozen=True)
 class ImageScore:
-    """One image: `number` in its split, its score by task, and IoU per class. Both are NaN or absent if unknown."""
+    """The scores of one image.
+
+    Attributes:
+        number: its position in the split.
+        sample: its id.
+        scores: its score by task. A task without a label is missing.
+        iou: the IoU of each class, NaN if the class is neither in the label nor predicted.
+    """
 
     number: int
     sample: str
@@ -36,41 +43,41 @@ class ImageScore:
     iou: tuple[float, ...]
 
     def score(self, task: str = SEGMENTATION) -> float:
-        """Return the score in a task, or NaN if there is nothing to score."""
+        """Return the score in a task, or NaN if the image does not have one."""
         return self.scores.get(task, math.nan)
 
     @property
     def miou(self) -> float:
-        """The mean IoU over the image's classes."""
+        """The mean IoU over the classes in the image, 0 to 1, or NaN if it does not have a label."""
         return self.score()
 
 
 @dataclass(frozen=True)
 class Score:
-    """The score that ranks images in a task: mIoU, or the rmse of depth (less is better)."""
+    """The score that ranks images in a task: mIoU, or the rmse of depth, of which smaller is better."""
 
     task: str = SEGMENTATION
 
     @property
     def name(self) -> str:
-        """Its name."""
+        """The score's name: "mIoU" or "rmse"."""
         return VIEWS[self.task].score
 
     @property
     def unit(self) -> str:
-        """Its unit, as text."""
+        """The score's unit as text: "%" or "m"."""
         return VIEWS[self.task].unit
 
     def of(self, image: ImageScore) -> float:
-        """Return the score of an image."""
+        """Return the score of an image, or NaN if it does not have one."""
         return image.score(self.task)
 
     def text(self, value: float) -> str:
-        """Return the score with its name and its unit."""
+        """Return a value of the score as text, with its name and unit: "mIoU 63.10 %"."""
         return f"{self.name} {VIEWS[self.task].score_text(value)} {self.unit}"
 
     def stem(self, value: float) -> str:
-        """Return the score as a part of a file name."""
+        """Return a value of the score as a part of a file name: "iou0.6310"."""
         return f"{VIEWS[self.task].stem}{value:.4f}"
 
 
@@ -79,11 +86,12 @@ MIOU, RMSE = Score(), Score(DEPTH)
 
 @dataclass(frozen=True)
 class ImageScores:
-    """All labelled images of a split, and the metrics over them. Memory: 8 bytes per image and class.
+    """A model's scores for all labelled images of a split. They take 8 bytes of memory per image and class.
 
     Attributes:
-        confusion: the matrix over all images.
-        by_task: the metrics of each judged task.
+        images: the scores of each image.
+        confusion: the confusion matrix over all images.
+        by_task: the metrics over all images, by task.
     """
 
     images: tuple[ImageScore, ...]
@@ -92,29 +100,33 @@ class ImageScores:
 
     @property
     def tasks(self) -> tuple[str, ...]:
-        """The judged tasks."""
+        """The evaluated tasks."""
         return tuple(self.by_task)
 
     @property
     def metrics(self) -> Metrics:
-        """Segmentation metrics over all images."""
+        """The segmentation metrics over all images."""
         return self.confusion.metrics()
 
     def known(self, score: Score = MIOU) -> list[float]:
-        """Return the scores other than NaN, in the order of the split."""
+        """Return the scores of the images that have one, in the order of the split."""
         return [value for image in self.images if not math.isnan(value := score.of(image))]
 
     def to_json(self) -> dict[str, Any]:
-        """Return the metrics over the split and of every image as JSON values."""
-        own = {task: metrics.to_json() for task, metrics in self.by_task.items()}
-        return {**own.pop(SEGMENTATION, {}), **own, "images": [self._image_json(image) for image in self.images]}
+        """Return the metrics over all images, and the scores of each image, as JSON values."""
+        metrics_of = {task: metrics.to_json() for task, metrics in self.by_task.items()}
+        return {
+            **metrics_of.pop(SEGMENTATION, {}),
+            **metrics_of,
+            "images": [self._image_json(image) for image in self.images],
+        }
 
     def _image_json(self, image: ImageScore) -> dict[str, Any]:
-        own: dict[str, Any] = {"sample": image.sample}
+        values: dict[str, Any] = {"sample": image.sample}
         for task in self.tasks:
-            own[TASKS[task].score] = plain(image.score(task))
-            own |= {"iou": list(map(plain, image.iou))} if task == SEGMENTATION else {}
-        return own
+            values[TASKS[task].score] = plain(image.score(task))
+            values |= {"iou": list(map(plain, image.iou))} if task == SEGMENTATION else {}
+        return values
 
 
 def score_images(
@@ -128,30 +140,38 @@ def score_images(
     framing: Framing | None = None,
     progress: Progress | None = None,
 ) -> ImageScores:
-    """Score every image that has a label of a task that the model predicts, in one pass.
+    """Score every labelled image of a split, for each task that the model predicts, in one pass.
 
-    `depth` selects the depth labels that count. `framing` sets how the model sees an image (default: squashed to
-    `size`).
-
-    Raises: DataError if nothing is labelled, the model predicts none of the labels, or an image cannot be read.
+    Args:
+        model: the model, on `device`.
+        split: the images.
+        size: (H, W) of the model's input, in pixels.
+        depth: the depth labels that count. None takes the defaults.
+        device: such as "cpu" or "cuda".
+        batch_size: images per forward pass.
+        framing: how the model sees an image of another shape, or in windows. None squashes the image to `size`.
+        progress: called after each batch with (images done, images in total).
+    Raises: DataError if no label fits the model's tasks, or if an image cannot be read.
     """
     labelled = labelled_images(split, split.tasks)
     tasks = check_tasks(model, split)
     inference = Inference(size, device, batch_size, framing=framing or Framing())
     found = accumulate(model, split, labelled, inference, tasks, depth=depth, progress=progress)
-    by_task = {task: metrics for task, one in found.items() if (metrics := one.result()) is not None}
+    by_task = {task: metrics for task, accumulator in found.items() if (metrics := accumulator.result()) is not None}
     scores, counts = dict[str, dict[str, float]](), dict[str, list[float]]()
     for task, metrics in by_task.items():
-        own = metrics.images
-        assert own is not None
-        scores[task] = dict(zip(own.ids, own.scores, strict=True))
-        counts |= dict(zip(own.ids, own.iou.tolist(), strict=True)) if isinstance(own, ImageCounts) else {}
+        images_of = metrics.images
+        assert images_of is not None
+        scores[task] = dict(zip(images_of.ids, images_of.scores, strict=True))
+        counts |= (
+            dict(zip(images_of.ids, images_of.iou.tolist(), strict=True)) if isinstance(images_of, ImageCounts) else {}
+        )
     nothing = (math.nan,) * len(split.classes)
     images = [
         ImageScore(
             number,
             sample := split.ids[number],
-            {task: own[sample] for task, own in scores.items() if sample in own},
+            {task: images_of[sample] for task, images_of in scores.items() if sample in images_of},
             tuple(counts.get(sample, nothing)),
         )
         for number in labelled
@@ -162,14 +182,15 @@ def score_images(
 
 
 def shared_score(scores: Sequence[ImageScores]) -> Score | None:
-    """Return the score that ranks images for several models: mIoU if all have it, else rmse, else None."""
-    return next((Score(task) for task in TASKS if all(task in one.tasks for one in scores)), None)
+    """Return the score by which images can be ranked for several models: mIoU if all have it, else rmse, else None."""
+    return next((Score(task) for task in TASKS if all(task in of_model.tasks for of_model in scores)), None)
 
 
 def ranked(scores: Sequence[ImageScores], score: Score = MIOU) -> list[tuple[int, float]]:
-    """Return (position in `images`, score), the best first. With several models it is the mean score, if all have one.
+    """Return pairs (position in `ImageScores.images`, score), the best image first.
 
-    Equal scores keep the order of the split.
+    With several models, the score is the mean over them. Images without a score in any model are left out. Equal scores
+    keep the order of the split.
     """
     rows = zip(*([score.of(image) for image in of_model.images] for of_model in scores), strict=True)
     means = [(position, statistics.fmean(row)) for position, row in enumerate(rows)]
@@ -178,7 +199,10 @@ def ranked(scores: Sequence[ImageScores], score: Score = MIOU) -> list[tuple[int
 
 
 def best_and_worst(ranking: Sequence[tuple[int, float]], best: int, worst: int) -> tuple[list[int], list[int]]:
-    """Return positions of the best (best first) and the worst (worst first). No image is in both."""
+    """Return positions of the best images (best first) and of the worst images (worst first), without overlap.
+
+    `ranking` is from `ranked`. `best` and `worst` are the largest numbers of images.
+    """
     upper = min(best, max(len(ranking) - worst, -(-len(ranking) // 2)))
     lower = min(worst, len(ranking) - upper)
     positions = [position for position, _ in ranking]

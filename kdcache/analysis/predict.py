@@ -41,7 +41,7 @@ _WILD = frozenset("*?[")
 
 @dataclass(frozen=True)
 class Input:
-    """An image, and the name of its result files: a path below --out, without suffix."""
+    """An image file, and the name of its result files: a path below the output folder, without suffix."""
 
     path: Path
     name: str
@@ -60,22 +60,22 @@ class _Picture:
 
 
 def find_images(paths: Sequence[str]) -> list[Input]:
-    """Find images from paths of files, folders and patterns such as `photos/*.jpg`.
+    """Find the images of paths: files, folders with all images below them, and patterns such as `photos/*.jpg`.
 
-    A folder stands for all images below it. Results keep their subfolders.
+    The names of results keep the subfolders of a folder.
 
-    Raises: DataError for a missing path, a folder or pattern without images, another kind of file, or two images with
-        the same name of results.
+    Raises: DataError for a missing path, a folder or pattern without images, a file that is not an image, or two images
+    whose results would have the same name.
     """
     images: dict[str, Input] = {}
     if not paths:
         raise DataError("Nothing to predict: no image was given", fix="Give files, folders or patterns.")
     for text in paths:
         for image in _matches(text):
-            other = images.setdefault(image.name, image)
-            if other.path.resolve() != image.path.resolve():
+            earlier = images.setdefault(image.name, image)
+            if earlier.path.resolve() != image.path.resolve():
                 raise DataError(
-                    f"Cannot name two results {image.name}.png: {other.path} and {image.path}",
+                    f"Cannot name two results {image.name}.png: {earlier.path} and {image.path}",
                     fix="Give a folder that holds both, which keeps their places, or rename one.",
                 )
     return list(images.values())
@@ -83,11 +83,11 @@ def find_images(paths: Sequence[str]) -> list[Input]:
 
 @dataclass(frozen=True)
 class PredictOptions:
-    """The choice of files to write for a prediction.
+    """The format of predicted depth.
 
     Attributes:
-        depth_format: `png`, 16 bits in the unit that `depth.toml` names, or `npy`, float32.
-    Raises: RecipeError for invalid values.
+        depth_format: "png" (16 bits, in the unit that `depth.toml` names) or "npy" (float32).
+    Raises: RecipeError for another format.
     """
 
     depth_format: str = "png"
@@ -115,18 +115,27 @@ def predict_images(
     threads: int = 2,
     progress: Progress | None = None,
 ) -> Array:
-    """Write a model's predictions for images, each at the image's own size.
+    """Write a model's predictions for images, each at the image's own size. Return pixels per class, int64 (C,).
 
     Segmentation gives `labels/NAME.png`, `overlays/NAME.png` and `classes.txt`. Depth gives `depth/NAME.png` (or
-    `.npy`), `depth_colours/NAME.png` with a bar in metres and, for whole numbers, `depth.toml`. With the same images in
-    a folder `images` next to them, these form a data folder. Images are resized to `size` and the heads' outputs
-    upsampled, as in an evaluation. A label's pixels are class ids, and its palette shows their colours.
+    `.npy`), `depth_colours/NAME.png` with a bar in metres and, for PNGs, `depth.toml`. With the same images in a folder
+    `images` next to them, these form a data folder. A label's pixels are class ids, and its palette shows their
+    colours.
 
-    `out` is a new or empty folder. `framing` sets how the model sees an image of another shape, or in windows (default:
-    squashed to `size`). `progress` is called with (images done, images).
-
-    Returns: pixels per class, int64 (C,).
-    Raises: RecipeError for a folder with content, or depth that a PNG cannot hold; DataError for an unreadable image.
+    Args:
+        model: the model. It moves to `device`.
+        classes: names and colours of its classes.
+        images: the images and the names of their results.
+        out: a new or empty folder.
+        size: (H, W) of the model's input, in pixels.
+        device: such as "cpu" or "cuda".
+        batch_size: images per forward pass.
+        options: the format of depth. None takes the default.
+        framing: how the model sees an image of another shape, or in windows. None squashes the image to `size`.
+        threads: threads that read and write files.
+        progress: called with (images done, images in total).
+    Raises: RecipeError for a folder with content, or depth that a PNG cannot hold. DataError for an unreadable image.
+    ModelError if no head has learnt, or if outputs are NaN or infinite.
     """
     out, options, framing = Path(out), options or PredictOptions(), framing or Framing()
     if not model.learnt_heads:
@@ -149,8 +158,8 @@ def predict_images(
                 _refuse_outputs(model, batch)
             answers = [
                 {
-                    task: own.answer(model, heads[task], picture, size).cpu().numpy()
-                    for task, own in files.items()
+                    task: files_of.answer(model, heads[task], picture, size).cpu().numpy()
+                    for task, files_of in files.items()
                     if task in heads
                 }
                 for heads, picture in zip(outputs, batch, strict=True)
@@ -170,7 +179,7 @@ def predict_images(
 
 
 def units_per_metre(head: RegressionHead) -> int:
-    """Return the units per metre of 16-bit depth PNGs: 1000 if millimetres suffice, else KITTI's 256.
+    """Return the units per metre of 16-bit depth PNGs: 1000 if the head's depths fit, else 256 as in KITTI.
 
     Raises: RecipeError for depth that is not in metres, or that may exceed 16 bits.
     """
@@ -211,10 +220,16 @@ def argmax_at(
     view: Window | None = None,
     seen: tuple[int, int] | None = None,
 ) -> Tensor:
-    """Return the class of every pixel, uint8 (H, W), of logits upsampled to `size`.
+    """Return the class of every pixel, uint8 (H, W), from logits upsampled to `size`.
 
-    It works class by class: a photograph of 12 megapixels takes 0.1 GB, not 1 GB for 20 classes. `view` and `seen` are
-    the part of the image that the model saw, and the size of its input, as in `at_image`.
+    Classes are upsampled one by one: a photograph of 12 megapixels takes 0.1 GB instead of 1 GB for 20 classes.
+
+    Args:
+        model: the model, which says how its head resizes.
+        logits_Chw: its logits for one image.
+        size: (H, W) of the result.
+        view: the part of the image that the model saw, in pixels of the image. None is the whole image.
+        seen: (H, W) of the model's input. Needed with `view`.
     """
     best_HW = at_image(model, logits_Chw[:1], size, view, seen)[0]
     argmax_HW = torch.zeros(best_HW.shape, dtype=torch.uint8, device=best_HW.device)
@@ -226,7 +241,10 @@ def argmax_at(
 
 
 def overlay(pixels_HW3: Array, ids_HW: Array, classes: ClassList, opacity: float) -> Array:
-    """Blend the colours of the classes over the image, uint8 (H, W, 3)."""
+    """Blend the colours of classes over an image. Return uint8 (H, W, 3).
+
+    `opacity` is from 0 (image only) to 1 (classes only).
+    """
     colours_HW3 = colour_ids(ids_HW, classes.colours).astype(np.float32)
     mixed = (1 - opacity) * pixels_HW3.astype(np.float32) + opacity * colours_HW3
     return np.clip(np.rint(mixed), 0, 255).astype(np.uint8)

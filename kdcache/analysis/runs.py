@@ -20,11 +20,12 @@ from kdcache.tasks import SEGMENTATION
 
 @dataclass(frozen=True)
 class Entry:
-    """A member of a comparison: a run, or a model as `SPEC@FILE` without a run.
+    """A model to compare: a run, or SPEC@FILE.
 
     Attributes:
-        text: its name as the user wrote it, or its path below the folder that the user named.
-        settings: the run's recipe, keyed by flags without dashes, or {} if there is none.
+        text: its name as the user wrote it, or its path below a folder that the user named.
+        run: the run, or None for SPEC@FILE.
+        settings: the run's recipe by flag (without dashes), or {} if there is none.
     """
 
     text: str
@@ -33,29 +34,29 @@ class Entry:
 
     @property
     def name(self) -> str:
-        """The folder's name, or SPEC@FILE."""
+        """The name of the run's folder, or SPEC@FILE."""
         return self.text if self.run is None else str(replace(self.run, folder=Path(self.run.folder.resolve().name)))
 
     @property
     def key(self) -> tuple[int | None, str | None]:
-        """Seed and fold, which differ between the runs of one recipe."""
+        """Seed and fold of the run, or None. The runs of a row differ in them."""
         return self.settings.get("seed"), self.fold
 
     @property
     def fold(self) -> str | None:
-        """The fold that this run was not trained on: I/K, or for whole sequences I/K by PATTERN."""
+        """The fold that the training left out, "I/K" or "I/K by PATTERN" for whole sequences, or None."""
         fold, by = self.settings.get("fold", self.settings.get("val-fold")), self.settings.get("folds-by")
         return None if fold is None else f"{fold}" + ("" if by is None else f" by {by}")
 
     @property
     def note(self) -> str | None:
-        """A note on a training that did not finish, whose score is not final."""
+        """A warning if the run's training has not ended, else None."""
         if self.run is None or not self.settings or self.run.result:
             return None
         return f"The training of {self.text} has not ended (no complete result.json). Its weights so far are judged."
 
     def own_fold(self) -> Fold:
-        """Return the fold that this run was not trained on. Raises: RecipeError if the run left out none."""
+        """Return the fold that the training left out. Raises: RecipeError if it left out none."""
         if self.fold is None:
             raise RecipeError(
                 f"Cannot use --own-fold: {self.text} was trained on all samples",
@@ -66,9 +67,14 @@ class Entry:
     def load(
         self, classes: ClassList, which: str = "best", size: tuple[int, int] | None = None
     ) -> tuple[SegmentationModel, RunModel]:
-        """Return the model in eval mode on the CPU, and its description.
+        """Load the model in eval mode on the CPU. Return it with its description.
 
-        Raises: MismatchError for other classes; RecipeError without weights; ModelError if they do not fit.
+        Args:
+            classes: the classes of the data, which the model must have.
+            which: weights of the run, such as "best" or "last".
+            size: (H, W) of its input. None takes the run's size.
+        Raises: MismatchError for other classes. RecipeError if the run does not have weights. ModelError if they do not
+        fit.
         """
         if self.run is None:
             return open_model(self.text, classes if len(classes) else unnamed_classes, size, which)
@@ -78,22 +84,25 @@ class Entry:
 
 
 def regressions_of(entry: Entry, classes: ClassList, which: str) -> Mapping[str, RegressionHead]:
-    """Return the numeric heads that a member predicts. SPEC@FILE is loaded to find out.
+    """Return the numeric heads that a run or SPEC@FILE predicts, by name. SPEC@FILE is loaded to find out.
 
-    Raises: as `Entry.load`.
+    `which` names the weights. Raises: as `Entry.load`.
     """
     return entry.run.model.judged_heads if entry.run is not None else entry.load(classes, which, (1, 1))[1].judged_heads
 
 
 def check_judged(entries: Sequence[Entry]) -> None:
-    """Raise RecipeError for runs that learnt only features, which labels cannot judge."""
+    """Check that every run has learnt a task that labels can judge.
+
+    Raises: RecipeError for runs that learnt only features.
+    """
     backbones = [entry for entry in entries if entry.run is not None and not _predicts(entry.run.model)]
     if backbones:
         losses = {entry.text: entry.run.result.get("best_feature_loss") for entry in backbones if entry.run is not None}
-        shown = [f"{text}: " + ("none" if loss is None else f"{loss:.4g}") for text, loss in losses.items()]
+        texts = [f"{text}: " + ("none" if loss is None else f"{loss:.4g}") for text, loss in losses.items()]
         raise RecipeError(
             f"Cannot judge {backbones[0].text} by labels: it learnt features only (least feature loss of "
-            f"{', '.join(shown)})",
+            f"{', '.join(texts)})",
             fix="Leave such runs out. To judge what they learnt, train the task from each with train-student --init "
             f"{backbones[0].text}, and compare those runs.",
         )
@@ -105,7 +114,7 @@ def _predicts(model: RunModel) -> bool:
 
 
 def check_same_data(runs: Sequence[Entry], split: Split) -> None:
-    """Raise MismatchError if a run was validated on other data than `split`."""
+    """Check that all runs were validated on `split`. Raises: MismatchError for other data."""
     digest = split.digest()
     for run in runs:
         recorded = "" if run.run is None else run.run.model.validated_on
@@ -129,9 +138,9 @@ def _named(run: Entry, split: Split) -> str:
 
 
 def validated_split(run: Entry, data: str, split: str) -> Split:
-    """Return the split that a run was validated on.
+    """Open the split that a run was validated on. `data` and `split` are from its recipe.
 
-    Raises: DataError that names its recipe, because its paths are relative to where it was trained.
+    Raises: DataError if it cannot be opened, for example because its path is relative to another folder.
     """
     try:
         return open_split(data, split)
@@ -143,23 +152,25 @@ def validated_split(run: Entry, data: str, split: str) -> Split:
 
 
 def unnamed_classes(count: int) -> ClassList:
-    """Return numbered classes, for a model without class names."""
+    """Return `count` classes with the names "class 0", "class 1" and so on, for a model without class names."""
     return ClassList(tuple(f"class {number}" for number in range(count)))
 
 
 def check_classes(description: RunModel, classes: ClassList, where: str) -> None:
-    """Compare a model's classes with the data's classes, if both have classes.
+    """Check that a model and the data have the same classes, if both have classes. `where` names the data in the error.
 
-    Raises: MismatchError if they differ.
+    Raises: MismatchError for different classes.
     """
     if len(classes) and description.class_names:
         description.check_classes(classes.names, where)
 
 
 def find_runs(texts: Sequence[str | Path], which: str = "best") -> list[Entry]:
-    """Find runs, RUN@WEIGHTS, SPEC@FILE, and all runs below other folders, each once and in this order.
+    """Find the runs and models that paths name: runs, RUN@WEIGHTS, SPEC@FILE, and folders with runs below them.
 
-    Raises: RecipeError for a folder that neither is nor holds a run, and for a run without the weights `which`.
+    Each is returned once, in the order of `texts`. `which` are the weights of the runs.
+
+    Raises: RecipeError for a path without runs, or a run that does not have these weights.
     """
     entries: dict[tuple[Path, str | None] | str, Entry] = {}
     for text in map(str, texts):
@@ -177,10 +188,10 @@ def _apart(entry: Entry, which: str) -> Entry:
     """Return the entry with its weights as a setting, so that other weights of a recipe form their own row."""
     if entry.run is None:
         return entry
-    own = entry.run.which
-    settings = {**entry.settings, "weights": own or which}
-    if own is not None and "name" in settings:
-        settings["name"] = f"{settings['name']} ({own})"
+    named = entry.run.which
+    settings = {**entry.settings, "weights": named or which}
+    if named is not None and "name" in settings:
+        settings["name"] = f"{settings['name']} ({named})"
     return replace(entry, settings=settings)
 
 
@@ -191,8 +202,8 @@ def _runs_below(folder: Path) -> Iterator[Run]:
     empty = True
     for where, names, _ in os.walk(folder):
         # A store has thousands of folders, and no run in any of them. A run that a fix moved away is hidden.
-        shown = (name for name in names if not name.startswith("."))
-        names[:] = sorted(name for name in shown if not (Path(where) / name / "zarr.json").exists())
+        visible = (name for name in names if not name.startswith("."))
+        names[:] = sorted(name for name in visible if not (Path(where) / name / "zarr.json").exists())
         if is_run(Path(where)):
             names.clear()
             empty = False

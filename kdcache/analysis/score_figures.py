@@ -21,7 +21,7 @@ _LISTED = 10
 
 
 def draw_distribution(scores: ImageScores, colours: Colours, title: str) -> "Figure":
-    """Draw the distribution of mIoU over images, and the quartiles of every class."""
+    """Return a figure of the distribution of mIoU over images, and of the quartiles of each class's IoU."""
     names = scores.confusion.class_names
     figure = new_figure(13, max(4.8, 1.6 + 0.36 * len(names)), title)
     left, right = figure.subplots(1, 2)
@@ -53,7 +53,7 @@ def draw_distribution(scores: ImageScores, colours: Colours, title: str) -> "Fig
 
 
 def draw_scores(scores: ImageScores, score: Score, title: str) -> "Figure":
-    """Draw the distribution of a score over images."""
+    """Return a figure of the distribution of a score over images, with mean and median."""
     from matplotlib.ticker import MaxNLocator
 
     figure = new_figure(8, 4.8, title)
@@ -70,9 +70,9 @@ def draw_scores(scores: ImageScores, score: Score, title: str) -> "Figure":
 
 
 def metrics_text(scores: ImageScores, about: Sequence[tuple[str, str]], score: Score = MIOU) -> str:
-    """Return the metrics of one model as plain text.
+    """Return the metrics of one model as plain text, with the best and the worst images by `score`.
 
-    `about` says what was evaluated, as (name, value). The best and the worst images are listed by `score`.
+    `about` has pairs (name, value) for the first lines, which say what was evaluated.
     """
     lines = [f"{name + ':':<12} {value}" for name, value in about]
     for task, metrics in scores.by_task.items():

@@ -44,7 +44,10 @@ LEAST_PAIRS = 3
 
 @dataclass(frozen=True)
 class Spread:
-    """Mean and standard deviation (n - 1) over runs. One run has a NaN deviation. Without runs both are NaN."""
+    """Mean and standard deviation (n - 1) of a value over runs.
+
+    The deviation is NaN for one run. Without runs, both are NaN.
+    """
 
     mean: float
     std: float
@@ -52,7 +55,7 @@ class Spread:
 
     @classmethod
     def of(cls, values: Iterable[float]) -> "Spread":
-        """Return the spread of values without NaN (a class may be missing from a fold)."""
+        """Return mean and standard deviation of values. NaN values are left out."""
         finite = [value for value in values if not math.isnan(value)]
         mean = statistics.fmean(finite) if finite else math.nan
         return cls(mean, statistics.stdev(finite) if len(finite) > 1 else math.nan, len(finite))
@@ -64,7 +67,13 @@ class Spread:
 
 @dataclass(frozen=True)
 class Interval:
-    """A difference of means, half its 95 % interval, and the two-sided p-value of no difference. NaN if unknown."""
+    """A difference of two means with its 95 % interval. NaN stands for unknown values.
+
+    Attributes:
+        mean: the difference.
+        half_width: half the width of its 95 % interval.
+        p: the two-sided p-value of the hypothesis that the difference is zero.
+    """
 
     mean: float
     half_width: float
@@ -72,26 +81,26 @@ class Interval:
 
     @property
     def low(self) -> float:
-        """The lower end."""
+        """The lower end of the interval."""
         return self.mean - self.half_width
 
     @property
     def high(self) -> float:
-        """The upper end."""
+        """The upper end of the interval."""
         return self.mean + self.half_width
 
     def to_json(self) -> dict[str, Any]:
-        """Return mean, ends and p-value as JSON values."""
+        """Return the difference, both ends of the interval and the p-value as JSON values."""
         return {"mean": plain(self.mean), "low": plain(self.low), "high": plain(self.high), "p": plain(self.p)}
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """The units to resample.
+    """The blocks of images that the bootstrap resamples: single images, or sequences.
 
     Attributes:
-        over: images, or sequences.
-        number_of: block of each image by its id, numbered from 0.
+        over: "images" or "sequences".
+        number_of: the block of each image, from 0, by the image's id.
     """
 
     over: str
@@ -99,7 +108,7 @@ class Blocks:
 
     @classmethod
     def of(cls, names: Mapping[str, str], over: str) -> "Blocks":
-        """Return the blocks of images, given the name of each image's block by its id."""
+        """Return blocks from the name of each image's block. `names` has the image's id as key."""
         numbers = {name: number for number, name in enumerate(dict.fromkeys(names.values()))}
         return cls(over, {sample: numbers[name] for sample, name in names.items()})
 
@@ -109,7 +118,7 @@ class Blocks:
         return len(set(self.number_of.values()))
 
     def totals(self, images: Images) -> npt.NDArray[np.float64]:
-        """Return the sums of the images' `parts` in every block, (2, blocks, C)."""
+        """Return the sums over each block of the two arrays in `images.parts`, float64 (2, blocks, C)."""
         parts = images.parts
         totals = np.zeros((2, self.count, parts[0].shape[1]))
         places = np.array([self.number_of[sample] for sample in images.ids], np.int64)
@@ -120,10 +129,12 @@ class Blocks:
 
 @dataclass(frozen=True)
 class Resampled:
-    """The 95 % interval of a difference over resampled blocks: percentiles of the bootstrap, or NaN for fewer than two.
+    """The 95 % interval of a difference, from the bootstrap over blocks of images.
 
     Attributes:
-        over: images, or sequences. count: how many there are.
+        over: "images" or "sequences".
+        count: the number of blocks.
+        low, high: the ends of the interval. NaN for fewer than two blocks.
     """
 
     over: str
@@ -132,7 +143,7 @@ class Resampled:
     high: float
 
     def to_json(self) -> dict[str, Any]:
-        """Return the unit, count and ends as JSON values."""
+        """Return the kind and number of blocks and the ends of the interval as JSON values."""
         return {"over": self.over, "count": self.count, "low": plain(self.low), "high": plain(self.high)}
 
 
@@ -141,17 +152,18 @@ UNKNOWN = Interval(math.nan, math.nan, math.nan)
 
 @dataclass(frozen=True)
 class Difference(Interval):
-    """The difference of a row to its baseline (row minus baseline) with its interval, NaN with too few runs.
+    """The difference of a row's mean score from another row's (its baseline or control), with its 95 % interval.
 
     Attributes:
-        baseline: the name of the baseline row.
-        runs: number of pairs, or of runs of both rows if they do not pair.
+        baseline: the name of the other row.
+        runs: number of pairs of runs, or of runs of both rows if they are not paired.
         paired: whether runs of equal seed and fold were compared one by one.
-        correlation: correlation of the pairs, or NaN for fewer than three, and if one side does not vary.
-        unpaired: the same difference by Welch, over all runs of both rows.
-        comparisons: number of verdicts that are adjusted together. adjusted: its p-value after Holm's adjustment.
-        over: what the runs differ in: seeds, or seeds and folds.
-        resampled: the interval over images or sequences, or None if their counts are not known.
+        correlation: correlation of the paired scores, or NaN for fewer than three pairs or constant scores.
+        unpaired: the same difference by Welch's test, over all runs of both rows.
+        comparisons: number of differences whose p-values were adjusted together.
+        adjusted: the p-value after Holm's adjustment.
+        over: what distinguishes the runs of a row: "seeds", or "seeds and folds".
+        resampled: the interval over images or sequences, or None if per-image counts are not known.
     """
 
     baseline: str
@@ -166,7 +178,11 @@ class Difference(Interval):
 
     @property
     def verdict(self) -> str:
-        """Whether the interval excludes zero, in words. Several comparisons use the adjusted p-value."""
+        """The verdict: "above noise", "within noise", "one run: unknown" or "unknown".
+
+        A gain or a loss is above noise if the interval excludes zero. Several comparisons use the adjusted p-value
+        instead.
+        """
         if math.isnan(self.mean):
             return "unknown"
         if math.isnan(self.half_width):
@@ -192,9 +208,10 @@ class Difference(Interval):
 
 
 def difference(ours: Mapping[Key, float], theirs: Mapping[Key, float], baseline: str) -> Difference:
-    """Return the difference of two rows of runs, with paired and unpaired intervals.
+    """Return the difference of the mean score of `ours` from the mean score of `theirs`, with its 95 % intervals.
 
-    Runs pair if every run of the smaller row has its partner in the other. Otherwise Welch's test compares all runs.
+    Both map (seed, fold) of a run to its score. Runs are paired if every run of the smaller row has a partner with the
+    same seed and fold. Otherwise Welch's test compares all runs. `baseline` is the name of the other row.
     """
     ours, theirs = ({key: value for key, value in row.items() if not math.isnan(value)} for row in (ours, theirs))
     if not ours or not theirs:
@@ -206,7 +223,7 @@ def difference(ours: Mapping[Key, float], theirs: Mapping[Key, float], baseline:
         result, correlation = welch, math.nan
     else:
         runs, pairs = len(common), [(ours[key], theirs[key]) for key in sorted(common, key=str)]
-        gaps = Spread.of(one - two for one, two in pairs)
+        gaps = Spread.of(our_score - their_score for our_score, their_score in pairs)
         result = _interval(gaps.mean, gaps.std / math.sqrt(runs), runs - 1)
         correlation = _correlation(pairs)
     return Difference(
@@ -223,10 +240,10 @@ def difference(ours: Mapping[Key, float], theirs: Mapping[Key, float], baseline:
 
 
 def resample(ours: Sequence[Images], theirs: Sequence[Images], blocks: Blocks) -> Resampled:
-    """Return the interval of the difference of two rows, in mIoU or in depth rmse, over resampled blocks.
+    """Return the bootstrap interval of the difference of two rows' scores, over blocks of images.
 
-    Each row's score is the mean over its runs. Blocks are drawn RESAMPLES times, always from the same random numbers. A
-    class that is missing from a draw is left out of its mIoU.
+    Each row has the per-image counts of its runs, and its score is the mean over its runs. The random numbers are
+    always the same. A class that is missing from a draw is left out of its mIoU.
     """
     if blocks.count < 2 or not ours or not theirs:
         return Resampled(blocks.over, blocks.count, math.nan, math.nan)
@@ -260,7 +277,9 @@ def _nan_mean(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 
 
 def adjust(differences: Sequence[Difference]) -> list[Difference]:
-    """Adjust the verdicts of differences by Holm, for all comparisons that have a p-value.
+    """Return the differences with p-values adjusted for multiple comparisons by Holm's method.
+
+    Differences without a p-value are unchanged and do not count as comparisons.
 
     Source: Holm 1979, A simple sequentially rejective multiple test procedure.
     """
@@ -273,7 +292,7 @@ def adjust(differences: Sequence[Difference]) -> list[Difference]:
 
 
 def t_quantile(freedom: float, confidence: float = CONFIDENCE) -> float:
-    """Return half of Student's two-sided interval in standard errors: 12.706 for 1 degree of freedom."""
+    """Return half the width of Student's two-sided interval in standard errors: 12.706 for 1 degree of freedom."""
     t = statistics.NormalDist().inv_cdf((1 + confidence) / 2)
     # Student's is larger, and the tails are convex: Newton's steps climb to it and never beyond.
     for _ in range(100):
@@ -285,7 +304,7 @@ def t_quantile(freedom: float, confidence: float = CONFIDENCE) -> float:
 
 
 def two_sided_p(t: float, freedom: float) -> float:
-    """Return P(|T| > |t|) of Student's distribution. The degrees of freedom may be fractional."""
+    """Return the two-sided p-value P(|T| > |t|) of Student's t distribution. `freedom` may be fractional."""
     return _incomplete_beta(freedom / (freedom + t * t), freedom / 2, 0.5)
 
 
@@ -296,7 +315,7 @@ def _density(t: float, freedom: float) -> float:
 
 
 def plain(value: float) -> float | None:
-    """Return a value for JSON, with None for NaN and infinity."""
+    """Return a number for JSON, or None for NaN and infinity."""
     return value if math.isfinite(value) else None
 
 
@@ -354,9 +373,11 @@ def _incomplete_beta(x: float, a: float, b: float) -> float:
 
 
 def choose_blocks(split: Split, by: str | None, task: str = SEGMENTATION) -> Blocks:
-    """Return the blocks for intervals over images: the labelled images, or the sequences that a pattern names.
+    """Return the blocks for an interval over images: single images, or sequences if `by` is not None.
 
-    Raises: RecipeError for an invalid pattern, one that does not fit every id, or one that gives a single sequence.
+    `by` is a pattern that finds the sequence in a sample's id. Only samples with a label for `task` count.
+
+    Raises: RecipeError for an invalid pattern, one that does not fit every id, or one that finds a single sequence.
     """
     ids = [split.ids[number] for number in split.labelled(task)]
     if by is None:

@@ -48,8 +48,10 @@ class EvalSettings:
     """How runs are evaluated.
 
     Attributes:
-        which: weights of a run, such as `best`.
+        which: weights of a run, such as "best" or "last".
         size: (H, W) in pixels that the models see. None takes each run's size.
+        batch_size: images per forward pass.
+        device: such as "cpu" or "cuda".
         fresh: evaluate again instead of reusing stored evaluations.
         depth: the depth labels that count.
         fit: how an image of another shape fills `size`: squash, crop or pad. auto takes the fit of each run's training.
@@ -68,25 +70,30 @@ class EvalSettings:
     stride: tuple[int, int] | None = None
 
     def framing(self, trained: Fit = "squash") -> Framing:
-        """Return how a model sees an image. `trained` is the fit of its training.
+        """Return how a model sees an image of another shape, or in windows.
 
-        Raises: RecipeError for a stride that leaves gaps, or without windows.
+        `trained` is the fit of the model's training, for fit "auto". Raises: RecipeError for a stride without windows,
+        or one that leaves gaps between windows.
         """
         images = ImageSettings(size=self.size, fit=self.fit)
         return Framing.of(images, JudgeSettings(window=self.window, stride=self.stride), trained)
 
     def load(self, entry: Entry, classes: ClassList) -> tuple[SegmentationModel, RunModel]:
-        """Return a model at the size that it sees (for SPEC@FILE its window's size), and its description."""
+        """Load a run or SPEC@FILE. Return the model and its description, with the input size of these settings.
+
+        `classes` are the classes of the data. Raises: as `Entry.load`.
+        """
         return entry.load(classes, self.which, self.size or (self.window if entry.run is None else None))
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Metrics of one run.
+    """The result of evaluating one run on a split.
 
     Attributes:
-        reused: they come from a stored evaluation.
-        notes: what a reader of the score must know, such as images that were trained on.
+        metrics: the metrics of each task.
+        reused: whether the metrics come from a stored evaluation.
+        notes: warnings for the reader, such as images that the run was trained on.
     """
 
     metrics: TaskMetrics
@@ -95,7 +102,7 @@ class Evaluation:
 
 
 def data_digest(split: Split, threads: int = 2) -> str:
-    """Return the SHA-256 of class names, ids, and all labelled images and labels. This reads every file."""
+    """Return the SHA-256 of a split: class names, ids, and all labelled images and labels. It reads every file."""
     digest = hashlib.sha256(split.digest().encode())
     with remembered_digests(split.data) as of_file:
         read = prefetch(
@@ -115,26 +122,31 @@ def evaluate_run(
     fold: Fold | None = None,
     contents: Callable[[Split], Contents] = read_contents,
 ) -> Evaluation:
-    """Return metrics of a run, or of SPEC@FILE, on a split, from a stored evaluation if nothing changed.
+    """Evaluate a run or SPEC@FILE on a split, or read its stored evaluation if nothing has changed.
 
-    `digest` is the split's `data_digest`. `fold` names the fold if the split is a part of another one. `contents` is as
-    in `judging_notes`.
-
-    Raises: MismatchError for other classes; DataError without labels; ModelError if memory is too small.
+    Args:
+        entry: the run or SPEC@FILE.
+        split: the samples.
+        digest: the `data_digest` of the split.
+        judging: how to evaluate.
+        progress: called after each batch with (images done, images in total).
+        fold: the fold that `split` is, if it is a part of another split, else None.
+        contents: function that returns the digests of a split's images and labels.
+    Raises: MismatchError for other classes. DataError without labels. ModelError if memory is too small.
     """
     run = entry.run
     if run is None:
         return Evaluation(_evaluate(entry, split, judging, progress), reused=False)
     description = run.model
     check_classes(description, split.classes, f"{split.data}, split {split.split!r}")
-    which, weights = weights_of(run, judging.which)
+    choice, weights = weights_of(run, judging.which)
     record = Record.of(
         description,
         weights,
         split,
         digest,
         judging.size or description.size,
-        which=which,
+        which=choice,
         fold=fold,
         depth=judged_range(description.judged_heads, split, judging.depth),
         framing=judging.framing(description.fit),
@@ -158,16 +170,20 @@ _NAMES = ("weights", "data", "place", "split", "fold")
 
 @dataclass(frozen=True)
 class Record:
-    """Everything that the numbers of an evaluation depend on.
+    """Everything that the metrics of an evaluation depend on. A stored evaluation is reused if its record is equal.
 
     Attributes:
-        which: weights of a run, such as `best`, or None for other weights.
-        place: `place_key` of the data set. Two folders may have the same name in `data`.
-        fold: the fold of the split that was judged, or None for all of it.
-        weights_sha256: None for weights without a file.
-        size: (H, W) that the model sees. at_size: whether labels were resized to it, which gives no publishable mIoU.
-        class_map_sha256: digest of the map from its classes to the data's classes.
-        depth: depth pixels that count, or None if depth is not judged.
+        which: weights of a run, such as "best", or None for SPEC@FILE.
+        data, split: the data set and its split.
+        place: a digest of the path of the data set, because two folders may have the same name in `data`.
+        fold: the fold of the split that was evaluated, or None for the whole split.
+        spec, mean, std: the model's spec, and the mean and standard deviation that normalise its pixels.
+        weights_sha256: digest of the file of weights, or None without a file.
+        data_sha256: the `data_digest` of the split.
+        size: (H, W) in pixels that the model sees.
+        at_size: whether labels were resized to `size`. Scores then differ from published ones.
+        class_map_sha256: digest of the class map, or None without one.
+        depth: the depth labels that count, or None if depth is not evaluated.
         framing: how the model sees an image of another shape, or in windows.
     """
 
@@ -203,7 +219,21 @@ class Record:
         depth: DepthRange | None = None,
         framing: Framing | None = None,
     ) -> "Record":
-        """Return the record of an evaluation. This reads files for their digests."""
+        """Return the record of an evaluation. It reads the files of weights and class map for their digests.
+
+        Args:
+            description: the model's description.
+            weights: the file of weights, or None.
+            split: the evaluated split.
+            digest: the `data_digest` of the split.
+            size: (H, W) in pixels that the model sees.
+            which: weights of a run, such as "best", or None for SPEC@FILE.
+            fold: the fold that was evaluated, or None.
+            at_size: whether labels are resized to `size`.
+            class_map: the file of the class map, or None.
+            depth: the depth labels that count, or None.
+            framing: how the model sees an image of another shape. None squashes the image to `size`.
+        """
         return cls(
             which,
             public(split.data),
@@ -224,11 +254,11 @@ class Record:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The fields that must be equal to reuse the numbers. Names may differ."""
+        """The fields, as JSON values, that must be equal to reuse an evaluation. Names are left out."""
         return {key: value for key, value in self.to_json().items() if key not in _NAMES}
 
     def to_json(self) -> dict[str, Any]:
-        """Return the fields in the form of an evaluation file."""
+        """Return the fields as the JSON values that an evaluation file has."""
         fields: dict[str, Any] = json.loads(json.dumps(asdict(self)))  # its tuples are lists, as in a file
         if self.depth is None:
             del fields["depth"]
@@ -238,7 +268,10 @@ class Record:
         return {"weights": fields.pop("which"), **fields, "fold": fold}
 
     def name(self, *, own_size: bool) -> str:
-        """Return the file name without an ending. `own_size`: the model sees images at its training size."""
+        """Return the name of the evaluation's file, without a suffix, such as "evaluation-val".
+
+        `own_size` says that the model sees images at the size of its training. Otherwise the name has the size.
+        """
         parts = [f"evaluation-{self.split}"]
         if self.fold is not None:
             parts += [f"fold-{self.fold.number}-of-{self.fold.folds}"]
@@ -258,9 +291,15 @@ class Record:
 
 
 def keep(record: Record, folder: Path, run: str, metrics: TaskMetrics, *, own_size: bool = True) -> str | None:
-    """Write an evaluation into a folder, replacing the earlier one of its kind. Return a note if that fails.
+    """Store an evaluation in a run's folder, and replace an earlier one with the same settings.
 
-    `run` is its name as the user wrote it.
+    Args:
+        record: the settings of the evaluation.
+        folder: the folder.
+        run: the run's name as the user wrote it.
+        metrics: the result.
+        own_size: whether the model sees images at the size of its training.
+    Returns: a warning if the file cannot be written, else None.
     """
     path = folder / f"{file_name(record, folder, run, own_size=own_size)}.json"
     try:
@@ -271,26 +310,31 @@ def keep(record: Record, folder: Path, run: str, metrics: TaskMetrics, *, own_si
 
 
 def file_name(record: Record, folder: Path, run: str, *, own_size: bool = True) -> str:
-    """Return an evaluation's file name without an ending. It gets a suffix if another data set has the name.
+    """Return the name of an evaluation's file in `folder`, without a suffix.
 
-    An evaluation replaces an earlier one of the same data set and run. The labels and the weights may have changed.
+    An earlier evaluation of the same data set has the same name and is replaced. If another data set has the name, a
+    digest is appended. `run` and `own_size` are as in `keep`.
     """
     name = record.name(own_size=own_size)
     earlier = read_object(folder / f"{name}.json")
     known, now = ("place", record.place) if "place" in earlier else ("data", record.data)  # as earlier versions had it
     other_data = earlier.get("data_sha256") != record.data_sha256 and public(str(earlier.get(known))) != now
     # SPEC@FILE has no other identity than its name, and no size of its own.
-    own = [] if record.which is not None else [run, list(record.size)]
-    other_model = own and [public(str(earlier.get("run"))), earlier.get("size")] != [public(run), list(record.size)]
+    model_name = [] if record.which is not None else [run, list(record.size)]
+    other_model = model_name and [public(str(earlier.get("run"))), earlier.get("size")] != [
+        public(run),
+        list(record.size),
+    ]
     if earlier and (other_data or other_model):
-        name += f"-{hashlib.sha256(json.dumps([record.place, *own]).encode()).hexdigest()[:8]}"
+        name += f"-{hashlib.sha256(json.dumps([record.place, *model_name]).encode()).hexdigest()[:8]}"
     return name
 
 
 def weights_of(run: Run | str, which: str) -> tuple[str | None, Path | None]:
-    """Return the name and the file of a run's weights: `which`, unless the user named others.
+    """Return the name and the file of the weights to evaluate, for a run or SPEC@FILE.
 
-    For SPEC@FILE the name is None. For a library's weights the file is also None.
+    The name is `which`, or the weights in RUN@WEIGHTS. It is None for SPEC@FILE. The file is None if a library loads
+    them.
     """
     parts = split_spec(run) if isinstance(run, str) else None
     if parts is not None:
@@ -301,7 +345,10 @@ def weights_of(run: Run | str, which: str) -> tuple[str | None, Path | None]:
 
 
 def write_evaluation(record: Record, path: Path, run: str, metrics: TaskMetrics) -> None:
-    """Write an evaluation, each file completely or not at all. Raises: OSError."""
+    """Write an evaluation as JSON, and the counts of its images next to it. Each file is complete or missing.
+
+    `run` is the run's name as the user wrote it. Raises: OSError.
+    """
     images = None
     if arrays := _arrays_of_images(metrics):
         with replacing(path.with_suffix(IMAGES)) as partial, partial.open("wb") as file:
@@ -312,29 +359,29 @@ def write_evaluation(record: Record, path: Path, run: str, metrics: TaskMetrics)
 
 
 def name_of_several(records: Sequence[Record], run: str, *, own_size: bool = True) -> str:
-    """Return the file name of an evaluation on several data sets, without an ending. It is never reused for one.
+    """Return the name of the file for an evaluation on several data sets, without a suffix.
 
-    `run` is its name as the user wrote it, and `own_size` is as in `Record.name`.
+    `run` and `own_size` are as in `keep`.
     """
     kinds = [[record.place, record.name(own_size=own_size), record.which or run] for record in records]
     return f"evaluations-{hashlib.sha256(json.dumps(kinds).encode()).hexdigest()[:8]}"
 
 
 def write_evaluations(records: Sequence[Record], path: Path, run: str, results: Sequence[OnDataSet]) -> None:
-    """Write a run's evaluations on several data sets, completely or not at all. Raises: OSError."""
+    """Write a run's evaluations on several data sets as one JSON file, completely or not at all. Raises: OSError."""
     content = {
         "run": public(run),
         "common_classes": list(common_classes(results)),
         "common_miou": [common_mious(results).get(number) for number in range(len(results))],
-        "data_sets": [record.to_json() | one.to_json() for record, one in zip(records, results, strict=True)],
+        "data_sets": [record.to_json() | result.to_json() for record, result in zip(records, results, strict=True)],
     }
     write_whole(path, json.dumps(without_nan(content), indent=1) + "\n")
 
 
 def _arrays_of_images(metrics: TaskMetrics) -> dict[str, Any]:
     """Return the numbers of single images, as the file next to an evaluation has them, or {} if they were not kept."""
-    images = [own.images for own in metrics.by_task.values() if own.images is not None]
-    return {name: array for own in images for name, array in own.arrays.items()}
+    images = [metrics_of.images for metrics_of in metrics.by_task.values() if metrics_of.images is not None]
+    return {name: array for image_metrics in images for name, array in image_metrics.arrays.items()}
 
 
 def _with_images(metrics: TaskMetrics, path: Path, sha256: str) -> TaskMetrics:
@@ -344,12 +391,17 @@ def _with_images(metrics: TaskMetrics, path: Path, sha256: str) -> TaskMetrics:
     check_unpacked(path)
     with np.load(path) as content:
         images: dict[str, Any] = {task: EVALUATORS[task].images.of_arrays(content) for task in metrics.by_task}
-    own: dict[str, Any] = {task: replace(one, images=images[task]) for task, one in metrics.by_task.items()}
-    return TaskMetrics(**own)
+    replaced: dict[str, Any] = {
+        task: replace(metrics_of, images=images[task]) for task, metrics_of in metrics.by_task.items()
+    }
+    return TaskMetrics(**replaced)
 
 
 def judged_range(heads: Mapping[str, RegressionHead], split: Split, settings: DepthSettings) -> DepthRange | None:
-    """Return the range of depths that count for a model, or None if its depth is not judged on this split."""
+    """Return the depth labels that count for a model on a split, or None if its depth is not evaluated there.
+
+    `heads` are the model's numeric heads by name.
+    """
     tasks = [task for task in split.tasks if in_metres([task])]
     judged = [head for task in tasks if (head := metric_head(heads, task)) is not None]
     return DepthRange.of(judged[0], settings) if judged else None
@@ -370,7 +422,10 @@ def _evaluate(entry: Entry, split: Split, judging: EvalSettings, progress: Progr
 
 @contextmanager
 def memory_errors(device: str, batch_size: int) -> Iterator[None]:
-    """Turn an out-of-memory error in a with block into one with a fix. Raises: ModelError."""
+    """Convert an out-of-memory error in a with block to a ModelError that suggests a smaller `batch_size`.
+
+    Raises: ModelError.
+    """
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -385,7 +440,7 @@ def memory_errors(device: str, batch_size: int) -> Iterator[None]:
 
 
 def kept_metrics(folder: Path, record: Record, class_names: tuple[str, ...]) -> TaskMetrics | None:
-    """Return the metrics of an equal evaluation stored in a run's folder, or None."""
+    """Return the metrics of a stored evaluation in a run's folder with an equal record, or None if there is none."""
     identity = record.identity
     for path in sorted(folder.glob("evaluation-*.json")):
         content = read_object(path)

@@ -27,10 +27,9 @@ FEW_BLOCKS = 10
 
 
 def score_table(comparison: Comparison, mark: Mark = BOLD) -> Table:
-    """Return the scores per row: runs, then each task's metrics and the difference to the baseline with its verdict.
+    """Return a table with a line for each row: number of runs, and for each task its metrics, difference and verdict.
 
-    Segmentation has mIoU, mAcc and aAcc in percent, and points of mIoU. Depth has rmse in metres (less is better), abs
-    rel, delta 1, and metres of rmse.
+    mIoU, mAcc, aAcc and delta 1 are in percent, rmse is in metres. `mark` is the text before and after the best value.
     """
     header, cells = ["row", "runs"], [[row_name(row), str(len(row.runs))] for row in comparison.rows]
     for task in comparison.tasks or (SEGMENTATION,):
@@ -38,14 +37,14 @@ def score_table(comparison: Comparison, mark: Mark = BOLD) -> Table:
         of = f" of {view.score}" if task in comparison.tasks[1:] else ""
         header += [view.figures[name].head for name in view.columns]
         header += [f"to baseline{of}", f"95 % over {seeds}", "verdict"]
-        for row, own in zip(comparison.rows, cells, strict=True):
-            own += [_marked(comparison, row, task, name, mark) for name in view.columns]
-            own += _difference(row.differences(task)[0], task)
+        for row, texts in zip(comparison.rows, cells, strict=True):
+            texts += [_marked(comparison, row, task, name, mark) for name in view.columns]
+            texts += _difference(row.differences(task)[0], task)
     return header, cells
 
 
 def difference_table(comparison: Comparison, task: str = SEGMENTATION) -> Table:
-    """Return differences of rows to baseline and control, with intervals, pair correlation and p-values."""
+    """Return a table of the differences of rows from baselines and controls: intervals, correlation and p-values."""
     seeds, images = interval_spans(comparison, task)
     intervals = [f"paired over {seeds}, 95 %", f"unpaired over {seeds}, 95 %", f"over {images}, 95 %"]
     header = ["row", "to", VIEWS[task].distance, *intervals, "correlation", "p", "p by Holm", "verdict"]
@@ -71,27 +70,30 @@ def difference_table(comparison: Comparison, task: str = SEGMENTATION) -> Table:
 
 
 def interval_spans(comparison: Comparison, task: str = SEGMENTATION) -> tuple[str, str]:
-    """Return what the intervals span, as text: seeds (and folds), and images or sequences."""
+    """Return two texts for what the intervals in a task are taken over: "seeds" and "images", or "sequences".
+
+    The first is "seeds and folds" if runs differ in both.
+    """
     gaps = [gap for row in comparison.rows if (gap := row.differences(task)[0]) is not None]
     seeds = max((gap.over for gap in gaps), key=len, default="seeds")
     return seeds, next((gap.resampled.over for gap in gaps if gap.resampled is not None), "images")
 
 
 def interval(low: float, high: float, task: str = SEGMENTATION) -> str:
-    """Return the ends of an interval in points or metres, or '-' if unknown."""
+    """Return the ends of an interval as text, in points of mIoU or metres: "-0.50 to +1.20", or "-" for NaN."""
     text = VIEWS[task].gap_text
     return "-" if math.isnan(low) else f"{text(low)} to {text(high)}"
 
 
 def p_value(value: float) -> str:
-    """Return a p-value with three digits, never as zero."""
+    """Return a p-value with three decimals: "0.012", "< 0.001", or "-" for NaN."""
     if math.isnan(value):
         return "-"
     return "< 0.001" if value < 0.0005 else f"{value:.3f}"
 
 
 def cost_table(comparison: Comparison) -> Table:
-    """Return the costs per row: parameters, GFLOPs, and the time of one image if it was measured."""
+    """Return a table of each row's cost: image size, parameters, operations, and the time of one image if measured."""
     header = ["row", "size", "parameters", "GFLOPs", "GMACs", "ms per image", "median ms", "FPS"]
     rows = []
     for row in comparison.rows:
@@ -105,7 +107,10 @@ def cost_table(comparison: Comparison) -> Table:
 
 
 def class_table(comparison: Comparison, mark: Mark = BOLD) -> Table:
-    """Return the IoU of every class per row, then mIoU, mAcc and aAcc."""
+    """Return a table with a line for each row: the IoU of every class, then mIoU, mAcc and aAcc, in percent.
+
+    `mark` is the text before and after the best value.
+    """
     header = ["row", *comparison.class_names, "mIoU", "mAcc", "aAcc"]
     columns = [_iou(number) for number in range(len(comparison.class_names))]
     columns += [partial(_mean, name=name) for name in VIEWS[SEGMENTATION].columns]
@@ -117,7 +122,7 @@ def class_table(comparison: Comparison, mark: Mark = BOLD) -> Table:
 
 
 def legend(comparison: Comparison) -> list[str]:
-    """Return explanations of the tables, one sentence each, then the comparison's notes."""
+    """Return the explanations of the tables, one sentence each, then the warnings of the comparison."""
     where = f"{comparison.data}, split {comparison.split}: {comparison.images} labelled images"
     if comparison.own_fold:
         where += ", each run on the fold that its training left out"
@@ -149,7 +154,7 @@ def legend(comparison: Comparison) -> list[str]:
 
 
 def to_markdown(comparison: Comparison) -> str:
-    """Return the tables and their explanations as Markdown."""
+    """Return all tables and their explanations as Markdown."""
     scores, classes, cost = score_table(comparison), class_table(comparison), cost_table(comparison)
     distances = ""
     for task, view in VIEWS.items():
@@ -173,7 +178,10 @@ _CSV_DIFFERENCE = (
 
 
 def to_csv(comparison: Comparison) -> str:
-    """Return one CSV line per row: fractions in 0..1, milliseconds, empty cells for unknown values."""
+    """Return the comparison as CSV, with a line for each row.
+
+    Scores are fractions from 0 to 1, times are in milliseconds, and unknown values are empty.
+    """
     names = comparison.class_names
     header = ["row", "model", "teacher", "baseline", "runs", "runs_at_chance"]
     header += [f"{column}_{part}" for column in ("miou", "macc", "aacc") for part in ("mean", "std")]
@@ -190,11 +198,11 @@ def to_csv(comparison: Comparison) -> str:
         scores, classes = _csv_spreads(row, SEGMENTATION), _mean_and_std(row.iou)
         counts = [int(row.teacher), int(row.baseline), len(row.runs), len(row.collapsed)]
         head = [one_line(row.name), one_line(row.model), *counts]
-        own = [
+        further_cells = [
             cell for task in further for cell in (*_csv_spreads(row, task), *_csv_difference(row.differences(task)[0]))
         ]
         cells = [*head, *scores, *_csv_difference(row.difference), *_csv_cost(row), *classes]
-        writer.writerow([*cells, *own])
+        writer.writerow([*cells, *further_cells])
     return comparison.without_folders(text.getvalue())
 
 
@@ -208,7 +216,7 @@ def _csv_spreads(row: Row, task: str) -> list[str]:
 
 
 def to_text(comparison: Comparison) -> str:
-    """Return the small table of a report: method, mIoU as a fraction, parameters, milliseconds per image."""
+    """Return a small table as plain text: row, mIoU (0 to 1), depth, parameters, and milliseconds per image."""
     tasks = [task for task in comparison.tasks if task in FURTHER]
     further = "".join(f"{_text_head(task):<20}" for task in tasks)
     header = f"{'Knowledge Distillation':<36}{'mIoU':<20}{further}{'# Parameters':<19}{'Inference Speed (ms)':<25}"
@@ -235,7 +243,7 @@ def _text_head(task: str) -> str:
 
 
 def row_name(row: Row) -> str:
-    """Return the name of a row. A baseline is marked, unless its name already says baseline or control."""
+    """Return the name of a row, with " (baseline)" after it if it is one and the name does not say so."""
     name = one_line(row.name)
     marked = "baseline" in name.lower() or name.endswith(CONTROL)
     return f"{name} (baseline)" if row.baseline and not marked else name
@@ -262,14 +270,14 @@ def _marked(comparison: Comparison, row: Row, task: str, name: str, mark: Mark) 
 def _about_differences(comparison: Comparison) -> list[str]:
     """Describe how differences to baselines were judged, and how many at once."""
     by_task = {task: [gap for row in comparison.rows if (gap := row.differences(task)[0])] for task in VIEWS}
-    gaps = [gap for own in by_task.values() for gap in own]
+    gaps = [gap for gaps_of in by_task.values() for gap in gaps_of]
     if not gaps:
         return []
     all_paired = all(gap.paired for gap in gaps)
     pairs = "over runs of equal seed and fold" if all_paired else "paired by seed and fold where they pair"
     baselines = " and ".join(sorted({gap.baseline for gap in gaps}))
-    over = max((interval_spans(comparison, task)[0] for task, own in by_task.items() if own), key=len)
-    units = " and ".join(VIEWS[task].words for task, own in by_task.items() if own)
+    over = max((interval_spans(comparison, task)[0] for task, gaps_of in by_task.items() if gaps_of), key=len)
+    units = " and ".join(VIEWS[task].words for task, gaps_of in by_task.items() if gaps_of)
     sentences = [f"{units} to {baselines}, {pairs}; 95 % interval over {over} by Student's t"]
     if any(row.differences(task)[1] is not None for row in comparison.rows for task in VIEWS):
         sentences.append(

@@ -26,20 +26,20 @@ OPACITY = 0.55
 
 @dataclass(frozen=True, kw_only=True)
 class TaskView(ABC):
-    """How a task is compared and drawn. Subclasses draw.
+    """How the scores of a task are shown in tables, and its maps in pictures. Each task has one subclass.
 
     Attributes:
-        task: its name.
+        task: the task's name.
         score: the name of its score. called: the same, with an article.
         unit: the unit of the score as text.
         stem: the score in file names.
-        columns: its figures in a table of scores, the score first.
+        columns: names of the metrics in a table of scores, the score first.
         times: the factor from a score to the number that tables show: 100 for percent.
         short: the score's header in a small table, and the digits of its values there.
         distance: the unit of differences between scores. digits: the digits of differences as text.
         headline: the first words of a title over a table of differences.
         prefix: text before the titles of panels. before: text before a column's title.
-        no_label: the title of errors without a label. no_score: what stands for the score then.
+        no_label: the title of a panel of errors for an image without a label. no_score: the text instead of its score.
     """
 
     task: str
@@ -60,12 +60,12 @@ class TaskView(ABC):
 
     @property
     def figures(self) -> Mapping[str, Figure]:
-        """Its figures by name."""
+        """The task's metrics as tables show them, by name."""
         return EVALUATORS[self.task].figures
 
     @property
     def less(self) -> bool:
-        """Whether less of its score is better."""
+        """Whether a smaller score is better."""
         return TASKS[self.task].less
 
     @property
@@ -83,38 +83,46 @@ class TaskView(ABC):
         return f"{self.words}, with their 95 % interval" + ("; less is better" if self.less else f" over {seeds}")
 
     def score_text(self, value: float) -> str:
-        """Return a score without its unit."""
+        """Return a score as text, without its unit."""
         return self.figures[TASKS[self.task].score].text(value)
 
     def gap_text(self, gap: float) -> str:
-        """Return a signed distance between scores."""
+        """Return a difference of scores as text with its sign, in points or metres."""
         return f"{self.times * gap:+.{self.digits}f}"
 
     def scale(self, maps: Iterable[Array]) -> float:
-        """Return the scale at which several maps are drawn."""
+        """Return the end of the colour bar that several maps (H, W) share."""
         return 1.0
 
     def error_scale(self, pairs: Iterable[tuple[Array, Array]]) -> float:
-        """Return the scale at which the errors of several (answer, label) are drawn."""
+        """Return the end of the colour bar that the errors of several pairs (prediction, label) share."""
         return 1.0
 
     def overlay(self, pixels: Array, answer: Array, classes: ClassList) -> list[Panel]:
-        """Return panels of an answer over its image."""
+        """Return panels of a prediction drawn over its image. Depth has none."""
         return []
 
     @abstractmethod
     def picture(self, values: Array, classes: ClassList, scale: float) -> Picture:
-        """Return a map (H, W) of answers or labels in colours."""
+        """Return a map (H, W) of predictions or labels as a picture. `scale` is the end of its colour bar."""
 
     @abstractmethod
     def error(
         self, pixels: Array, answer: Array, label: Array, classes: ClassList, scale: float | None = None
     ) -> Panel:
-        """Return the errors of an answer, by default at their own scale, with their title."""
+        """Return a panel of a prediction's errors, with its title.
+
+        Args:
+            pixels: the image, uint8 (H, W, 3).
+            answer: the prediction (H, W).
+            label: the label (H, W).
+            classes: names and colours of the classes.
+            scale: the end of the colour bar. None takes the end for these errors.
+        """
 
     @abstractmethod
     def legend(self, maps: Sequence[Array], classes: ClassList, *, errors: bool) -> Legend:
-        """Return the meaning of the colours of maps. `errors` tells whether errors are drawn."""
+        """Return names and colours for the values in maps (H, W). `errors` says whether errors are drawn too."""
 
 
 class _Segmentation(TaskView):

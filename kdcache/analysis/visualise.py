@@ -44,12 +44,13 @@ _FIGURES = (CONFUSION, CURVES, *(f"{view.stem}_distribution.png" for view in VIE
 
 @dataclass(frozen=True)
 class Drawing:
-    """The folder of pictures, and what to draw into it.
+    """The pictures to draw of each run.
 
     Attributes:
-        folder: new, empty, or from an earlier call. Its pictures of the same runs are replaced.
-        num: number of best and worst images of each run, by mIoU, or by rmse for depth only.
-        layout: how the panels are arranged. formats: the formats of every picture.
+        folder: a folder that is new, empty, or from an earlier call. Pictures of the same runs are replaced.
+        num: number of best and of worst images of each run, by mIoU, or by rmse if there is only depth.
+        layout: "grid" or "row", the arrangement of panels in a picture.
+        formats: file formats of every picture.
     """
 
     folder: Path
@@ -58,19 +59,26 @@ class Drawing:
     formats: tuple[Format, ...] = ("png",)
 
     def check_folder(self) -> None:
-        """Raise RecipeError for a folder that holds something else."""
+        """Check that the folder is new, empty, or from an earlier call.
+
+        Raises: RecipeError if it holds something else.
+        """
         check_own_folder(self.folder, SUMMARY, "Give another folder with --draw")
 
 
 def draw(drawing: Drawing, models: Sequence[tuple[Entry, Shown]], gallery: Gallery, progress: Progress) -> list[str]:
-    """Draw runs, each alone and all side by side. They must have scored every image of the gallery's split.
+    """Draw pictures of each run, and of all runs next to each other. Return warnings, one sentence each.
 
-    Returns: notes.
+    Args:
+        drawing: the folder, and what to draw.
+        models: the runs with their models and scores, for all images of the gallery's split.
+        gallery: how to draw an image.
+        progress: called with (what is done, units done, units in total).
     """
     names = folder_names([run.text for run, _ in models])
-    shown = {name: model for name, (_, model) in zip(names, models, strict=True)}
+    models_by_folder = {name: model for name, (_, model) in zip(names, models, strict=True)}
     with (
-        replacing_in(drawing.folder, lambda: _earlier(drawing.folder, shown)) as folder,
+        replacing_in(drawing.folder, lambda: _earlier(drawing.folder, models_by_folder)) as folder,
         memory_errors(models[0][1].device, 1),
     ):
         notes = []
@@ -80,9 +88,9 @@ def draw(drawing: Drawing, models: Sequence[tuple[Entry, Shown]], gallery: Galle
             _draw_run(run, model, gallery, cases, score, folder / name, progress)
             if not (folder / name / CURVES).is_file():
                 notes.append(f"{run.text} keeps no metrics.jsonl: no curves")
-        notes += _draw_side_by_side(list(shown.values()), gallery, folder, progress)
+        notes += _draw_side_by_side(list(models_by_folder.values()), gallery, folder, progress)
         header = {"data": public(gallery.split.data), "split": gallery.split.split, "banner": gallery.above}
-        content = {**header, "runs": summary_json(shown)}
+        content = {**header, "runs": summary_json(models_by_folder)}
         (folder / SUMMARY).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return notes
 
@@ -109,7 +117,7 @@ def _earlier(out: Path, runs: Iterable[str]) -> Iterator[Path]:
 
 
 def score_run(run: Entry, name: str, split: Split, judging: EvalSettings, progress: Progress) -> Shown:
-    """Open a run, and score every labelled image with it. `name` is its name in pictures.
+    """Load a run and score every labelled image of a split with it. `name` is its name in pictures.
 
     Raises: as `Entry.load`; ModelError if memory is too small.
     """

@@ -24,16 +24,21 @@ Table = tuple[str, tuple[str, ...], tuple[tuple[str, ...], ...]]
 
 @dataclass(frozen=True)
 class TeacherAudit:
-    """The result of `inspect --teacher-report`. For a teacher of depth only, all fields about classes are empty.
+    """The audit of a teacher (`inspect --teacher-report`). Without classes, all fields about classes are empty.
 
     Attributes:
-        tables: tables of numeric heads, such as depth.
-        ece: expected calibration error, or NaN without labels.
+        path: the file `report.json`.
+        images, labelled: the number of images, and of those with a label.
+        class_names: names of the classes.
+        ece: expected calibration error, 0 to 1, or NaN without labels.
         bins: (low, high, share, confidence, accuracy) of pixels by confidence.
-        sure, right: per predicted class, the mean confidence of its pixels, and the share of them that is right.
+        sure: for each predicted class, the mean confidence of its pixels.
+        right: for each predicted class, the share of its pixels that is correct.
         confused: (label, prediction, share of the label's pixels, pixels), the largest share first.
-        kept: (threshold, share of pixels kept, share of kept pixels that is right, their mIoU) of pseudo labels.
+        kept: for each threshold on pseudo labels: (threshold, share of pixels kept, share of these correct, their
+            mIoU).
         miou: the teacher's mIoU, or NaN without labels.
+        tables: tables of numeric heads, such as depth.
     """
 
     path: Path
@@ -50,7 +55,7 @@ class TeacherAudit:
     tables: tuple[Table, ...] = ()
 
     def check_classes(self, names: tuple[str, ...]) -> None:
-        """Check the audit's classes, if both it and the data have classes. Raises: MismatchError."""
+        """Check that the audit has the classes `names`, if both have classes. Raises: MismatchError."""
         if names and self.class_names and names != self.class_names:
             raise MismatchError(
                 f"{self.path} has other classes ({', '.join(self.class_names)}) than the data ({', '.join(names)})",
@@ -59,7 +64,7 @@ class TeacherAudit:
 
 
 def read_audit(path: Path) -> TeacherAudit:
-    """Read an audit from its `report.json`. Raises: RecipeError for another kind of file."""
+    """Read an audit from its file `report.json`. Raises: RecipeError for another kind of file."""
     try:
         return _parse(path, parse_json(read_bytes(path)))
     except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError) as error:
@@ -80,7 +85,7 @@ def _failure(path: Path, error: Exception) -> str:
 
 
 def show_audit(audit: TeacherAudit) -> Markup:
-    """Render how sure the teacher is, how often it is right, what it confuses, and what thresholds keep."""
+    """Return the HTML of an audit: how sure the teacher is, how often it is right, and what it confuses."""
     if not audit.bins:
         return render("audit.html", audit=audit)
     gap = sum(share * (sure - right) for _, _, share, sure, right in audit.bins if share)

@@ -21,16 +21,17 @@ SAMPLES = 3
 
 @dataclass(frozen=True)
 class ReportOptions:
-    """The comparison and the other contents of a page.
+    """What a report page contains, in addition to the comparison.
 
     Attributes:
+        compare: how runs are compared.
         title: title of the page. None makes one from the data's name.
-        samples: number of best and worst images. 0 shows none.
-        audits: `report.json` of the teachers' audits (inspect --teacher-report), one for each cache.
-        drawing: a folder for pictures of each row's first run, which the page mentions. None draws none.
+        samples: number of best and of worst images. 0 shows none.
+        audits: files `report.json` of the teachers' audits (inspect --teacher-report), one for each cache.
+        drawing: pictures to draw into a folder, which the page mentions. None draws none.
         figure: a PNG with its own section, such as the curve of a sweep, or None.
-        command: the command that the user typed.
-        size_of_cache: returns the size of the cache at a place, or None.
+        command: the command that the user typed, or None.
+        size_of_cache: function that returns the size of the cache at a path, or None.
     """
 
     compare: CompareOptions = field(default_factory=CompareOptions)
@@ -51,11 +52,16 @@ def make_report(
     options: ReportOptions | None = None,
     progress: Progress | None = None,
 ) -> Comparison:
-    """Compare runs, draw their best and worst images, and write the page. Return the comparison.
+    """Compare runs, draw their best and worst images, and write the report page. Return the comparison.
 
-    The default `data` and `split` are the ones that the recipes validate on. `out` is an .html file, which is replaced.
-
-    Raises: RecipeError for invalid files and runs; MismatchError for other classes or data.
+    Args:
+        runs: run folders, folders that hold runs, or SPEC@FILE.
+        data: the data set. None takes the validation data of the recipes.
+        split: its split. None takes the validation split of the recipes.
+        out: the .html file, which is replaced.
+        options: what the page contains. None takes the defaults.
+        progress: called with (what is done, units done, units in total).
+    Raises: RecipeError for invalid files and runs. MismatchError for other classes or data.
     """
     options = options or ReportOptions()
     report = progress or (lambda what, done, total: None)
@@ -75,7 +81,7 @@ def make_report(
         source = open_split(comparison.data, comparison.split)
         one_judging, _ = one_range(judging, everything, source)
         first = score_first_runs(comparison, everything, source, one_judging, report)
-        matrices = [(place, shown.scores.confusion) for place, _, shown in first.models]
+        matrices = [(place, model.scores.confusion) for place, _, model in first.models]
         if options.samples:
             samples = choose_samples(comparison, first, options.samples, report)
         if options.drawing is not None:
@@ -108,12 +114,12 @@ def _draw(
     gallery = Gallery(
         first.split,
         above=comparison.banner,
-        teacher=next((shown for place, _, shown in first.models if rows[place].teacher), None),
+        teacher=next((model for place, _, model in first.models if rows[place].teacher), None),
         baseline=_baseline(comparison, first, baseline),
         layout=drawing.layout,
         formats=drawing.formats,
     )
-    models = [(run, shown) for place, run, shown in first.models if not rows[place].teacher]
+    models = [(run, model) for place, run, model in first.models if not rows[place].teacher]
     return draw(drawing, models, gallery, progress)
 
 
@@ -124,4 +130,4 @@ def _baseline(comparison: Comparison, first: FirstRuns, named: str | None) -> Sh
         row = comparison.rows[place]
         return {row.name, run.name, *(score.run for score in row.runs)}
 
-    return next((shown for place, run, shown in first.models if named in names(place, run)), None)
+    return next((model for place, run, model in first.models if named in names(place, run)), None)

@@ -21,7 +21,13 @@ Points = Sequence[tuple[float, float]]
 
 @dataclass(frozen=True)
 class Line:
-    """One line: its `name`, and the CSS class that gives its colour."""
+    """One line of a chart.
+
+    Attributes:
+        name: its name in the legend.
+        style: the CSS class that gives its colour.
+        points: its points (step, value).
+    """
 
     name: str
     style: str
@@ -45,9 +51,14 @@ class _Frame:
 
 
 def line_chart(title: str, lines: Sequence[Line], x_name: str, unit: str = "", digits: int = 2) -> Markup:
-    """Return a chart of some lines. Its attributes hold the values that the pointer shows.
+    """Return a line chart as SVG in HTML. The page shows values under the mouse pointer.
 
-    `unit` is written at the axis and after values. `digits` applies to values that the pointer shows.
+    Args:
+        title: the title.
+        lines: the lines. Lines without points are left out.
+        x_name: the name of the horizontal axis.
+        unit: text after values, such as "%".
+        digits: decimals of the values under the pointer.
     """
     drawn = [Line(line.name, line.style, thin(line.points)) for line in lines if line.points]
     if not drawn:
@@ -74,7 +85,7 @@ def line_chart(title: str, lines: Sequence[Line], x_name: str, unit: str = "", d
 
 
 def thin(points: Points) -> list[tuple[float, float]]:
-    """Return at most 240 points: a longer line as means over equal parts, each at its last step."""
+    """Return at most 240 points of a curve. A longer curve is averaged over equal parts, each at its last step."""
     if len(points) <= _MOST_POINTS:
         return list(points)
     size = math.ceil(len(points) / _MOST_POINTS)
@@ -94,7 +105,7 @@ def _frame(lines: Sequence[Line]) -> _Frame:
 
 
 def tick_text(value: float) -> str:
-    """Return 40000 as 40k, with a real minus sign."""
+    """Return a number as the text of a tick: 40000 becomes "40k". Negative numbers have a typographic minus sign."""
     text = f"{value / 1000:g}k" if abs(value) >= 10000 else f"{value:g}"
     return text.replace("-", "\N{MINUS SIGN}")
 
@@ -116,7 +127,7 @@ def _alternative(title: str, lines: Sequence[Line], unit: str, digits: int) -> s
 
 
 def ticks(low: float, high: float, most: int) -> list[float]:
-    """Return at most `most` round numbers between two ends."""
+    """Return at most `most` round numbers from `low` to `high`."""
     span = high - low
     if not math.isfinite(span) or span <= 0:
         return [low]

@@ -15,9 +15,9 @@ MOST = 24
 
 
 def confusions(comparison: Comparison, matrices: Sequence[tuple[int, ConfusionMatrix]]) -> Markup | None:
-    """Return the section with one table per row, the best row first and open, or None without labels of classes.
+    """Return the section of confusion matrices, the best row first, or None if there are no counts.
 
-    `matrices` are pairs: a row's place in the comparison, and the counts of its first run.
+    `matrices` has pairs of an index into `comparison.rows` and the confusion matrix of that row's first run.
     """
     rows = comparison.rows
     known = [(place, matrix) for place, matrix in matrices if int(matrix.counts.sum())]

@@ -37,11 +37,14 @@ SUFFIXES = (".html", ".htm")
 
 
 def write_report(comparison: Comparison, runs: Sequence[Entry], out: str | Path, **contents: Any) -> Path:
-    """Write the page, completely or not at all, and return its path.
+    """Write the report page, completely or not at all. Return its path.
 
-    `out` is an .html file, which is replaced. `contents` are arguments of `page`.
-
-    Raises: RecipeError for another kind of file, and for an invalid log of a run.
+    Args:
+        comparison: what to show.
+        runs: the compared runs.
+        out: the .html file, which is replaced.
+        contents: keyword arguments of `page`.
+    Raises: RecipeError for another kind of file, or an invalid log of a run.
     """
     path = check_out(Path(out))
     content = page(comparison, runs, **contents)
@@ -51,7 +54,7 @@ def write_report(comparison: Comparison, runs: Sequence[Entry], out: str | Path,
 
 
 def check_out(out: Path) -> Path:
-    """Check the path of a page. Raises: RecipeError for a path that does not name a page."""
+    """Return the path of a page. Raises: RecipeError if it is a folder or does not end with .html."""
     if out.suffix.lower() in SUFFIXES and not out.is_dir():
         return out
     raise RecipeError(

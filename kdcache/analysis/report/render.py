@@ -18,7 +18,7 @@ _JSON: dict[str, Any] = {"allow_nan": False, "separators": (",", ":")}
 
 
 def render(template: str, **values: Any) -> Markup:
-    """Return a template filled with these values. All values except Markup are escaped."""
+    """Return an HTML template of this package, filled with `values`. All values except Markup are escaped."""
     return Markup(_environment().get_template(template).render(values))
 
 
@@ -39,40 +39,40 @@ def _environment() -> Environment:
 
 
 def as_json(value: Any) -> Markup:
-    """Return a value as JSON for use within the page."""
+    """Return a value as JSON that can stand in an HTML page."""
     return htmlsafe_json_dumps(value, **_JSON)
 
 
 def css_colour(colour: tuple[int, int, int]) -> str:
-    """Return a class colour (r, g, b) as CSS."""
+    """Return an RGB colour (0 to 255) as CSS: "rgb(128 64 128)"."""
     return "rgb({} {} {})".format(*colour)
 
 
 def data_uri(content: bytes, kind: str) -> str:
-    """Return a file as a data URI for the page. `kind` is its media type, such as image/png."""
+    """Return the content of a file as a data URI. `kind` is its media type, such as "image/png"."""
     return f"data:{kind};base64,{base64.b64encode(content).decode('ascii')}"
 
 
 def firm(text: str) -> str:
-    """Join a number and its percent sign so they stay on one line."""
+    """Return a text with no-break spaces before percent signs, so a number and its sign stay on one line."""
     return text.replace(" %", "\N{NO-BREAK SPACE}%")
 
 
 def number(value: float, digits: int = 2) -> str:
-    """Return a number as text for attributes of drawings: few digits, and no exponent."""
+    """Return a number as text with at most `digits` decimals and without an exponent. NaN and infinity become "0"."""
     return f"{value:.{digits}f}".rstrip("0").rstrip(".") if math.isfinite(value) else "0"
 
 
 def points(value: float, digits: int = 2) -> str:
-    """Return a difference of fractions in points, signed, with a real minus sign."""
+    """Return a difference of fractions as text in points with its sign: 0.012 becomes "+1.20". NaN becomes "-"."""
     return "-" if math.isnan(value) else f"{100 * value:+.{digits}f}".replace("-", "\N{MINUS SIGN}")
 
 
 def quoted(name: str) -> str:
-    """Return a row's name in quotes for use in a sentence, because it may contain commas."""
+    """Return a row's name in quotation marks, because it may contain commas."""
     return f"\N{LEFT DOUBLE QUOTATION MARK}{name}\N{RIGHT DOUBLE QUOTATION MARK}"
 
 
 def row_class(row: Row, place: int) -> str:
-    """Return the CSS class that colours a row in all drawings."""
+    """Return the CSS class with a row's colour. `place` is the row's index in the comparison."""
     return "row-teacher" if row.teacher else f"row-{place % 8}"

@@ -33,12 +33,14 @@ _LABELS_READ = 50
 
 @dataclass(frozen=True)
 class RowPrediction:
-    """The prediction of a row's first run for an image: PNGs of its classes and of its errors.
+    """The prediction of a row's first run for an image.
 
     Attributes:
-        place: place of the row in the comparison.
-        miou: mIoU of this image. iou: per class, NaN if the class is not in the image.
-        classes, wrong: None for a row that is not judged in segmentation, and for an image without a label of it.
+        place: the row's index in `Comparison.rows`.
+        miou: mIoU of this image, 0 to 1.
+        iou: the IoU of each class, NaN if the class is not in the image.
+        classes: a PNG of the predicted classes, or None if segmentation cannot be evaluated on this image.
+        wrong: a PNG of the wrong pixels, or None in the same case.
     """
 
     place: int
@@ -50,16 +52,19 @@ class RowPrediction:
 
 @dataclass(frozen=True)
 class Sample:
-    """An image of the page.
+    """An image on the report page.
 
     Attributes:
-        why: `best 1`, `worst 2`, or the class that it illustrates.
-        score: mIoU or rmse, which ranks the images.
-        mean: the score of this image, as the mean over the rows without the teacher.
-        size: (H, W) on the page.
-        present: classes in its label, the largest first.
-        image: JPEG. label: PNG, or None for an image without a segmentation label.
-        maps: (title, JPEG) of the labels of further tasks, and of each row's answer and error, such as depth in metres.
+        sample: its id.
+        why: why it is shown: "best 1", "worst 2", or "for" and the name of a class.
+        score: the score that ranks the images, mIoU or rmse.
+        mean: this image's score, as the mean over all rows except the teacher's.
+        size: (H, W) on the page, in pixels.
+        present: ids of the classes in its label, the largest first.
+        image: the image as JPEG.
+        label: the segmentation label as PNG, or None.
+        predictions: the prediction of each row.
+        maps: pairs (title, JPEG) for further tasks such as depth: the label, predictions and errors.
     """
 
     sample: str
@@ -76,11 +81,11 @@ class Sample:
 
 @dataclass(frozen=True)
 class FirstRuns:
-    """The first runs of the rows of a comparison, which have scored every image.
+    """The first run of each row of a comparison, with its scores for every image.
 
     Attributes:
-        split: the images. With `own_fold` they are the fold that the first run left out.
-        models: (place of the row in the comparison, run, model).
+        split: the images. With `own_fold`, they are the fold that the first run left out.
+        models: for each row: its index in `Comparison.rows`, the run, and the model with its scores.
     """
 
     split: Split
@@ -90,11 +95,14 @@ class FirstRuns:
 def score_first_runs(
     comparison: Comparison, runs: Sequence[Entry], split: Split, judging: EvalSettings, progress: Progress
 ) -> FirstRuns:
-    """Score every image of the comparison's `split` with the first run of each row.
+    """Score every image of a split with the first run of each row.
 
-    `runs` are all runs of the comparison. `judging` is how the comparison was judged, with one range for depth.
-
-    Returns: the first runs and their scores.
+    Args:
+        comparison: the comparison.
+        runs: all compared runs.
+        split: the split of the comparison.
+        judging: how the comparison evaluated the runs.
+        progress: called with (what is done, units done, units in total).
     """
     first_runs = _first_runs(comparison, runs)
     fold = next((run.fold for row, run in first_runs if not row.teacher), None) if comparison.own_fold else None
@@ -115,33 +123,33 @@ def score_first_runs(
 
 
 def choose_samples(comparison: Comparison, first: FirstRuns, count: int, progress: Progress) -> tuple[Sample, ...]:
-    """Return the best and the worst images by the mean score of all rows, then an image for each class not yet shown.
+    """Return the images to show: the best and the worst, then an image for each class that is not yet shown.
 
-    If none of them has a label of another task that all rows predict, the best and the worst images in that task
-    follow. There are `count` best images, `count` worst, and at most `count` for classes.
+    Images are ranked by the mean score of all rows. There are `count` best, `count` worst, and at most `count` for
+    classes. If none of them has a label of another task that all rows predict, its best and worst images follow.
 
-    Returns: () if some rows have only classes and others only depth, so they share no score.
+    Returns: () if some rows have only classes and others only depth, so they do not share a score.
     """
-    split, models = first.split, [(place, shown) for place, _, shown in first.models]
-    contestants = [shown for place, shown in models if not comparison.rows[place].teacher]
-    score = shared_score([shown.scores for shown in contestants])
+    split, models = first.split, [(place, model) for place, _, model in first.models]
+    contestants = [model for place, model in models if not comparison.rows[place].teacher]
+    score = shared_score([model.scores for model in contestants])
     if score is None:
         return ()
-    chosen = _extremes(contestants, score, count)
+    picked = _extremes(contestants, score, count)
     if score == MIOU:
-        means = dict(ranked([shown.scores for shown in contestants], score))
-        for position, name in _for_classes(contestants[0], split, means, [position for position, _ in chosen], count):
-            chosen.append((position, (name, score, means[position])))
-        numbers = [contestants[0].scores.images[position].number for position, _ in chosen]
+        means = dict(ranked([model.scores for model in contestants], score))
+        for position, name in _for_classes(contestants[0], split, means, [position for position, _ in picked], count):
+            picked.append((position, (name, score, means[position])))
+        numbers = [contestants[0].scores.images[position].number for position, _ in picked]
         for task in FURTHER:
-            judged = all(task in shown.scores.tasks for shown in contestants)
+            judged = all(task in model.scores.tasks for model in contestants)
             if judged and not any(split.has_label(number, task) for number in numbers):
-                chosen += _extremes(contestants, Score(task), count, f" in {task}")
+                picked += _extremes(contestants, Score(task), count, f" in {task}")
     samples = []
     with memory_errors(models[0][1].device, 1):
-        for done, (position, why) in enumerate(chosen, 1):
+        for done, (position, why) in enumerate(picked, 1):
             samples.append(_sample(models, comparison, split, position, why))
-            progress("drawing images", done, len(chosen))
+            progress("drawing images", done, len(picked))
     return tuple(samples)
 
 
@@ -149,7 +157,7 @@ def _extremes(
     contestants: Sequence[Shown], score: Score, count: int, of: str = ""
 ) -> list[tuple[int, tuple[str, Score, float]]]:
     """Return (position, why it is shown) of the best and the worst images by the mean of a score."""
-    ranking = ranked([shown.scores for shown in contestants], score)
+    ranking = ranked([model.scores for model in contestants], score)
     best, worst = best_and_worst(ranking, count, count)
     means = dict(ranking)
     return [
@@ -160,14 +168,17 @@ def _extremes(
 
 
 def encode_image(pixels_HW3: Array, size: tuple[int, int]) -> bytes:
-    """Return pixels as a JPEG of this size (H, W)."""
+    """Return an image, uint8 (H, W, 3), as the bytes of a JPEG, resized to `size` (H, W)."""
     height, width = size
     small = Image.fromarray(pixels_HW3).resize((width, height), Image.Resampling.LANCZOS)
     return _bytes(small, "JPEG", quality=_QUALITY, optimize=True)
 
 
 def encode_classes(ids_HW: Array, colours: Sequence[tuple[int, int, int]], size: tuple[int, int]) -> bytes:
-    """Return class ids as a PNG whose palette has the class colours. Resizing never mixes classes."""
+    """Return class ids (H, W) as the bytes of a PNG with the class colours, resized to `size` (H, W).
+
+    Resizing takes the nearest pixel, so it never mixes classes.
+    """
     palette = np.full((256, 3), VOID_RGB, np.uint8)
     palette[: len(colours)] = colours
     picture = _nearest(ids_HW, size)
@@ -178,7 +189,10 @@ def encode_classes(ids_HW: Array, colours: Sequence[tuple[int, int, int]], size:
 def encode_wrong(
     label_HW: Array, predicted_HW: Array, colours: Sequence[tuple[int, int, int]], size: tuple[int, int]
 ) -> bytes:
-    """Return a PNG, transparent except for wrong predictions on labelled pixels, in a red that no class has."""
+    """Return the bytes of a PNG of wrong pixels in red on a transparent ground, resized to `size` (H, W).
+
+    Void pixels are transparent. The red differs from all class colours.
+    """
     wrong = ((label_HW != predicted_HW) & (label_HW != IGNORE_INDEX)).astype(np.uint8)
     picture = _nearest(wrong, size)
     picture.putpalette(bytes([0, 0, 0, *error_colour(colours)]))
@@ -186,7 +200,7 @@ def encode_wrong(
 
 
 def shown_size(height: int, width: int) -> tuple[int, int]:
-    """Return the size (H, W) of a picture: at most 640 pixels at the longer side, never enlarged."""
+    """Return the size (H, W) of an image on the page: at most 640 pixels at the longer side, never enlarged."""
     factor = min(1.0, MOST_PIXELS / max(height, width))
     return max(1, round(factor * height)), max(1, round(factor * width))
 
@@ -202,22 +216,22 @@ def _of_fold(row: Row, runs: Sequence[Entry], fold: str) -> Entry | None:
 
 
 def _for_classes(
-    shown: Shown, split: Split, means: dict[int, float], taken: Sequence[int], most: int
+    model: Shown, split: Split, means: dict[int, float], taken: Sequence[int], most: int
 ) -> list[tuple[int, str]]:
     """Return images for classes that no image so far has in its label: the one with the best IoU for each."""
-    images = shown.scores.images
-    seen = {place for position in taken for place in _present(split, images[position].number)}
+    images = model.scores.images
+    covered = {place for position in taken for place in _present(split, images[position].number)}
     positions: list[tuple[int, str]] = []
     for place, name in enumerate(split.classes.names):
         having = [position for position in means if not math.isnan(images[position].iou[place])]
         # The class may be in their predictions alone; a rare class is in few labels.
         likely = sorted(having, key=lambda position: -images[position].iou[place])[:_LABELS_READ]
-        if place in seen or len(positions) == most:
+        if place in covered or len(positions) == most:
             continue
         for position in likely:
             if place in (present := _present(split, images[position].number)):
                 positions.append((position, f"for {name}"))
-                seen |= set(present)
+                covered |= set(present)
                 break
     return positions
 
@@ -241,12 +255,12 @@ def _sample(
     size = shown_size(*pixels.shape[:2])
     colours = split.classes.colours
     predictions, answers = list[RowPrediction](), list[tuple[str, Predicted]]()
-    for place, shown in models:
-        own, score = shown.predict(split, first.number), shown.scores.images[position]
-        answers.append((comparison.rows[place].name, own))
+    for place, model in models:
+        predicted, score = model.predict(split, first.number), model.scores.images[position]
+        answers.append((comparison.rows[place].name, predicted))
         classes = wrong = None
-        if SEGMENTATION in own.answers and label is not None:
-            argmax = own.argmax.numpy()
+        if SEGMENTATION in predicted.answers and label is not None:
+            argmax = predicted.argmax.numpy()
             classes, wrong = encode_classes(argmax, colours, size), encode_wrong(label, argmax, colours, size)
         predictions.append(RowPrediction(place, score.miou, score.iou, classes, wrong))
     return Sample(
@@ -266,8 +280,8 @@ def _maps(
 ) -> Iterator[tuple[str, bytes]]:
     """Yield the label of a task and each row's answer and error as JPEGs, at one scale for maps and one for errors."""
     view = VIEWS[task]
-    maps = {name: own.answers[task].numpy() for name, own in answers if task in own.answers}
-    label = next((own.labels[task].numpy() for _, own in answers if task in own.labels), None)
+    maps = {name: predicted.answers[task].numpy() for name, predicted in answers if task in predicted.answers}
+    label = next((predicted.labels[task].numpy() for _, predicted in answers if task in predicted.labels), None)
     scale = view.scale(maps.values() if label is None else [*maps.values(), label])
     worst = view.error_scale([] if label is None else [(answer, label) for answer in maps.values()])
     if label is not None and maps:
@@ -280,15 +294,15 @@ def _maps(
 
 
 def encode_map(picture: Picture, size: tuple[int, int]) -> bytes:
-    """Return a picture of a task as a JPEG, with a bar below if it has one."""
+    """Return a picture as the bytes of a JPEG, resized to `size` (H, W). A depth map has its colour bar below."""
     return encode_depth(picture, size) if isinstance(picture, DepthMap) else encode_image(picture, size)
 
 
 def encode_depth(depth: DepthMap, size: tuple[int, int]) -> bytes:
-    """Return depths or depth errors as a JPEG with a colour bar below. Resizing takes the nearest pixel."""
+    """Return a depth map as the bytes of a JPEG, resized to `size` (H, W), with its colour bar below."""
     factor = math.ceil(depth.bar(size[1]).width / size[1])
-    shown = factor * size[1], factor * size[0]
-    small = Image.fromarray(depth.values.astype(np.float32)).resize(shown, Image.Resampling.NEAREST)
+    enlarged = factor * size[1], factor * size[0]
+    small = Image.fromarray(depth.values.astype(np.float32)).resize(enlarged, Image.Resampling.NEAREST)
     return _bytes(replace(depth, values=np.asarray(small)).picture(), "JPEG", quality=_QUALITY, optimize=True)
 
 

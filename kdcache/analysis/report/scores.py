@@ -19,14 +19,15 @@ from kdcache.tasks import SEGMENTATION
 
 @dataclass(frozen=True)
 class Cell:
-    """A number of a row.
+    """A number in a table of rows.
 
     Attributes:
-        value: the sort key of the column. NaN is unknown, and stays last.
-        small: its spread, in small print after the text.
-        gap: the difference whose verdict is shown after the number.
-        less: whether less is better, for the value and the gap.
-        best: whether it is the best of its column.
+        value: the number, by which the column is sorted. NaN is unknown and stays last.
+        text: the number as text.
+        small: its standard deviation as text, in small print after the number.
+        gap: the difference whose verdict follows the number, or None.
+        less: whether smaller values are better.
+        best: whether it is the best value of its column.
     """
 
     value: float
@@ -38,13 +39,20 @@ class Cell:
 
     @property
     def sort(self) -> str | None:
-        """The sort key as text for the page, or None if it is unknown."""
+        """The value as text for sorting in the page, or None for NaN."""
         return None if math.isnan(self.value) else number(self.value, 9)
 
 
 @dataclass(frozen=True)
 class Column:
-    """A column: its header, the explanation on hover, and whether to mark the best value."""
+    """A column in a table of rows.
+
+    Attributes:
+        name: its header.
+        explanation: text under the mouse pointer.
+        cell: function that returns a row's cell.
+        ranked: whether to mark the best value.
+    """
 
     name: str
     explanation: str
@@ -53,7 +61,7 @@ class Column:
 
 
 def scores(comparison: Comparison) -> Markup:
-    """Return the section of the two tables and their explanations."""
+    """Return the section with the table of scores, the tables of differences, and their explanations."""
     tables = [(view.title, *difference_table(comparison, task)) for task, view in VIEWS.items()]
     return render(
         "scores.html",
@@ -71,7 +79,7 @@ def _with_minus(rows: Sequence[Sequence[str]]) -> list[list[str]]:
 
 
 def class_scores(comparison: Comparison) -> dict[str, Any]:
-    """Return the table with one column for each class's IoU."""
+    """Return the table with one column for the IoU of each class, as the values that the page's template takes."""
     columns = [
         Column(name, f"IoU of {name}, %", _iou(place), ranked=True) for place, name in enumerate(comparison.class_names)
     ]
@@ -80,13 +88,16 @@ def class_scores(comparison: Comparison) -> dict[str, Any]:
 
 
 def sortable(comparison: Comparison, columns: Sequence[Column]) -> dict[str, Any]:
-    """Return the header and the bodies (contestants, teachers) of a table with sortable columns."""
+    """Return a sortable table of all rows, as the values that the page's template takes.
+
+    "header" has pairs of title and explanation. "bodies" has the cells of each row, with the teacher's rows apart.
+    """
     lines = [(place, row, [column.cell(row) for column in columns]) for place, row in enumerate(comparison.rows)]
     for number_of_column, column in enumerate(columns):
-        own = [cells[number_of_column] for _, row, cells in lines if not row.teacher]
-        values = {cell.value for cell in own}
+        contestants = [cells[number_of_column] for _, row, cells in lines if not row.teacher]
+        values = {cell.value for cell in contestants}
         known = [value for value in values if not math.isnan(value)]
-        top = (min if any(cell.less for cell in own) else max)(known, default=math.nan)
+        top = (min if any(cell.less for cell in contestants) else max)(known, default=math.nan)
         # Where all are equal none is best.
         ranked = column.ranked and sum(not math.isnan(value) for value in values) > 1
         for _, row, cells in lines:
@@ -143,7 +154,7 @@ def _figure(task: str, name: str) -> Callable[[Row], Cell]:
 
 
 def signed(gap: float, task: str) -> str:
-    """Return a difference in points or metres, with a real minus sign."""
+    """Return a difference of a task's scores as text with its sign, in points or metres."""
     return "-" if math.isnan(gap) else VIEWS[task].gap_text(gap).replace("-", "\N{MINUS SIGN}")
 
 

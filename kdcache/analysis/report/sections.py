@@ -28,7 +28,7 @@ _SHOWN = 24
 
 
 def classes(comparison: Comparison) -> Markup:
-    """Return the section of IoU bars per class, whose order the reader chooses, and the same as a table."""
+    """Return the section of IoU bars for each class, in an order that the reader chooses, and the same as a table."""
     gaps = [gap for row in comparison.contestants for gap in row.class_differences]
     return render(
         "classes.html",
@@ -77,7 +77,13 @@ NO_SHARED_IMAGE = (
 
 
 def pictures(comparison: Comparison, samples: Sequence[Sample] | None, folder: Path | None) -> Markup | None:
-    """Return the section of the images, or None if none were requested (`samples` is None) and none exist."""
+    """Return the section of images, or None if the user wants no images and no folder of pictures.
+
+    Args:
+        comparison: the comparison.
+        samples: the images, or None if the user wants none.
+        folder: a folder of further pictures to mention, or None.
+    """
     if folder is None and samples is None:
         return None
     why_none = NO_SHARED_IMAGE if samples is not None else ""
@@ -129,14 +135,14 @@ def teacher(comparison: Comparison, audit: TeacherAudit | None) -> Markup | None
 
 
 def strongest_baseline(comparison: Comparison) -> Row | None:
-    """Return the row with the highest mIoU of those trained without a teacher."""
+    """Return the baseline with the highest mIoU, or None if there is no baseline."""
     baselines = [row for row in comparison.contestants if row.baseline and not math.isnan(row.miou.mean)]
     return max(baselines, key=lambda row: row.miou.mean, default=None)
 
 
 def lost_classes(teacher_row: Row, rival: Row) -> list[int]:
-    """Return the classes in which the teacher's IoU is lower by more than 0.00 points, the largest loss first."""
-    gaps = [theirs.mean - own.mean for own, theirs in zip(teacher_row.iou, rival.iou, strict=True)]
+    """Return the ids of the classes in which the teacher's IoU is lower than another row's, the largest loss first."""
+    gaps = [theirs.mean - taught.mean for taught, theirs in zip(teacher_row.iou, rival.iou, strict=True)]
     lost = [place for place, gap in enumerate(gaps) if gap > 5e-5]
     return sorted(lost, key=lambda place: -gaps[place])
 
@@ -168,7 +174,10 @@ _MACHINE = {"platform": "system", "python": "Python", "cpus": "CPUs", "threads":
 
 
 def recipes(comparison: Comparison, runs: Mapping[str, Entry], command: str | None) -> Markup:
-    """Return the section with each row's recipe."""
+    """Return the section with the recipe of each row, and the command that the user typed.
+
+    `runs` are the compared runs by name.
+    """
     return render(
         "recipes.html",
         command=command,
@@ -179,7 +188,7 @@ def recipes(comparison: Comparison, runs: Mapping[str, Entry], command: str | No
 
 
 def again(entry: Entry) -> str | None:
-    """Return the command that repeats a training, or None without a recipe."""
+    """Return the command that repeats a run's training, or None if it does not have a recipe."""
     verb = entry.settings.get("verb")
     if entry.run is None or verb not in VERBS:
         return None
@@ -202,7 +211,7 @@ def _row(row: Row, runs: Mapping[str, Entry], tasks: Sequence[str]) -> dict[str,
 
 
 def streams(settings: Mapping[str, Any]) -> list[list[str]]:
-    """Return name, source, batch share in percent, rows and weight of each stream of a recipe."""
+    """Return texts for each stream of a recipe: name, source, share of the batch in percent, samples, and weight."""
     tables, batch = settings.get("stream") or [], settings.get("batch-size")
     if not tables or not isinstance(batch, int):
         return []
@@ -210,8 +219,8 @@ def streams(settings: Mapping[str, Any]) -> list[list[str]]:
     rows = rows_of(shares, batch, 1 if settings.get("mix") is None else 2)
     sources = [source_of(table) or source_of(settings) or "-" for table in tables]
     return [
-        [table["name"], source, percent(share), str(own), f"{table.get('weight', 1.0):g}"]
-        for table, source, share, own in zip(tables, sources, shares, rows, strict=True)
+        [table["name"], source, percent(share), str(count), f"{table.get('weight', 1.0):g}"]
+        for table, source, share, count in zip(tables, sources, shares, rows, strict=True)
     ]
 
 
@@ -224,7 +233,7 @@ def _run(score: RunScore, entry: Entry | None, tasks: Sequence[str]) -> list[str
 
 
 def setting(value: Any) -> str:
-    """Return a setting as a user would type it."""
+    """Return the value of a setting as a user would type it: None becomes "none"."""
     if value is None or value == []:
         return "none"
     return str(value) if isinstance(value, str | int | float) and not isinstance(value, bool) else json.dumps(value)

@@ -27,7 +27,12 @@ HEADER = (
 
 @dataclass(frozen=True)
 class CacheSize:
-    """What a cache holds: its records, and the bytes of its arrays on the disk."""
+    """The size of a cache.
+
+    Attributes:
+        records: number of records.
+        bytes: size of its arrays on the disk.
+    """
 
     records: int
     bytes: int
@@ -38,13 +43,22 @@ SizeOfCache = Callable[[str], CacheSize | None]
 
 
 def cost(comparison: Comparison, runs: Mapping[str, Entry], size_of: SizeOfCache) -> Markup | None:
-    """Return the section on training time, teacher passes and cache sizes, or None if no training has ended."""
+    """Return the section on training time, teacher passes and cache sizes, or None if no training has ended.
+
+    `runs` are the compared runs by name. `size_of` returns the size of the cache at a path, or None.
+    """
     trained = [(row, place, _runs_of(row, runs)) for place, row in enumerate(comparison.rows)]
-    lines = [_cost_of(row, place, own) for row, place, own in trained if any("seconds" in run.result for run in own)]
+    lines = [
+        _cost_of(row, place, row_runs)
+        for row, place, row_runs in trained
+        if any("seconds" in run.result for run in row_runs)
+    ]
     if not lines:
         return None
-    saved = sum(_shown(run) for row, _, own in trained if row.distilled for run in own)
-    caches = dict.fromkeys(place for row, _, own in trained if row.distilled for run in own for place in _caches(run))
+    saved = sum(_shown(run) for row, _, row_runs in trained if row.distilled for run in row_runs)
+    caches = dict.fromkeys(
+        place for row, _, row_runs in trained if row.distilled for run in row_runs for place in _caches(run)
+    )
     sizes = {place: size for place in caches if (size := size_of(place)) is not None}
     sentences = [
         f"The cache {Path(place).name} holds {size.records:,} records in {size.bytes / 2**20:,.1f} MiB, "
@@ -68,9 +82,9 @@ def _runs_of(row: Row, runs: Mapping[str, Entry]) -> list[Run]:
 def _cost_of(row: Row, place: int, runs: Sequence[Run]) -> dict[str, Any]:
     seconds = statistics.median(run.result["seconds"] for run in runs if "seconds" in run.result)
     minutes, rest = divmod(round(seconds), 60)
-    shown = round(statistics.median(map(_shown, runs)))
+    images = round(statistics.median(map(_shown, runs)))
     time = f"{minutes} min {rest} s" if minutes else f"{rest} s"
-    return {"row": row, "place": place, "time": time, "shown": shown, "saved": shown if row.distilled else 0}
+    return {"row": row, "place": place, "time": time, "shown": images, "saved": images if row.distilled else 0}
 
 
 def _shown(run: Run) -> int:
@@ -85,7 +99,7 @@ def _caches(run: Run) -> list[str]:
 
 
 def stores(audits: Sequence[TeacherAudit]) -> Markup | None:
-    """Return the section on the pseudo labels of every cache, in the audits' order, or None for fewer than two."""
+    """Return the section that compares the pseudo labels of several caches, or None for fewer than two audits."""
     if len(audits) < 2:
         return None
     rows = [

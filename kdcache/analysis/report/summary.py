@@ -23,7 +23,10 @@ Measured = tuple[Row, Difference]
 
 
 def summary(comparison: Comparison, device: str | None) -> Markup:
-    """Return the headline, the drawing of differences, and the facts."""
+    """Return the first section: the headline, a chart of the differences, and facts on the data.
+
+    `device` is the name of the device on which the runs were evaluated, or None.
+    """
     answer, sentence, more = headline(comparison)
     return render(
         "summary.html",
@@ -37,9 +40,9 @@ def summary(comparison: Comparison, device: str | None) -> Markup:
 
 
 def headline(comparison: Comparison) -> tuple[str, str, list[str]]:
-    """Return a word, a sentence and its reservations on all rows that learnt from a teacher and have a baseline.
+    """Return the answer to "did distillation help?": one word, one sentence, and a list of further sentences.
 
-    Controls, and rows of other losses on labels, count only if there are no such rows.
+    It covers the rows that learnt from a teacher and have a baseline. Other rows count only if there are none.
     """
     every = measured(comparison)
     rows = [pair for pair in every if pair[0].distilled] or every
@@ -79,7 +82,7 @@ def _task_sentence(comparison: Comparison, task: str) -> tuple[str, str] | None:
     rows, view = [pair for pair in every if pair[0].distilled] or every, VIEWS[task]
     best, gap = max(rows, key=lambda pair: TASKS[task].best(pair[0].spread(task).mean))
     # Where less is better, the sign that the words go by is turned round.
-    answer = _answer([replace(one, mean=TASKS[task].best(one.mean)) for _, one in rows])
+    answer = _answer([replace(difference, mean=TASKS[task].best(difference.mean)) for _, difference in rows])
     size = view.gap_text(abs(gap.mean)).removeprefix("+")
     words = "as much as" if gap.mean == 0 else f"{size} {view.unit} {'less' if gap.mean < 0 else 'more'} than"
     ends = (
@@ -93,7 +96,7 @@ def _task_sentence(comparison: Comparison, task: str) -> tuple[str, str] | None:
 
 
 def measured(comparison: Comparison, task: str = SEGMENTATION) -> list[Measured]:
-    """Return the contestants with a known difference to a baseline in a task."""
+    """Return the rows whose difference from a baseline is known in a task, each with this difference."""
     gaps = ((row, row.differences(task)[0]) for row in comparison.contestants)
     return [(row, gap) for row, gap in gaps if gap is not None and not math.isnan(gap.mean)]
 
@@ -125,7 +128,7 @@ def _answer(every: Sequence[Difference], of_the_loss: int = 0) -> str:
 
 def _both_collapsed(comparison: Comparison, row: Row, difference: Difference) -> bool:
     """Return whether neither a row nor its baseline has learnt anything: then their distance means nothing."""
-    baselines = [other for other in comparison.rows if other.name == difference.baseline]
+    baselines = [rival for rival in comparison.rows if rival.name == difference.baseline]
     return is_collapsed(row) and all(map(is_collapsed, baselines))
 
 
@@ -159,12 +162,14 @@ def _tally(rows: Sequence[Measured]) -> str:
     comparisons = max(gap.comparisons for gap in every)
     how = f" ({comparisons} comparisons, adjusted by Holm)" if comparisons > 1 else ""
     loss = _of_the_loss(rows)
-    own = f" Of those above, {loss} {'is' if loss == 1 else 'are'} not above {'its' if loss == 1 else 'their'} control."
-    return f"Of {len(every)} rows measured against a baseline: {parts}{how}.{own if loss else ''}"
+    caveat = (
+        f" Of those above, {loss} {'is' if loss == 1 else 'are'} not above {'its' if loss == 1 else 'their'} control."
+    )
+    return f"Of {len(every)} rows measured against a baseline: {parts}{how}.{caveat if loss else ''}"
 
 
 def gap_words(gap: float) -> str:
-    """Return a difference of fractions, as in `1.20 points more than`."""
+    """Return a difference of fractions in words: 0.012 becomes "1.20 points more than"."""
     if is_nothing(gap):
         return "as much as"
     return f"{percent(abs(gap))} points {'more' if gap > 0 else 'less'} than"
@@ -252,7 +257,10 @@ def _teacher(comparison: Comparison, best: Row) -> list[str]:
 
 
 def differences(comparison: Comparison) -> dict[str, Any] | None:
-    """Return each row's difference to its baseline as a dot with its interval, in percent of the width."""
+    """Return a chart of each row's difference from its baseline, as the values that the page's template takes.
+
+    Positions are in percent of the chart's width. None if no difference is known.
+    """
     rows = measured(comparison)
     if not rows:
         return None

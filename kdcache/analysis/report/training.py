@@ -30,14 +30,15 @@ Norms = list[tuple[int, dict[str, float]]]
 
 @dataclass(frozen=True)
 class Training:
-    """The log of one run, with its row of the comparison: runs that differ only in seed and fold.
+    """The log of one run.
 
     Attributes:
-        row: the run's row. place: its index in `Comparison.rows`, which selects the colour.
+        row: the run's row.
+        place: the row's index in `Comparison.rows`, which selects the colour.
         run: the run.
-        curves: the points of loss and validation scores.
+        curves: the curves of losses and validation scores.
         norms: pairs of a step and the gradient norm of each loss term by name.
-        tasks: metric (`loss`, `norm` or `weight`) -> task -> points (step, value).
+        tasks: curves by metric ("loss", "norm" or "weight") and task: metric -> task -> points (step, value).
     """
 
     row: Row
@@ -57,7 +58,10 @@ class Training:
 
 
 def read_trainings(comparison: Comparison, runs: Mapping[str, Entry]) -> list[Training]:
-    """Return the trainings of all runs with a log. Raises: RecipeError for an invalid log."""
+    """Read the logs of all runs of a comparison. Runs without a log are left out.
+
+    `runs` are the compared runs by name. Raises: RecipeError for an invalid log.
+    """
     trainings = []
     for place, row in enumerate(comparison.rows):
         for score in row.runs:
@@ -69,7 +73,7 @@ def read_trainings(comparison: Comparison, runs: Mapping[str, Entry]) -> list[Tr
 
 
 def read_norms(run: Run) -> Norms:
-    """Return (step, norm by term) from a run's log."""
+    """Return the gradient norms in a run's log: pairs of a step and the norm of each loss term by name."""
     norms = []
     for row in run.metrics or ():
         if row["kind"] == "gradients":
@@ -79,19 +83,19 @@ def read_norms(run: Run) -> Norms:
 
 
 def read_tasks(run: Run) -> dict[str, dict[str, Points]]:
-    """Return the points of a run's log by their metric, a key of _OF_TASKS, and by task."""
+    """Return the curves of each task in a run's log: metric ("loss", "norm" or "weight") -> task -> (step, value)."""
     measured: dict[str, dict[str, Points]] = {key: {} for key in _OF_TASKS}
     for row in run.metrics or ():
-        for task, own in row.get("tasks", {}).items() if row["kind"] in ("train", "gradients") else ():
+        for task, values in row.get("tasks", {}).items() if row["kind"] in ("train", "gradients") else ():
             for key in _OF_TASKS:
                 # A gradients line has the losses of its one batch too: those of the train lines are drawn.
-                if own.get(key) is not None and (key == "norm" or row["kind"] == "train"):
-                    measured[key].setdefault(task, []).append((row["step"], float(own[key])))
+                if values.get(key) is not None and (key == "norm" or row["kind"] == "train"):
+                    measured[key].setdefault(task, []).append((row["step"], float(values[key])))
     return measured
 
 
 def curves(trainings: Sequence[Training]) -> Markup | None:
-    """Return the section of the curves, or None if no run has a log."""
+    """Return the section of training curves, or None if no run has a log."""
     if not trainings:
         return None
     parts = dict.fromkeys(name for run in trainings for name in run.curves.losses if name != "loss")
@@ -136,9 +140,9 @@ def curves(trainings: Sequence[Training]) -> Markup | None:
 
 
 def gradients(trainings: Sequence[Training]) -> Markup | None:
-    """Return the section on the terms' gradients relative to cross-entropy's, or None without another term.
+    """Return the section that compares each loss term's gradient norm with cross-entropy's, or None.
 
-    A stream's terms are compared with its own cross-entropy.
+    A stream's terms are compared with the cross-entropy of the same stream. None if no log has norms of other terms.
     """
     terms = [
         _term(training, name)
@@ -172,14 +176,17 @@ def _warning(row: str, name: str, middles: Sequence[float]) -> str | None:
 
 
 def judge(share: float) -> str | None:
-    """Return a comment on a ratio of norms, or None if it is in proportion."""
+    """Return a warning for a loss term whose gradient norm is `share` times cross-entropy's.
+
+    None if the ratio is moderate.
+    """
     if share < LITTLE:
         return "hardly does anything"
     return "dominates the loss" if share > MUCH else None
 
 
 def times(share: float) -> str:
-    """Return 0.0123 as `0.012 times`."""
+    """Return a ratio as text: 0.0123 becomes "0.012 times"."""
     return f"{share:.2g} times" if share < 100 else f"{share:.0f} times"
 
 
