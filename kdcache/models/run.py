@@ -94,7 +94,7 @@ def split_spec(text: str) -> tuple[str, str] | None:
     The ending `,outputs=KIND` becomes a part of SPEC. A spec of a hub model or a checkpoint needs no `@FILE`: it gives
     (SPEC, `default`).
 
-    Raises: ModelError if the weights are missing, or for a spec with an auxiliary head.
+    Raises: ModelError for another spec without `@FILE`, and for a spec with an auxiliary head.
     """
     text, outputs = split_outputs(text)
     if named_weights(text) is not None:
@@ -133,7 +133,7 @@ def open_model(
 
     Args:
         text: a run folder, `RUN@best-ema`, `SPEC@FILE`, or `SPEC@default` for the library's published weights.
-        classes: the data's classes. Without data, a function from the number of classes to classes. A run and an
+        classes: the data's classes. Without data, a function that returns classes for a given number. A run and an
             exported file keep their own, except with a class map.
         size: height and width in pixels of the images in use. None takes the size of the run or the exported file.
         which: the weights of a run, as in `load_run`.

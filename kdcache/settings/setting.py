@@ -44,7 +44,7 @@ class Setting:
 
 
 def setting(default: T, help: str, **shown: Any) -> T:
-    """Return a dataclass field for a setting of a table, with its default and its help.
+    """Return a dataclass field that declares a setting, with its default and its help.
 
     Args:
         default: the default, or REQUIRED.
@@ -91,7 +91,7 @@ class Spelling:
 
 @dataclass(frozen=True)
 class Entry:
-    """A setting of a table, as its dataclass field declares it.
+    """A setting, as a field of a dataclass declares it.
 
     Attributes:
         name: the field's name, such as `batch_size`.
@@ -137,9 +137,9 @@ class Entry:
 
 @cache
 def entries(*tables: type) -> dict[str, Entry]:
-    """Return the settings of tables, in order: name, such as `batch_size` -> entry.
+    """Return the settings that dataclasses declare, in order: name, such as `batch_size` -> entry.
 
-    A table is a dataclass whose fields are made by `setting`. Other fields are left out.
+    `tables` are the dataclasses. Fields that were not made by `setting` are left out.
     """
     found = {}
     for table in tables:
@@ -156,9 +156,9 @@ def entries(*tables: type) -> dict[str, Entry]:
 
 
 def names(*tables: type, panel: str | None) -> tuple[str, ...]:
-    """Return the names of the settings that the help lists under the heading `panel`.
+    """Return the names of the settings that the help lists under the heading `panel`. None is the heading `Options`.
 
-    None is the heading `Options`.
+    `tables` are dataclasses that declare settings.
     """
     return tuple(name for name, entry in entries(*tables).items() if entry.setting.panel == panel)
 

@@ -375,9 +375,7 @@ def parse_term(value: Any) -> LossTerm:
         kind, *options = value.split(",")
         pairs: list[tuple[str, Any]] = [("kind", kind), *map(_option, options)]
     else:
-        pairs = (
-            [(key, entry) for key, entry in value.items() if entry is not None] if isinstance(value, Mapping) else []
-        )
+        pairs = [(key, part) for key, part in value.items() if part is not None] if isinstance(value, Mapping) else []
     named = {str(key).replace("-", "_"): part for key, part in pairs}
     if len(named) < len(pairs):
         raise RecipeError(

@@ -34,7 +34,7 @@ def inspect(
     cache_dir: shared_flags.CacheDir = None,
     cache_bytes: shared_flags.CacheBytes = None,
 ) -> None:
-    """Show the facts of a cache: its source, size, state, compression and top-k mass.
+    """Show a cache's source, size, state, compression, and the probability that top-k keeps.
 
     --teacher-report audits the teacher on whole images at view size. It prints IoU and
     accuracy per class, confusions and calibration. It also shows the pixels that each

@@ -36,7 +36,9 @@ class Universal(Reading):
         return network(x_B3HW, task_inputs=self.task.to(x_B3HW.device).expand(len(x_B3HW), -1))
 
     def heads(self, spec: str, answer: Any) -> dict[str, Tensor]:
-        """Return `segmentation` -> the log of each class's score, float32 (B, C, h, w), at the stride of the masks.
+        """Return the log of each class's score, float32 (B, C, h, w), under the key `segmentation`.
+
+        Its size is the size of the network's masks.
 
         Args:
             spec: the network's name, for messages.
@@ -54,7 +56,7 @@ class Universal(Reading):
         return {SEGMENTATION: torch.einsum("bqc,bqhw->bchw", p_BQC, mask_BQhw).clamp_min(_LEAST).log()}
 
     def kinds(self, spec: str, heads: Mapping[str, Tensor]) -> dict[str, HeadKind]:
-        """Return `segmentation` -> its kind, with the number of classes."""
+        """Return the kind of the head `segmentation`, with the number of classes."""
         return {SEGMENTATION: CategoricalHead(heads[SEGMENTATION].shape[1])}
 
 
@@ -76,12 +78,12 @@ class DepthMap(Reading):
         )
 
     def heads(self, spec: str, answer: Any) -> dict[str, Tensor]:
-        """Return `depth` -> (B, 1, h, w), from the network's return value."""
+        """Return the depth (B, 1, h, w) in the network's return value, under the key `depth`."""
         depth = answer.predicted_depth
         return {DEPTH: depth if depth.ndim == 4 else depth[:, None]}
 
     def kinds(self, spec: str, heads: Mapping[str, Tensor]) -> dict[str, HeadKind]:
-        """Return `depth` -> its kind, in metres or relative."""
+        """Return the kind of the head `depth`: values in metres, or relative ones."""
         return {DEPTH: self.kind}
 
 
@@ -127,7 +129,7 @@ class TimmMaps(Reading):
         super().__init__({})
 
     def call(self, network: Any, x_B3HW: Tensor) -> object:
-        """Return the network's features: `summary` -> pooled (B, c, 1, 1), and `stage1` and so on -> (B, c, h, w)."""
+        """Return the network's features by tap: `summary` is pooled (B, c, 1, 1), the stages are (B, c, h, w)."""
         names = network.forward_intermediates.__code__.co_varnames
         norm = {"norm": True} if "norm" in names else {}
         last, maps = network.forward_intermediates(x_B3HW, output_fmt="NCHW", **norm)

@@ -16,7 +16,7 @@ SUMMARY = "summary"
 
 
 def token_map(tokens_BNc: Tensor, size: tuple[int, int], patch: int | None) -> Tensor | None:
-    """Return a transformer's tokens as a map (B, c, h, w), or None if their number does not fit the image.
+    """Return a transformer's tokens as a feature (B, c, h, w), or None if their number does not fit the image.
 
     Class tokens and register tokens are left out.
 
@@ -35,7 +35,7 @@ def token_map(tokens_BNc: Tensor, size: tuple[int, int], patch: int | None) -> T
 
 
 def as_map(feature: object, size: tuple[int, int], patch: int | None, where: str) -> Tensor:
-    """Return a module's output as a feature (B, c, h, w). It may be a map, or a transformer's tokens (B, N, c).
+    """Return a module's output as a feature (B, c, h, w). Tokens (B, N, c) are arranged as the image's patches.
 
     Args:
         feature: the output.
@@ -67,8 +67,8 @@ def maps_of(answer: Any, size: tuple[int, int], patch: int | None) -> dict[str, 
     """Return the features in a backbone's return value: tap -> (B, c, h, w). The last tap is the most useful.
 
     Args:
-        answer: a map, tokens (B, N, c), a list or a mapping of maps, or an object of transformers with `feature_maps`
-            or `last_hidden_state`. Anything else gives {}.
+        answer: one feature, a list or a mapping of features, tokens (B, N, c), or an object of transformers with
+            `feature_maps` or `last_hidden_state`. Anything else gives {}.
         size: (H, W) of the image.
         patch: the side in pixels of the network's patches, or None.
     """

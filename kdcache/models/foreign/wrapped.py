@@ -25,7 +25,7 @@ class Head(Protocol):
 
     @property
     def size(self) -> tuple[int, int]:
-        """The (h, w) of its stored outputs."""
+        """The (h, w) of the head's stored outputs."""
 
 
 class WrappedModel(SegmentationModel):
@@ -115,8 +115,8 @@ class WrappedModel(SegmentationModel):
     def forward(self, x_B3HW: Tensor, taps: Sequence[str] = ()) -> Outputs:
         """Return the heads' outputs at their native stride, and the features of the given taps.
 
-        `x_B3HW` is normalised float RGB. Raises: ModelError for an unknown tap, or one that gives neither a map nor
-        tokens.
+        `x_B3HW` is normalised float RGB. Raises: ModelError for an unknown tap, or one whose output is neither (B, c,
+        h, w) nor a transformer's tokens (B, N, c).
         """
         self.check_taps(taps)
         hooked = [tap for tap in taps if tap not in self._named]
