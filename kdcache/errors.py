@@ -23,7 +23,7 @@ _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u2
 
 
 def plain_text(text: str) -> str:
-    """Return a string from elsewhere (a name, a path, an error) without terminal commands or text direction marks.
+    """Return a string from elsewhere (a name, a path, an error) without control characters or text direction marks.
 
     Line ends and tabs stay.
     """
@@ -31,7 +31,7 @@ def plain_text(text: str) -> str:
 
 
 def one_line(text: str) -> str:
-    """Return a string on one line and without terminal commands, for names in tables, panels and logs."""
+    """Return a string on one line and without control characters, for names in tables, panels and logs."""
     return plain_text(text).replace("\n", " ").replace("\t", " ")
 
 
@@ -42,7 +42,7 @@ class _PlainLines(logging.Filter):
 
 
 def plain_logger(name: str) -> logging.Logger:
-    """Return the logger `name`, with a filter that makes each message one line without terminal commands."""
+    """Return the logger `name`, with a filter that makes each message one line without control characters."""
     logger = logging.getLogger(name)
     logger.addFilter(_PlainLines(name))
     return logger

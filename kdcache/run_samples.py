@@ -48,9 +48,9 @@ class RunSamples:
             return None
 
     def changes(self, now: "RunSamples") -> Changes:
-        """Return how the training data has changed since this run, or else how the validation data has changed.
+        """Return the changes of the training data since this run, or those of the validation data if there are none.
 
-        `now` describes the data as it is now. Only the first stream with a change is reported.
+        `now` has the digests of today's data. For several streams, the first one with changes is reported.
         """
         classes = class_changes(self.class_names, now.class_names)
         pairs = [*zip(self.streams, now.streams, strict=False), (self.validation, now.validation)]

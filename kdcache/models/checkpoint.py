@@ -34,9 +34,9 @@ HARMLESS: list[Any] = [
     np.dtype,
     *dict.fromkeys(type(np.dtype(kind)) for kind in "?bBhHiIlLqQefd"),
     *(
-        (made.__reduce__()[0], f"numpy.{core}.multiarray.{name}")
+        (value.__reduce__()[0], f"numpy.{core}.multiarray.{name}")
         for core in ("core", "_core")  # before numpy 2, and since
-        for made, name in ((np.zeros(1), "_reconstruct"), (np.float64(1), "scalar"))
+        for value, name in ((np.zeros(1), "_reconstruct"), (np.float64(1), "scalar"))
     ),
     (_HistoryBuffer, "mmengine.logging.history_buffer.HistoryBuffer"),
 ]

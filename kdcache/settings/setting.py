@@ -96,12 +96,12 @@ class Entry:
     Attributes:
         name: the field's name, such as `batch_size`.
         hint: the field's full annotation.
-        type: the type without None and without marks. For choices it is `Literal[...]`.
+        type: the annotation without None and without `Annotated`. For choices it is `Literal[...]`.
         optional: True if the value may be None.
         default: the default, or `dataclasses.MISSING` if the setting is required.
         setting: how the command line shows it.
         spelling: how the value is written as text, or None.
-        marks: all marks in the annotation, such as ranges of annotated-types.
+        marks: all metadata of `Annotated` in the annotation, such as `Ge(0)`.
     """
 
     name: str

@@ -225,7 +225,7 @@ TERMS: dict[str, type[LossTerm]] = {}
 
 
 class FeatureTerm(LossTerm):
-    """A base class of loss terms that compare features of student and teacher."""
+    """A base class of loss terms that compare features of student and teacher, at a tap of each."""
 
     compares = "features"
     stored: ClassVar[tuple[str, str]] = ("features/{}", "--features {}")

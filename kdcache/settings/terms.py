@@ -152,7 +152,7 @@ class Attention(FeatureTerm):
 
 
 class Similarity(FeatureTerm):
-    """The loss term `sp`: it compares which images of a batch have similar features."""
+    """The loss term `sp`: it compares which images of a batch have similar features in student and teacher."""
 
     kind = "sp"
     compares = "similarity"
@@ -161,7 +161,7 @@ class Similarity(FeatureTerm):
 
 
 class TokenSimilarity(FeatureTerm):
-    """The loss term `similarity`: it compares which positions of an image have similar features."""
+    """The loss term `similarity`: it compares which positions of an image have similar features in the two models."""
 
     kind = "similarity"
     compares = "similarity"
@@ -181,7 +181,7 @@ class TokenSimilarity(FeatureTerm):
 
 
 class Queue(FeatureTerm):
-    """The loss term `queue`: it compares which recent images are similar, by taps with one vector per view."""
+    """The loss term `queue`: it compares which recent images an image resembles, by taps with one vector per view."""
 
     kind = "queue"
     compares = "similarity"

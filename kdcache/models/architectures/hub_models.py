@@ -228,8 +228,8 @@ def _network(
     try:
         if not pretrained:
             trust = options["trust_remote_code"]
-            made: nn.Module = kind.from_config(config, trust_remote_code=trust) if _is_auto(kind) else kind(config)
-            return made, []
+            built: nn.Module = kind.from_config(config, trust_remote_code=trust) if _is_auto(kind) else kind(config)
+            return built, []
         network, found = kind.from_pretrained(
             str(folder),
             config=config,

@@ -49,7 +49,7 @@ class Processor:
 
     @classmethod
     def of_all(cls, processors: Iterable[Self]) -> "Processor":
-        """Return what several networks together expect of the images that all of them get."""
+        """Return the combined requirements of several networks that get the same images."""
         first, *others = processors
         fixed = next((processor.fixed_size for processor in (first, *others) if processor.fixed_size is not None), None)
         return replace(
