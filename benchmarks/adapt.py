@@ -1,4 +1,4 @@
-"""What are images without labels worth, and do rounds over stores reach an online teacher? A queue that goes on.
+"""What are images without labels worth, and do rounds over stores reach an online teacher?
 
 Source: procedural scenes in style game. Target: CamVid over the classes that both have (`SHARED`; the rest is void),
 96x128. Two stages, each a recipe of `kdcache sweep` whose commands are run one after the other:
@@ -68,7 +68,7 @@ VOID = 255
 
 
 class Stage:
-    """A recipe with its data, and the processor seconds of its commands."""
+    """A recipe of the study, its data, and the processor seconds of its commands."""
 
     def __init__(self, name: str, camvid: Path, out: Path, *, few: bool = False) -> None:
         self.out = out / name
@@ -85,12 +85,12 @@ class Stage:
                 yield arm, seed, trainings[folders[number] / RESULT]
 
     def before(self, job: Job) -> list[Job]:
-        """Return the jobs that a job needs, directly or not, in an order in which they can be done."""
+        """Return all jobs that a job depends on, in an order in which they can run."""
         needed = [self.jobs[name] for name in job.needs]
         return list({other.name: other for own in needed for other in (*self.before(own), own)}.values())
 
     def do(self, job: Job) -> None:
-        """Run a job that is not done yet."""
+        """Run a job unless it has already run."""
         assert job.done is not None
         if is_done(job):
             return
@@ -103,7 +103,7 @@ class Stage:
         path.write_text(json.dumps(round(time.process_time() - began, 2)))
 
     def seconds(self, job: Job) -> float:
-        """Return processor seconds of a training's steps, or of a whole command that is none."""
+        """Return the processor seconds of a training's steps, or of a whole command that is not a training."""
         assert job.done is not None
         if job.done.name == RESULT:
             return float(Run.open(job.done.parent).result["cpu_seconds"])
@@ -114,7 +114,7 @@ class Stage:
 
 
 class Queue:
-    """The rows of the result file, and the runs that they come from."""
+    """The rows of the result file, and the stages whose runs they come from."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.json: Path = arguments.json
@@ -125,7 +125,7 @@ class Queue:
         self.cost: dict[str, Any] = content.get("cost", {})
 
     def run(self, name: str, stage: Stage) -> None:
-        """Train the arms and add their rows, but for those that are there, until time is up."""
+        """Train the arms of a stage that do not have a row, and add their rows, until the time is up."""
         for arm, seed, job in stage.runs():
             key = {"stage": name, "arm": arm, "seed": seed}
             if (self.only and arm not in self.only) or any(key.items() <= row.items() for row in self.rows):
@@ -146,12 +146,12 @@ class Queue:
 
 
 def kdcache(words: Sequence[str]) -> None:
-    """Run a verb of the command line in this process, since imports alone would take a fifth of its time elsewhere."""
+    """Run a command of kdcache in this process. In a new process, imports alone would take a fifth of the time."""
     VERBS(args=list(words), standalone_mode=False)
 
 
 def made_data(out: Path, stage: str, camvid: Path, streams: list[str], *, few: bool) -> dict[str, str]:
-    """Return the data set of every stream, after making the missing ones."""
+    """Return the data set of every stream by name. Missing data sets are made first."""
     source, target = out / "game", out / stage
     if not (source / "labels" / "val").is_dir():  # which is written last
         write_scenes(source, FEW_SCENES if few else SCENES)
@@ -168,7 +168,8 @@ def made_data(out: Path, stage: str, camvid: Path, streams: list[str], *, few: b
 def write_target(camvid: Path, out: Path, judge: str | None) -> None:
     """Write CamVid's frames at the size of the training, with the classes of the scenes.
 
-    `judge` names a sequence of train that becomes val; with None, val is CamVid's. Train never has frames of `JUDGE`.
+    `judge` names the training sequence that becomes val. None takes CamVid's own val. Train never has frames of
+    `JUDGE`.
     """
     if (out / "classes.txt").exists():
         return
@@ -182,7 +183,10 @@ def write_target(camvid: Path, out: Path, judge: str | None) -> None:
 
 
 def write_frames(split: Split, out: Path, name: str, ids: list[str]) -> None:
-    """Write frames by their ids: images averaged over the pixels of a smaller one, labels of the nearest pixel."""
+    """Write the frames with some ids, resized to `SIZE`.
+
+    Images are averaged over the pixels of the smaller image, labels take the nearest pixel.
+    """
     table = np.full(VOID + 1, VOID, np.uint8)
     for number, of_camvid in enumerate(split.classes.names):
         if of_camvid in SHARED:
@@ -197,9 +201,9 @@ def write_frames(split: Split, out: Path, name: str, ids: list[str]) -> None:
 
 
 def row_of(stage: Stage, job: Job) -> dict[str, Any]:
-    """Return the row of a run: mIoU and IoU in percent, processor seconds, shares of confident pixels.
+    """Return the row of a run: mIoU and IoU in percent, processor seconds, and shares of confident pixels.
 
-    `chain_seconds` add up the run and everything that it needs: teachers and stores.
+    `chain_seconds` is the sum over the run and everything that it depends on: teachers and caches.
     """
     assert job.done is not None
     run = Run.open(job.done.parent)
@@ -246,7 +250,10 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def differences(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return differences of the final's mIoU, with 95 % intervals: to the source alone, and to the online teachers."""
+    """Return the differences of the final's mIoU with 95 % intervals.
+
+    They are measured from training on the source only, and from online teachers.
+    """
     scores = {arm: {(seed,): run["miou"] for seed, run in runs.items()} for arm, runs in by_arm(rows, "final").items()}
     return {
         f"{arm} - {rival}": difference(scores[arm], scores[rival], rival).to_json()
@@ -257,7 +264,7 @@ def differences(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def shares(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the CPU seconds of an arm with all that it needs, divided by those of the online teachers."""
+    """Return the CPU seconds of each arm with all that it depends on, divided by those of the online teachers."""
     chains = summary(rows)["final"]
     return {
         f"{arm} over {rival}": round(own["chain_seconds"] / chains[rival]["chain_seconds"], 2)

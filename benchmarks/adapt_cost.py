@@ -1,4 +1,4 @@
-"""What steps of adaptation cost: a round's student, FixMatch and an EMA teacher beside plain training on the same rows.
+"""The cost of adaptation steps: a round's student, FixMatch and an EMA teacher, against plain training.
 
 Every training sees 8 rows of the source and 8 of a store of the target, with the same views, jitter and moving average:
 
@@ -47,9 +47,15 @@ def measure_cost(
     turns: int = TURNS,
     steps: int = STEPS,
 ) -> dict[str, Any]:
-    """Return milliseconds of a step of each training, by medians over turns and at best, and ratios of these.
+    """Return the milliseconds of a step of each training (medians over turns, and the best), and their ratios.
 
-    `kdcache` runs a verb, `source` and `target` name the data sets, and `out` is the folder of stores.
+    Args:
+        kdcache: function that runs a command of kdcache.
+        source: the data set with labels.
+        target: the data set without labels.
+        out: the folder of caches.
+        turns: number of turns.
+        steps: steps in a turn.
     """
     teacher, store = out / "teacher", out / "store.zarr"
     shutil.rmtree(out / "turns", ignore_errors=True)
@@ -76,13 +82,13 @@ def measure_cost(
 
 
 def step_ms(lines: list[dict[str, Any]]) -> float:
-    """Return milliseconds of a step after the first logged ones."""
+    """Return the milliseconds of a step, without the first steps in the log."""
     seconds = [2 * ROWS * line["step"] / line["images_per_second"] for line in lines]
     return 1000 * (seconds[-1] - seconds[0]) / (lines[-1]["step"] - lines[0]["step"])
 
 
 def forward_ms(repeats: int = 50) -> float:
-    """Return milliseconds of a forward of 8 images to logits, in eval mode and without gradient: the median."""
+    """Return the median milliseconds of a forward pass of 8 images to logits, in eval mode and without gradients."""
     model, x_B3HW = build_model("kdcache:tiny", 7).eval(), torch.zeros(ROWS, 3, 96, 128)
     times = []
     with torch.inference_mode():
@@ -94,12 +100,12 @@ def forward_ms(repeats: int = 50) -> float:
 
 
 def result(ms: dict[str, list[float]], weak: dict[str, list[float]], forward: float) -> dict[str, Any]:
-    """Return milliseconds by training, its step over the plain one's, and what weak views cost in forwards.
+    """Return milliseconds by training, their ratios to plain training, and the cost of weak views in forward passes.
+
+    `extra` is the step's time beyond a round's step, which has the same rows and a pseudo label for each target row.
+    `logged` is `weak_view_seconds` of metrics.jsonl. Both are in milliseconds.
 
     Raises: RecipeError for too few turns.
-
-    `extra` is the step's time beyond a round's, which has the same rows and a pseudo label of every target row, too;
-    `logged` is `weak_view_seconds` of metrics.jsonl. Both are milliseconds.
     """
     check_repeats(len(ms["plain"]), "turns")
     best = {name: min(own) for name, own in ms.items()}

@@ -1,4 +1,4 @@
-"""What `effect.py` compares: data sets, teachers, stores of their targets, and ways to train a student from them.
+"""The arms that `effect.py` compares: data sets, teachers, caches of their targets, and trainings of a student.
 
 Judges are whole sequences of CamVid: 0006R0 (101 frames of train) for everything that is chosen, val for the final
 alone. Frames of a video resemble their neighbours, so nothing is trained on a frame of the sequence that judges it -
@@ -25,9 +25,9 @@ class Data:
     """A data set made of CamVid's frames.
 
     Attributes:
-        without: the sequence that train leaves out; "" for none.
-        judge: the sequence of train that is judged on; "" for CamVid's own val.
-        labels: block of `BLOCKS` whose frames alone keep their label; "" for all.
+        without: the sequence that train leaves out, or "".
+        judge: the training sequence that is used for validation, or "" for CamVid's own val.
+        labels: the block of `BLOCKS` whose frames keep their labels, or "" for all.
         labelled_only: whether frames without a label are left out.
     """
 
@@ -76,11 +76,13 @@ COMBINED = {
 
 @dataclass(frozen=True)
 class Store:
-    """A store of teachers' targets.
+    """A cache of teachers' targets.
 
     Attributes:
-        flags: flags of build-teacher-cache besides size and views.
-        trained_on: the data set that the teachers were trained on; "" for what an arm says.
+        teachers: keys of `TEACHERS`.
+        flags: flags of build-teacher-cache in addition to size and views.
+        views: views of each image.
+        trained_on: the data set that the teachers were trained on, or "" for the one that an arm names.
     """
 
     teachers: tuple[str, ...]
@@ -118,11 +120,14 @@ class Arm:
     """One way to train the student.
 
     Attributes:
-        store: a key of `STORES`; "" trains from the files of the data set.
-        data: a key of `DATA`, of the store and of the judge.
-        flags: next to those of all students; {runs} is the folder of all runs.
-        teacher_data: what the store's teachers were trained on; "" for `data`.
-        live: a key of `TEACHERS`, trained on `data`, which is run in every step; "" takes targets from the store.
+        stage, name: the stage of the study, and the arm's name in it.
+        store: a key of `STORES`, or "" to train from the files of the data set.
+        flags: flags in addition to those of all students. {runs} is the folder of all runs.
+        iterations: number of steps.
+        seeds: the seeds to train.
+        data: a key of `DATA`, for the cache and for validation.
+        teacher_data: the data set that the cache's teachers were trained on, or "" for `data`.
+        live: a key of `TEACHERS`, trained on `data`, that runs in every step, or "" to take targets from the cache.
     """
 
     stage: str
@@ -166,7 +171,7 @@ FRESH = tuple(range(100, 108))
 
 
 def few(block: str) -> tuple[Arm, ...]:
-    """Return students of the labels of a block: alone, with the control, with all images and the block's teacher."""
+    """Return the students for the labels of a block: labels only, control, and distilled on all images."""
     only: dict[str, Any] = {"stage": "E4", "iterations": LENGTH, "seeds": (0, 1, 2), "data": f"only-{block}"}
     return (
         Arm(name=f"plain, {block}", store=STRONGEST[0], flags=STRONGEST[1], **only),

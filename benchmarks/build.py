@@ -54,14 +54,14 @@ FEATURES_BOUND, BYTES_BOUND = 0.9, 0.01
 
 
 def cycled(split: Split, count: int) -> Split:
-    """Return the first `count` samples of a split, repeated when it has fewer."""
+    """Return a split with `count` samples: the first ones, repeated if there are fewer."""
     samples = itertools.islice(itertools.cycle(split.samples), count)
     named = tuple(replace(sample, id=f"{number:06d}") for number, sample in enumerate(samples))
     return Split(split.data, split.split, split.classes, named)
 
 
 class Measured(NamedTuple):
-    """One measurement over some images."""
+    """The speed of one part over some images: images per second, and CPU milliseconds per image."""
 
     images_per_s: float
     cpu_ms: float  # of the whole process, per image
@@ -74,7 +74,7 @@ class Stopwatch:
         self._wall, self._cpu = time.perf_counter(), time.process_time()
 
     def over(self, images: int) -> Measured:
-        """Return the rate since the start, for so many images: images a second and CPU milliseconds per image."""
+        """Return the speed since the start, for a number of images."""
         cpu = time.process_time() - self._cpu
         return Measured(images / (time.perf_counter() - self._wall), 1e3 * cpu / images)
 
@@ -86,7 +86,7 @@ def _rendered(split: Split, index: int, options: BuildOptions) -> Rendered:
 
 
 def bare_inference(split: Split, teacher: Teacher, options: BuildOptions, count: int) -> Measured:
-    """Return the forward pass on pixels in memory: uint8 in, native logits out."""
+    """Measure the forward pass alone: uint8 pixels in memory to native logits."""
     records = [_rendered(split, index, options) for index in range(options.batch_size)]
     pixels = torch.from_numpy(np.stack([record.pixels for record in records])).to(options.device)
     batches = max(1, count // options.batch_size)
@@ -99,7 +99,7 @@ def bare_inference(split: Split, teacher: Teacher, options: BuildOptions, count:
 
 
 def writer_alone(split: Split, teacher: Teacher, options: BuildOptions, folder: Path) -> Measured:
-    """Return the rate from packed arrays in memory to synced shards, for the arrays of one real batch."""
+    """Measure the writer alone: packed arrays of one real batch in memory to synced shards."""
     manifest = plan_manifest(TeacherProbe(split, teacher, options))
     first = [_rendered(split, index, options) for index in range(options.batch_size)]
     pixels = torch.from_numpy(np.stack([record.pixels for record in first]))
@@ -116,7 +116,7 @@ def writer_alone(split: Split, teacher: Teacher, options: BuildOptions, folder: 
 
 
 def render_alone(split: Split, options: BuildOptions) -> Measured:
-    """Return the rate of decoding and rendering alone, by the build's threads."""
+    """Measure decoding and rendering alone, with the threads of a build."""
     watch = Stopwatch()
     work = lambda index: _rendered(split, index, options)  # noqa: E731
     for _ in prefetch(work, range(len(split)), threads=options.render_threads, ahead=4 * options.batch_size):
@@ -125,7 +125,7 @@ def render_alone(split: Split, options: BuildOptions) -> Measured:
 
 
 def measure(spec: str, arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Return the build's figures with one teacher: rates of teacher and build, and their ratio."""
+    """Return the figures of a build with one teacher: speed of teacher and build, and their ratio."""
     height, width = map(int, arguments.size.split("x"))
     device = torch.device("cuda" if arguments.device == "cuda" else "cpu")
     inner = open_split(arguments.data, arguments.split)
@@ -177,7 +177,7 @@ def measure(spec: str, arguments: argparse.Namespace, folder: Path) -> dict[str,
 
 
 def take_turns(parts: dict[str, Callable[[], Measured]], repeats: int) -> dict[str, list[Measured]]:
-    """Measure the parts in turns, after a forward pass as warm-up."""
+    """Measure the parts in turns, after a forward pass as warm-up. Return the measurements by part."""
     parts["bare_inference"]()
     turns: dict[str, list[Measured]] = {name: [] for name in parts}
     for _ in range(repeats):
@@ -187,7 +187,7 @@ def take_turns(parts: dict[str, Callable[[], Measured]], repeats: int) -> dict[s
 
 
 def figures(turns: dict[str, list[Measured]]) -> dict[str, Any]:
-    """Return rates, CPU milliseconds and ratios: `ratio` turn by turn, the two `build_over` by each part's best."""
+    """Return speeds, CPU milliseconds and ratios. `ratio` is turn by turn, both `build_over` take each part's best."""
     speed = {name: [of.images_per_s for of in measured] for name, measured in turns.items()}
     pairs = zip(speed["build"], speed["bare_inference"], speed["writer_alone"], strict=True)
     best = {name: max(values) for name, values in speed.items()}
@@ -202,18 +202,18 @@ def figures(turns: dict[str, list[Measured]]) -> dict[str, Any]:
 
 
 def heads_met(row: dict[str, Any]) -> bool:
-    """Return whether a build of two heads takes little more than inference and writing one after the other."""
+    """Return whether a build of two heads takes little longer than inference and writing one after the other."""
     return bool(row["build_over_inference_and_writing"] <= HEADS_BOUND)
 
 
 def features_met(row: dict[str, Any]) -> bool:
-    """Return whether a build of features is about as fast as inference, and as large as it was planned."""
+    """Return whether a build of features is about as fast as inference, and as large as planned."""
     off = abs(row["planned_over_built_bytes"] - 1)
     return bool(row["build_over_bare_inference"] >= FEATURES_BOUND and off <= BYTES_BOUND)
 
 
 def peak_memory_mib(arguments: argparse.Namespace, records: int, folder: Path) -> float:
-    """Return peak resident set of a build of `records` records by kdcache:tiny, in a fresh process."""
+    """Return the peak memory in MiB of a build of `records` records by kdcache:tiny, in a new process."""
     command = [sys.executable, __file__, "--peak-memory", str(records), "--out", str(folder), "--data", arguments.data]
     command += ["--split", arguments.split, "--size", arguments.size, "--device", arguments.device]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
@@ -222,7 +222,7 @@ def peak_memory_mib(arguments: argparse.Namespace, records: int, folder: Path) -
 
 
 def memory_counts(records: int) -> list[int]:
-    """Return N and 4N records, whose builds are weighed."""
+    """Return the two numbers of records, N and 4N, for which memory is measured."""
     return [records // 2, 2 * records]
 
 

@@ -34,7 +34,7 @@ ENGINES: dict[str, tuple[Sequence[str], Sequence[str]]] = {
 
 
 def run(words: Sequence[object]) -> float:
-    """Return seconds of a Python command. Raises SystemExit with its output when it fails."""
+    """Run a Python command and return its seconds. Raises: SystemExit with its output if it fails."""
     began = time.perf_counter()
     command = [sys.executable, *map(str, words)]
     done = subprocess.run(command, env=os.environ | ONE_THREAD, capture_output=True, text=True, check=False)
@@ -44,7 +44,7 @@ def run(words: Sequence[object]) -> float:
 
 
 def shards_of(store: Path) -> tuple[float, dict[str, str]]:
-    """Return images a second between the first and the last shard, and the digest of every array file."""
+    """Return the images per second between the first and the last shard, and the digest of every array file."""
     cache = open_cache(store)
     assert cache.ledger is not None
     records = [cache.ledger.record(shard) for shard in range(len(cache.ledger))]
@@ -55,7 +55,7 @@ def shards_of(store: Path) -> tuple[float, dict[str, str]]:
 
 
 def measure(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
-    """Return seconds and digests of the same build under Ray and under torchrun, taken in turns."""
+    """Return seconds and digests of the same build under Ray and under torchrun, which take turns."""
     teacher, store = work / "teacher", work / "store.zarr"
     run([*CLI, "train-teacher", "--data", arguments.data, "--model", arguments.model, "--size", arguments.size,
          "--iterations", 2, "--val-every", 2, "--threads", 1, "--out", teacher])  # fmt: skip
@@ -85,7 +85,7 @@ def measure(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
 
 
 def compare(whole: dict[str, list[float]], taught: dict[str, list[float]]) -> dict[str, Any]:
-    """Return seconds and images a second, and the throughput of Ray's actors over torchrun's, best over best."""
+    """Return seconds, images per second, and the best throughput of Ray's actors divided by the best of torchrun."""
     return {
         "seconds": {name: spread(values) | {"best": min(values)} for name, values in whole.items()},
         "images_per_s": {name: spread(values) | {"best": max(values)} for name, values in taught.items()},

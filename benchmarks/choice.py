@@ -1,4 +1,4 @@
-"""Times of the families numba and torch on small problems of the CPU: the table by which `impl="auto"` chooses.
+"""Time numba and torch on small problems of the CPU, for the table by which `impl="auto"` chooses.
 
 Cross-entropy plus KL at T = 2, forward and backward, on one thread, in turns, best against best. Classes that a store
 keeps: all up to 32, else 8. A stride is the label pixels of a cell along an axis. The table is part of the package,
@@ -32,7 +32,7 @@ REPEATS = 40
 
 
 def steps(batch: int, classes: int, cells: int, stride: int) -> dict[str, Callable[[], Any]]:
-    """Return a step of each family on the same tensors."""
+    """Return a function for each family of kernels that takes a step on the same tensors."""
     generator, size = torch.Generator().manual_seed(0), (cells * stride, cells * stride)
     student, teacher = (3 * torch.randn(batch, classes, cells, cells, generator=generator) for _ in range(2))
     target = PackedTarget(*pack(teacher, classes if classes <= 32 else 8), classes, size)
@@ -47,7 +47,7 @@ def steps(batch: int, classes: int, cells: int, stride: int) -> dict[str, Callab
 
 
 def ratio(batch: int, classes: int, cells: int, stride: int) -> float | None:
-    """Return how many times as long numba takes, or None for a problem that is too large."""
+    """Return the time of numba divided by the time of torch, or None for a problem that is too large."""
     if batch * classes * (cells * stride) ** 2 > MOST:
         return None
     contestants = steps(batch, classes, cells, stride)
@@ -72,7 +72,7 @@ def main() -> None:
         for classes in CLASSES:
             row = [ratio(images, classes, cells, stride) for images, cells, stride in shapes]
             kinds[kind]["ratios"].append(row)
-            print(f"{kind:>8} {classes:5d} classes", *(f"{x or 0:6.2f}{'*' * ((x or 0) >= LEAST)}" for x in row))
+            print(f"{kind:>8} {classes:5d} classes", *(f"{x or 0:6.2f}{'*' if (x or 0) >= LEAST else ''}" for x in row))
     if arguments.json is not None:
         write(arguments.json, {**header("choice of the CPU"), "classes": list(CLASSES), "kinds": kinds})
 

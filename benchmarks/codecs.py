@@ -20,7 +20,7 @@ CODECS = ("default", "small", "none")
 
 
 def built(split: Split, teacher: Teacher, options: BuildOptions, out: Path) -> dict[str, Any]:
-    """Return sizes and fidelity of one store."""
+    """Build a cache with one codec. Return its sizes and fidelity."""
     build_cache(split, teacher, out, options)
     summary = summarise(open_cache(out))
     assert summary.manifest.fidelity is not None

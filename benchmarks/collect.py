@@ -1,4 +1,4 @@
-"""One result file from the runs that benchmarks/camvid.sh left: recipe, time, metrics of each.
+"""Collect the runs of benchmarks/camvid.sh in one result file: recipe, time and metrics of each.
 
 python benchmarks/collect.py OUT --data camvid --json benchmarks/results/camvid.json
 """
@@ -15,7 +15,7 @@ from kdcache.store import inspect_store
 
 
 def read(path: Path) -> Any:
-    """Return the content of a JSON file, or None where there is no file."""
+    """Return the content of a JSON file, or None if the file does not exist."""
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 

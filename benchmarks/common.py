@@ -1,4 +1,4 @@
-"""What the scripts share: result files, their errors, medians, a random cache and the step of a student."""
+"""Functions that several scripts share: result files, errors, medians, a random cache and a student's step."""
 
 import json
 import os
@@ -29,7 +29,7 @@ MIX = "add rows to a file of another commit or machine"
 
 
 def header(theme: str, also: Sequence[Any] = ()) -> dict[str, Any]:
-    """Return the first keys of a result file. Paths are cut to their names: folders on this machine are private.
+    """Return the first keys of a result file: theme, command, machine and date. Paths are cut to their names.
 
     `also` are other commits and machines that rows of the file come from.
     """
@@ -40,7 +40,7 @@ def header(theme: str, also: Sequence[Any] = ()) -> dict[str, Any]:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a script. An error of kdcache ends it with exit code 2 and without a traceback."""
+    """Run the main function of a script. An error of kdcache ends it with exit code 2 and without a traceback."""
     try:
         main()
     except KDCacheError as error:
@@ -49,11 +49,11 @@ def run(main: Callable[[], None]) -> None:
 
 
 def earlier(path: Path, theme: str, *, mix: bool = False) -> dict[str, Any]:
-    """Return the content of a result file that a command adds rows to, or {} if there is none.
+    """Return the content of a result file to which a command adds rows, or {} if the file does not exist.
 
-    With `mix` it may be of another commit or machine, which its key `also` then names.
+    `mix` allows rows of another commit or machine, which the key `also` then names.
 
-    Raises: RecipeError for another theme, commit or machine.
+    Raises: RecipeError for another theme, or without `mix` for another commit or machine.
     """
     if not path.is_file():
         return {}
@@ -83,28 +83,31 @@ def earlier(path: Path, theme: str, *, mix: bool = False) -> dict[str, Any]:
 
 
 def write(path: Path, result: dict[str, Any]) -> None:
-    """Write a result as a JSON file, make its folder if need be, and print the path."""
+    """Write a result as a JSON file in a folder that may be new, and print the path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(f"wrote {path}")
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Return p20, p50 and p80 of repeated measurements. Raises: RecipeError for fewer than three."""
+    """Return the 20th, 50th and 80th percentile of repeated measurements. Raises: RecipeError for fewer than three."""
     check_repeats(len(values))
     found = Spread.of(values)
     return {"p20": found.p20, "p50": found.p50, "p80": found.p80}
 
 
 def check_equal(what: str, values: Mapping[str, Any]) -> None:
-    """Check that all contestants have the same value. Raises: RecipeError that names each one's."""
+    """Check that all values are equal. Raises: RecipeError that names each value.
+
+    `values` maps the name of a contestant to its value. `what` names the value in the message.
+    """
     if len(set(values.values())) > 1:
         each = ", ".join(f"{name} {value}" for name, value in values.items())
         raise RecipeError(f"Contestants have different {what}: {each}", fix=f"Give all of them the same {what}.")
 
 
 def random_cache(split: Split, spec: str, folder: Path, options: BuildOptions) -> Path:
-    """Build a cache by a teacher with random weights: for speed, what is in it does not matter."""
+    """Build a cache with a teacher of random weights, to measure speed. Return its path."""
     torch.manual_seed(0)
     teacher = Teacher(build_model(spec, len(split.classes)).eval(), f"random {spec}")
     build_cache(split, teacher, folder, options)
@@ -120,7 +123,7 @@ def student_step(
     impl: str = "auto",
     capturable: bool = False,
 ) -> EagerStep:
-    """Return the eager step of `train-student --method kl` with fresh weights, the same each time."""
+    """Return an eager step of `train-student --method kl` with new weights, which are always the same."""
     config = make_config(verb="train-student", model=spec, cache=str(cache.path), method="kl")
     torch.manual_seed(0)
     model = build_model(spec, cache.num_classes).to(device).train().to(memory_format=torch.channels_last)
@@ -130,6 +133,6 @@ def student_step(
 
 
 def synchronise(device: torch.device) -> None:
-    """Wait until a CUDA device is idle; do nothing on other devices."""
+    """Wait until a CUDA device is idle. Do nothing on other devices."""
     if device.type == "cuda":
         torch.cuda.synchronize()

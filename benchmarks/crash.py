@@ -1,4 +1,4 @@
-"""Does a kill -9 ever harm? Builds and trainings are killed at random moments, and go on to the very same bytes.
+"""Does a kill -9 ever harm? Kill builds and trainings at random moments, and compare the bytes at the end.
 
 What is killed is a process that runs the command line; it is forked from this one, which has everything imported, so
 that its life is the build and not the imports. A build is one to three processes, numbered or sharing as they come;
@@ -42,7 +42,7 @@ WEIGHTS = ("last.safetensors", "best.safetensors")
 
 
 class Builds:
-    """Kills builds of one store after another."""
+    """Kills builds of one cache after another."""
 
     def __init__(self, work: Path, words: Sequence[object], rng: random.Random) -> None:
         self.work, self.words, self.rng = work, words, rng
@@ -66,7 +66,10 @@ class Builds:
         return Process.start(["build-teacher-cache", *self.words, "--out", store, *more], self.log)
 
     def kill(self, most: int, tally: Tally) -> None:
-        """Kill one build until it finishes or `most` kills are done. Then let it finish and compare it."""
+        """Kill one build again and again, until it finishes or was killed `most` times.
+
+        Then let it finish, and compare its cache.
+        """
         store = self.work / f"store-{tally.finished}.zarr"
         finished: dict[str, tuple[int, int]] = {}
         state = "absent"
@@ -103,9 +106,9 @@ class Builds:
         return [self._start(words, store) for words in more], f"{count}{' numbered' if numbered else ''}"
 
     def state_of(self, store: Path) -> str:
-        """Return the state of a store as it reports it itself.
+        """Return the state that a cache reports.
 
-        Raises: DifferenceError when it opens and holds something else.
+        Raises: DifferenceError if it opens and holds something else than the uninterrupted build.
         """
         try:
             cache = open_cache(store)
@@ -125,7 +128,7 @@ class Builds:
         return "complete"
 
     def compare(self, store: Path) -> None:
-        """Compare a store file by file with the uninterrupted build, and check that no other file is next to it."""
+        """Compare a cache file by file with the uninterrupted build. No other file may be next to it."""
         differing = differences(self.clean, store)
         left = [path.name for path in self.work.glob(f".{store.name}*")]
         if differing or left:
@@ -149,7 +152,10 @@ class Trainings:
         return Process.start([*self.words, *resume, "--out", run, "--workers", self.rng.choice([0, 2])], self.log)
 
     def kill(self, most: int, tally: Tally) -> None:
-        """Kill one run until it finishes or `most` kills are done. Then let it finish and compare its weights."""
+        """Kill one run again and again, until it finishes or was killed `most` times.
+
+        Then let it finish, and compare its weights.
+        """
         run = self.work / f"run-{tally.finished}"
         while True:
             process = self._start(run)
@@ -170,7 +176,7 @@ class Trainings:
 
 
 def kill_on_ray(builds: Builds, kills: int, tally: Tally, *, in_bucket: bool) -> None:
-    """Kill builds on a cluster of two nodes, of the store that `builds` made without interruption."""
+    """Kill builds on a Ray cluster of two nodes. `builds` has made the same cache without interruption."""
     with moto_bucket() if in_bucket else nullcontext() as bucket, two_nodes() as cluster:
         doomed = RayBuilds(builds.work, builds.words, open_cache(builds.clean), builds.rows, builds.rng, bucket)
         while len(tally.kills) < kills:
@@ -183,7 +189,7 @@ def written(store: Path) -> int:
 
 
 def ledger_files(store: Path) -> dict[str, tuple[int, int]]:
-    """Return the file behind each ledger record. A shard that is written again has another file."""
+    """Return (inode, modification time in ns) of each ledger file by its name. They change if a shard is rewritten."""
     identities = {}
     for path in store.glob("ledger/*.json"):
         status = path.stat()
@@ -204,7 +210,7 @@ def all_rows(cache: Cache) -> dict[str, Any]:
 
 
 def unstamped(cache: Cache) -> dict[str, Any]:
-    """Return the manifest of a cache without its date, for comparisons between builds."""
+    """Return the manifest of a cache without its date, to compare builds."""
     return cache.manifest.model_dump(exclude={"created"})
 
 
@@ -215,7 +221,10 @@ def differences(store: Path, other: Path) -> list[str]:
 
 
 def files_of(store: Path) -> dict[str, bytes]:
-    """Return the bytes of every file; the manifest and its spare get the same time stamp and digests in every store."""
+    """Return the bytes of every file of a cache by its path.
+
+    Time stamps and digests of the manifest and its copy are replaced by constants.
+    """
     files = {str(path.relative_to(store)): path.read_bytes() for path in store.rglob("*") if path.is_file()}
     stamp = read_manifest(store).created
     stamped = [name for name in ("zarr.json", "manifest.json") if name in files]

@@ -28,7 +28,7 @@ class Driver(Process):
 
     @classmethod
     def start(cls, words: Sequence[object], log: Path) -> "Driver":
-        """Start the command line as a process without a copy of this one, with its output in `log`."""
+        """Start the command line in a new process, not a fork. Its output goes to `log`."""
         command = [sys.executable, "-m", "kdcache_cli", *map(str, words)]
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
         actions = [(os.POSIX_SPAWN_OPEN, 1, str(log), flags, 0o644), (os.POSIX_SPAWN_DUP2, 1, 2)]
@@ -36,11 +36,15 @@ class Driver(Process):
 
 
 class RayBuilds:
-    """Kills builds of one store after another.
+    """Kills builds of one cache after another on a Ray cluster.
 
     Args:
-        clean: the store of one process. rows: its records, by path.
-        places: where a store of a number goes, a folder or an address.
+        work: the folder of caches and the log.
+        words: the command line of a build.
+        clean: the cache that one process built.
+        rows: its records, by path.
+        rng: draws the moments of the kills.
+        bucket: the address of a bucket for the caches, or None for `work`.
     """
 
     def __init__(
@@ -57,7 +61,7 @@ class RayBuilds:
         self.shards = clean.manifest.shards
 
     def kill(self, most: int, tally: Tally, cluster: Any) -> None:
-        """Kill one build until it finishes or `most` kills are done. Then compare it."""
+        """Kill one build again and again, until it finishes or was killed `most` times. Then compare it."""
         name = f"ray-{tally.finished}.zarr"
         store = f"{self.bucket}/{name}" if self.bucket else str(self.work / name)
         while True:
@@ -125,7 +129,7 @@ class RayBuilds:
 
 @contextlib.contextmanager
 def two_nodes() -> Iterator[Any]:
-    """Run a Ray cluster on this machine in a `with` block: a head without room, and two nodes of a core each."""
+    """Run a Ray cluster in a with block: a head node without workers, and two nodes with one core each."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     from ray.cluster_utils import Cluster
 
@@ -141,7 +145,7 @@ def two_nodes() -> Iterator[Any]:
 
 @contextlib.contextmanager
 def moto_bucket() -> Iterator[str]:
-    """Run moto's S3 server on loopback in a `with` block and yield a bucket's address; set credentials for it."""
+    """Run moto's S3 server on this machine in a with block, set its credentials, and yield the address of a bucket."""
     import boto3
     from moto.server import ThreadedMotoServer
 
@@ -171,7 +175,7 @@ def written(store: str) -> int:
 
 
 def actors() -> list[int]:
-    """Return the process ids of Ray's teaching actors, found by the title that Ray gives them."""
+    """Return the process ids of the Ray actors that run teachers, found by the title that Ray gives them."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):

@@ -23,12 +23,12 @@ LIMIT_S = 300  # of one process: beyond, it hangs
 
 
 class DifferenceError(Exception):
-    """Something is not as in the uninterrupted work."""
+    """Something differs from the uninterrupted work."""
 
 
 @dataclass
 class Process:
-    """A command line of its own."""
+    """A forked process that runs one command line."""
 
     pid: int
     log: Path
@@ -36,7 +36,7 @@ class Process:
 
     @classmethod
     def start(cls, words: Sequence[object], log: Path) -> "Process":
-        """Return fork a process that runs the command line with these words, with its output in `log`."""
+        """Fork a process that runs a command line, with its output in `log`."""
         sys.stdout.flush()
         pid = os.fork()
         if pid:
@@ -63,7 +63,7 @@ class Process:
         return self.code is not None
 
     def wait(self) -> int:
-        """Return its exit code. Raises: DifferenceError when it takes too long."""
+        """Wait for the process to end and return its exit code. Raises: DifferenceError if it takes too long."""
         until = time.monotonic() + LIMIT_S
         while not self.ended():
             if time.monotonic() > until:
@@ -94,14 +94,17 @@ class Process:
 
 @dataclass
 class Doom:
-    """When to kill: `seconds` after there are `steps` of a work (shards, iterations), whatever that took."""
+    """The moment to kill a process: `seconds` after it has done `steps` units of work (shards, iterations)."""
 
     steps: int
     seconds: float
 
     @classmethod
     def draw(cls, rng: random.Random, done: int, total: int, each_s: float, start_s: float) -> "Doom":
-        """Draw after how many steps, and how many seconds later, a process is killed."""
+        """Draw the moment at which a process is killed.
+
+        `done` and `total` are units of work, `each_s` the seconds of a unit, and `start_s` the seconds of the start.
+        """
         steps = rng.randint(done, min(total, done + 1 + total // 4))
         # Before its first step a process starts up; after the last it has little to do.
         most = start_s + each_s if steps == done else each_s if steps < total else each_s / 4
@@ -116,19 +119,19 @@ class Doom:
 
 @dataclass
 class Tally:
-    """Kills and finished works, for the result file."""
+    """The kills and the number of finished works, for the result file."""
 
     kills: list[dict[str, Any]] = field(default_factory=list)
     finished: int = 0
 
     def killed(self, **facts: Any) -> None:
-        """Count a kill, keep its facts and print them."""
+        """Count a kill, keep its facts, and print them."""
         self.kills.append(facts)
         print(f"kill {len(self.kills)}: " + ", ".join(f"{name} {value}" for name, value in facts.items()), flush=True)
 
 
 def import_everything() -> None:
-    """Import all that the command line imports when needed, so that a forked child has it, without starting threads."""
+    """Import everything that commands import when needed, so a forked child has it. No threads are started."""
     importlib.import_module("torch._dynamo")
     for package in (kdcache, kdcache_kernels):
         for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):

@@ -1,4 +1,4 @@
-"""When does distilling help, and how much of it is the teacher? A queue of trainings that goes on where it stopped.
+"""When does distilling help, and how much of it is the teacher?
 
     E1  controls: labels, losses without a teacher, labels in the teacher's place, the teacher
     E2  teachers: which is strong enough
@@ -55,10 +55,10 @@ HERE = Path(__file__).parent
 
 
 class Folders:
-    """Data sets, teachers and stores below one folder; each is made when it is first asked for.
+    """Data sets, teachers and caches below one folder. Each is made when it is first asked for.
 
     Attributes:
-        ends: when whatever still runs is stopped, on the monotonic clock.
+        ends: the time on the monotonic clock at which running commands are stopped.
     """
 
     def __init__(self, camvid: Path, out: Path) -> None:
@@ -72,7 +72,7 @@ class Folders:
             return self._locks.setdefault(path, threading.Lock())
 
     def data(self, name: str) -> Path:
-        """Return a data set of `DATA`, as links to CamVid's files."""
+        """Return the folder of a data set of `DATA`, made of links to CamVid's files."""
         out = self.out / "data" / name
         with self.alone(out):
             if not (out / "classes.txt").exists():
@@ -81,7 +81,7 @@ class Folders:
         return out
 
     def teacher(self, name: str, data: str, seed: int = 0) -> Path:
-        """Return a run folder of `TEACHERS`, trained on `data`."""
+        """Return the run folder of a teacher of `TEACHERS`, trained on `data`."""
         out = self.out / "teachers" / f"{name}-{data}-{seed}"
         with self.alone(out):
             if not (out / RESULT).is_file():
@@ -92,7 +92,7 @@ class Folders:
         return out
 
     def store(self, name: str, data: str, teacher_data: str) -> Path:
-        """Return a store of `STORES` of the images of `data`."""
+        """Return the cache of `STORES` for the images of `data`."""
         store = STORES[name]
         teacher_data = store.trained_on or teacher_data
         out = self.out / "stores" / f"{name}-{data}-{teacher_data}.zarr"
@@ -105,7 +105,7 @@ class Folders:
 
 
 def link_frames(camvid: Path, data: Data, out: Path) -> None:
-    """Write the images and labels of a data set as symbolic links: train, and the sequence that judges as val."""
+    """Write the images and labels of a data set as symbolic links: train, and the validation sequence as val."""
     frames = sorted(path.stem for path in (camvid / "images" / "train").iterdir())
     sequence, begin, end = {**BLOCKS, **MORE_BLOCKS}[data.labels] if data.labels else ("", 0, None)
     labelled = set([frame for frame in frames if frame.startswith(sequence)][begin:end])
@@ -126,20 +126,20 @@ def link_frames(camvid: Path, data: Data, out: Path) -> None:
 
 
 def link(path: Path, folder: Path) -> None:
-    """Make a symbolic link to a file in a folder, in place of one with the same name."""
+    """Make a symbolic link to a file in a folder. A link with the same name is replaced."""
     (folder / path.name).unlink(missing_ok=True)
     (folder / path.name).symlink_to(path)
 
 
 def run_name(arm: str, seed: int) -> str:
-    """Return the folder of an arm's run."""
+    """Return the name of the folder of an arm's run."""
     return f"{re.sub('[^a-z0-9.]+', '-', arm.lower())}-{seed}"
 
 
 def kdcache(words: str, live: str = "", ends: float = math.inf) -> None:
-    """Run a verb of the command line with one thread; `live` names a teacher that then runs in every step.
+    """Run a command of kdcache with one thread. `live` names a teacher that runs in every step.
 
-    Raises: SystemExit with its output when it fails. TimeoutError if it still runs at `ends`, on the monotonic clock:
+    Raises: SystemExit with its output if it fails. TimeoutError if it still runs at `ends` on the monotonic clock. Then
     it is stopped, and the same command can continue it.
     """
     environment = os.environ | {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
@@ -172,7 +172,7 @@ class Study:
         self._lock = threading.Lock()
 
     def run(self, arm: Arm, seed: int) -> None:
-        """Train an arm and add its row, unless it is there or time is up."""
+        """Train an arm and add its row, unless the row exists or the time is up."""
         key = {"stage": arm.stage, "arm": arm.name, "seed": seed, "iterations": arm.iterations}
         if any(key.items() <= row.items() for row in self.rows) or time.monotonic() > self.ends:
             return
@@ -191,7 +191,7 @@ class Study:
         self.add({**key, "store": arm.store, "data": arm.data, "flags": arm.flags, **scores(Run.open(out))})
 
     def teach(self, stage: str, arm: str, teacher: str, data: str) -> None:
-        """Train a teacher and add its row, unless it is there or time is up."""
+        """Train a teacher and add its row, unless the row exists or the time is up."""
         key = {"stage": stage, "arm": arm, "seed": 0}
         if any(key.items() <= row.items() for row in self.rows) or time.monotonic() > self.ends:
             return
@@ -200,7 +200,7 @@ class Study:
         self.add({**key, "iterations": run.result["iterations"], "data": data, "flags": flags, **scores(run)})
 
     def combine(self, name: str) -> None:
-        """Evaluate several teachers, or views of one, as one and add a row, unless it is there or time is up."""
+        """Evaluate several teachers (or views of one) as one teacher, and add a row, unless it exists."""
         key = {"stage": "E2", "arm": name, "seed": 0}
         if any(key.items() <= row.items() for row in self.rows) or time.monotonic() > self.ends:
             return
@@ -221,7 +221,7 @@ class Study:
         )
 
     def add(self, row: dict[str, Any]) -> None:
-        """Add a row, and write the result file with all rows and their summary; threads may call it."""
+        """Add a row, and write the result file with all rows and their summary. Threads may call it."""
         with self._lock:
             self.rows.append(row)
             write(
@@ -237,7 +237,7 @@ class Study:
 
 
 def scores(run: Run) -> dict[str, Any]:
-    """Return the row of a run: mIoU in percent at the end and by iteration, IoU by class at the end, seconds."""
+    """Return the row of a run: mIoU in percent at the end and by iteration, IoU by class at the end, and seconds."""
     lines = [line for line in run.metrics or () if line["kind"] == "validation"]
     percent = {key: round(100 * lines[-1][key], 3) for key in ("miou", "ema_miou") if key in lines[-1]}
     return {
@@ -263,7 +263,7 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def differences(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return differences of arms that answer the study's questions, with 95 % intervals (paired and Welch's)."""
+    """Return the differences of arms that answer the study's questions, with 95 % intervals (paired and Welch's)."""
     scores: dict[str, dict[tuple[int], float]] = {}
     for row in rows:
         scores.setdefault(f"{row['stage']} {row['arm']}", {})[(row["seed"],)] = row["miou"]
@@ -275,7 +275,7 @@ def differences(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def interval(values: list[float]) -> dict[str, float | None]:
-    """Return mean and half the width of its 95 % interval over seeds, which one run does not have."""
+    """Return the mean and half the width of its 95 % interval over seeds, which is None for one run."""
     n = len(values)
     half = round(float(t_quantile(n - 1) * np.std(values, ddof=1) / n**0.5), 2) if n > 1 else None
     return {"mean": round(float(np.mean(values)), 2), "half": half, "runs": n}

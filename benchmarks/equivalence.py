@@ -31,7 +31,7 @@ TOLERANCE = 1e-4
 
 
 def perturbed(model: torch.nn.Module, seed: int) -> dict[str, torch.Tensor]:
-    """Return the weights, each moved to one of its two neighbours in float32 (seed 0: as they are)."""
+    """Return the weights, each moved to one of its two neighbours in float32. Seed 0 returns them unchanged."""
     generator = torch.Generator().manual_seed(seed)
     state = {}
     for name, tensor in model.state_dict().items():
@@ -43,7 +43,7 @@ def perturbed(model: torch.nn.Module, seed: int) -> dict[str, torch.Tensor]:
 
 
 def run(arguments: argparse.Namespace, folder: Path, impl: str, seed: int) -> dict[str, Any]:
-    """Train once, and return the first losses and the final mIoU in percent."""
+    """Train once. Return the first losses and the final mIoU in percent."""
     torch.manual_seed(arguments.seed)
     model = build_model(arguments.model, open_cache(arguments.cache).num_classes)
     weights = folder / f"weights-{seed}.safetensors"
@@ -105,7 +105,7 @@ def main() -> None:
 
 
 def verdict(fused: dict[str, Any], plain: dict[str, Any], others: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return how far the fused run's losses are from the reference's, and whether its mIoU is among the others'.
+    """Return how far the losses of the fused run are from the reference's, and whether its mIoU fits `others`.
 
     Raises: RecipeError for runs of different lengths.
     """
@@ -117,7 +117,7 @@ def verdict(fused: dict[str, Any], plain: dict[str, Any], others: list[dict[str,
 
 
 def is_met(found: dict[str, Any]) -> bool:
-    """Return whether the fused run learnt what the reference learns. A difference that is no number is too large."""
+    """Return whether the fused run learnt as much as the reference. NaN counts as a difference that is too large."""
     return bool(found["inside"] and found["largest_difference"] <= TOLERANCE)
 
 

@@ -34,7 +34,7 @@ JOBS: dict[str, dict[str, Any]] = {
 
 
 class Tokens(nn.Module):
-    """A ViT-S/16 with random weights that answers with its tokens and their class token."""
+    """A ViT-S/16 with random weights that returns its tokens and its class token."""
 
     kdcache_heads: ClassVar[dict[str, Any]] = {}
 
@@ -50,7 +50,7 @@ class Tokens(nn.Module):
 
 
 def network(num_classes: int = 0) -> nn.Module:
-    """Return the teacher, for `--teacher feature_bytes:network@FILE`."""
+    """Return the teacher for `--teacher feature_bytes:network@FILE`."""
     return Tokens()
 
 

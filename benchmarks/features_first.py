@@ -1,4 +1,4 @@
-"""Does a student that first learns features without labels end better? Rows that go on where they stopped.
+"""Does a student that first learns features without labels end better?
 
 Every student is `kdcache:tiny` at 144x192. It learns the labels of a block of CamVid, or of all 266 images of train
 without 0006R0. The blocks are 46-b and 92-b of `arms.py`, where labels only did best: there a gain is hardest. The
@@ -54,19 +54,19 @@ TAPS = "student_tap=stage4,teacher_tap=stage5"
 
 @dataclass(frozen=True)
 class Row:
-    """One training: `labels` is "none" for the phase of features."""
+    """One training of the study. `labels` is "none" for the phase in which it learns features."""
 
     arm: str
     labels: str
     seed: int
 
     def key(self) -> dict[str, Any]:
-        """Return what names the row: arm, number of labels and seed."""
+        """Return the values that identify the row: arm, number of labels and seed."""
         return {"arm": self.arm, "labels": self.labels, "seed": self.seed}
 
 
 def rows(seeds: tuple[int, ...] = SEEDS) -> Iterator[Row]:
-    """Yield all rows, so that every prefix answers as much as it can."""
+    """Yield all rows, in an order in which the first ones already answer the question."""
     for seed in seeds:
         for labels in LABELS:
             for arm in ("scratch", "scratch long", "fp16", "random", "similarity", "uint8"):
@@ -76,14 +76,14 @@ def rows(seeds: tuple[int, ...] = SEEDS) -> Iterator[Row]:
 
 
 class FeatureFolders(Folders):
-    """Weights of Lite0, caches of features and of labels, and runs, each made when it is first asked for."""
+    """Weights of Lite0, caches of features and of labels, and runs. Each is made when it is first asked for."""
 
     def __init__(self, camvid: Path, out: Path, steps: tuple[int, int]) -> None:
         super().__init__(camvid, out)
         self.feature_steps, self.label_steps = steps
 
     def weights(self, name: str) -> Path:
-        """Return a file of Lite0's weights: `lite0` has ImageNet's, `random` has those of seed 0."""
+        """Return a file of Lite0's weights: `lite0` has ImageNet's weights, `random` has random ones of seed 0."""
         out = self.out / f"{name}.safetensors"
         if not out.is_file():
             torch.manual_seed(0)
@@ -95,7 +95,7 @@ class FeatureFolders(Folders):
         return out
 
     def features(self, arm: str) -> Path:
-        """Return a cache of features of all images that nobody judges, without their labels."""
+        """Return a cache of features of all images that are not used for validation or test, without labels."""
         teacher = TEACHERS[arm]
         images = f"images:{self.data('dev') / 'images' / 'train'}"
         wanted = "--features stage5 --statistics similarity:stage5 --teacher-size 288x384 --views 8"
@@ -104,31 +104,32 @@ class FeatureFolders(Folders):
         return self.cache(arm, f"copy {copies[arm]} {built}") if arm in copies else built
 
     def pixels(self, labels: str) -> Path:
-        """Return a cache of labelled views. What its teacher said is never read."""
+        """Return a cache of labelled views. The targets of its teacher are never read."""
         teacher = f"{self.teacher_flags('random')} --features summary --views 16"
         data = self.data(LABELS[labels])
         return self.cache(f"labels-{labels}", f"build-teacher-cache --data {data} {teacher} --out")
 
     def teacher_flags(self, weights: str) -> str:
-        """Return the flags that all builds share."""
+        """Return the flags that all builds with these weights share."""
         return f"--teacher timm:tf_efficientnet_lite0,weights={self.weights(weights)} --features-only {SIZE}"
 
     def cache(self, name: str, words: str) -> Path:
-        """Return the cache that a verb writes to the path after its words."""
+        """Return the cache with this name. If it is missing, the command `words` builds it."""
         out = self.out / f"{name}.zarr"
         if not (out / "complete.json").is_file():
             self.verb(f"{words} {out}")
         return out
 
     def run(self, row: Row) -> Run:
-        """Return a row's finished training."""
+        """Return the finished training of a row."""
         out = self.out / "runs" / run_name(f"{row.arm}, {row.labels}", row.seed)
         if not (out / RESULT).is_file():
-            self.verb(f"{self.training(row)} {STUDENT} --seed {row.seed} --out {out}" + " --resume" * out.exists())
+            resume = " --resume" if out.exists() else ""
+            self.verb(f"{self.training(row)} {STUDENT} --seed {row.seed} --out {out}{resume}")
         return Run.open(out)
 
     def training(self, row: Row) -> str:
-        """Return the settings of a row's training that other rows do not share."""
+        """Return the flags of a row's training that differ between rows."""
         if row.labels == "none":
             term = "similarity" if row.arm == "similarity" else "cosine,standardise=channels"
             return (
@@ -143,12 +144,12 @@ class FeatureFolders(Folders):
         )
 
     def verb(self, words: str) -> None:
-        """Run a verb until time is up. Raises: TimeoutExpired then."""
+        """Run a command of kdcache until the time is up. Raises: TimeoutExpired then."""
         kdcache(words, ends=self.ends)
 
 
 def measured(row: Row, run: Run) -> dict[str, Any]:
-    """Return what the JSON keeps of a training."""
+    """Return the values of a training that the result file keeps."""
     iterations, seconds = run.result["iterations"], round(run.result["seconds"])
     if row.labels == "none":
         lines = [line for line in run.metrics or () if "feature_loss" in line]
@@ -157,7 +158,7 @@ def measured(row: Row, run: Run) -> dict[str, Any]:
 
 
 def differences(done: list[dict[str, Any]]) -> dict[str, Difference]:
-    """Return every comparison, paired by seed, with Holm's p over all of them."""
+    """Return every comparison, paired by seed, with Holm's p-value over all of them."""
     by_arm: dict[tuple[str, str], dict[tuple[Any, ...], float]] = {}
     for row in done:
         if "miou" in row:
@@ -196,7 +197,7 @@ def table(done: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    """Train the rows that are missing until the time is up, or print the table of those that exist."""
+    """Train the rows that are missing until the time is up, or print the table of the existing rows."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", help="CamVid")
     parser.add_argument("--out", default="features-first", help="folder of data sets, caches and runs")

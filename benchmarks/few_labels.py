@@ -1,4 +1,4 @@
-"""Few labels, many images: is it the teacher, the pool, or ImageNet? A queue that goes on where it stopped.
+"""Few labels, many images: is it the teacher, the pool, or ImageNet?
 
     F0  choices, on 46-a and 92-a only: four settings each of labels only, distilled and semi-supervised
     F1  label curve, 46 and 92 labels, three blocks and three seeds: labels only, distilled, control, and the teacher
@@ -78,7 +78,10 @@ FAMILIES = ("labels only", "control", "distilled")
 
 
 def arm(stage: str, family: str, block: str, seeds: tuple[int, ...], name: str = "", **changes: Any) -> Arm:
-    """Return a family's arm on a block: its images only, or all images if they are distilled or made consistent."""
+    """Return the arm of a family on a block.
+
+    It uses the block's labelled images only, or all images if the family uses unlabelled ones.
+    """
     store, flags = {**CHOSEN, "control": CONTROL}[family]
     pooled = family not in ("labels only", "control")
     data = f"{'few' if pooled else 'only'}-{block}"
@@ -87,7 +90,7 @@ def arm(stage: str, family: str, block: str, seeds: tuple[int, ...], name: str =
 
 
 def trials() -> Iterator[Arm]:
-    """Yield F0."""
+    """Yield the arms of stage F0."""
     for block in ("46-a", "92-a"):
         for family, settings in TRIALS.items():
             for store, flags in settings:
@@ -95,7 +98,7 @@ def trials() -> Iterator[Arm]:
 
 
 def questions() -> Iterator[Arm]:
-    """Yield F2, by the letters of its questions."""
+    """Yield the arms of stage F2, by the letters of its questions."""
     for block in ("46-b", "46-c"):
         yield arm("F2", "consistency", block, TWO, "(a) semi-supervised without a teacher")
         yield arm("F2", "distilled", block, TWO, "(b) distilled on the labelled images", data=f"only-{block}")
@@ -116,7 +119,7 @@ def questions() -> Iterator[Arm]:
 
 
 def others() -> Iterator[Arm]:
-    """Yield F4."""
+    """Yield the arms of stage F4."""
     small = "--model torchvision:lraspp_mobilenet_v3_large --lr 1e-3"
     for family in FAMILIES:
         flags = {**CHOSEN, "control": CONTROL}[family][1]
@@ -126,7 +129,7 @@ def others() -> Iterator[Arm]:
 
 
 def everything() -> Iterator[Arm]:
-    """Yield F3's arms of all labels, where the pool has no image without one."""
+    """Yield the arms of stage F3 with all labels, where the pool has no image without one."""
     yield Arm("F3", "labels only, all", *CHOSEN["labels only"], LENGTH, (0,), "dev")
     yield Arm("F3", "control, all", *CONTROL, LENGTH, (0,), "dev")
     yield Arm("F3", "distilled, all", *CHOSEN["distilled"], LENGTH, (0,), "dev", "dev")
@@ -143,7 +146,7 @@ ARMS: dict[str, list[Arm]] = {
 
 
 class FewLabels(Study):
-    """The rows of the study, stage by stage, every arm once before any twice."""
+    """The rows of the study, stage by stage. Every arm runs once before any arm runs twice."""
 
     theme = "few labels"
 
@@ -156,7 +159,7 @@ class FewLabels(Study):
         self.most = arguments.rows
 
     def stage(self, name: str) -> None:
-        """Train the rows that a stage lacks. Raises: TimeoutError when the time is up or enough rows are done."""
+        """Train the rows that a stage lacks. Raises: TimeoutError if the time is up or enough rows are done."""
         for seed in SEEDS:
             for own in ARMS[name]:
                 if seed in own.seeds:
@@ -167,7 +170,7 @@ class FewLabels(Study):
                     self.judge(own, seed)
 
     def run(self, arm: Arm, seed: int) -> None:
-        """Train an arm and add its row, with its teacher's score, unless a row of these flags is there."""
+        """Train an arm and add its row, with its teacher's score, unless a row with these flags exists."""
         key = {"stage": arm.stage, "arm": arm.name, "seed": seed, "iterations": arm.iterations, "flags": arm.flags}
         if self.has(key):
             return
@@ -186,7 +189,7 @@ class FewLabels(Study):
         self.add({**key, "store": arm.store, "data": arm.data, **scores(Run.open(out)), **self.teacher(arm)})
 
     def teacher(self, arm: Arm) -> dict[str, float]:
-        """Return the score of the teacher whose targets an arm's store has, or {} for a store of pixels alone."""
+        """Return the score of the teacher whose targets an arm's cache has, or {} for a cache of pixels only."""
         store = STORES[arm.store]
         if store.trained_on:
             return {}
@@ -194,7 +197,7 @@ class FewLabels(Study):
         return {"teacher_miou": scores(run)["miou"]}
 
     def judge(self, arm: Arm, seed: int) -> None:
-        """Judge the last weights of a run on val and add the row, unless it is there or there is no such run."""
+        """Evaluate the last weights of a run on val and add the row, unless the row exists or the run does not."""
         key = {"stage": "F5", "arm": arm.name, "seed": seed, "flags": arm.flags}
         out = self.path(arm, seed)
         if self.has(key) or not (out / RESULT).is_file():
@@ -210,12 +213,12 @@ class FewLabels(Study):
         )
 
     def path(self, arm: Arm, seed: int) -> Path:
-        """Return the folder of an arm's run. Runs of other flags have other folders."""
+        """Return the folder of an arm's run. Runs with other flags have other folders."""
         digest = hashlib.sha256(arm.flags.encode()).hexdigest()[:6]
         return self.folders.out / "runs" / arm.stage / f"{run_name(arm.name, seed)}-{digest}"
 
     def has(self, key: dict[str, Any]) -> bool:
-        """Return whether a row is there. Raises: TimeoutError if it is not, and no further one is to begin."""
+        """Return whether a row exists. Raises: TimeoutError if it does not and no new row may begin."""
         if any(key.items() <= row.items() for row in self.rows):
             return True
         if time.monotonic() > self.ends or len(self.rows) >= self.most:
@@ -223,7 +226,7 @@ class FewLabels(Study):
         return False
 
     def add(self, row: dict[str, Any]) -> None:
-        """Write all rows with this one, and what they say together."""
+        """Write all rows with this one, and their summary."""
         self.rows.append(row)
         compared = {name: gap.to_json() for name, gap in differences(self.rows).items()}
         content = {"trials": trials_of(self.rows), "summary": summary(self.rows), "differences": compared}
@@ -232,14 +235,14 @@ class FewLabels(Study):
 
 
 def trials_of(rows: list[dict[str, Any]]) -> dict[str, int]:
-    """Return how many settings of each family have a row of F0, or stand without one."""
+    """Return how many settings of each family have a row in stage F0, or are used without one."""
     tried = {family: {row["flags"] for row in rows if row["stage"] == "F0" and row["arm"].startswith(family)}
              for family in TRIALS}  # fmt: skip
     return {family: max(1, len(flags)) for family, flags in tried.items()}
 
 
 def pairs() -> Iterator[tuple[tuple[str, str], tuple[str, str]]]:
-    """Yield the comparisons of the final: stage and name of an arm, then of its baseline."""
+    """Yield the comparisons of the final: (stage, name) of an arm, then (stage, name) of its baseline."""
     for block in BLOCKS:
         for baseline in ("labels only", "control"):
             yield ("F1", f"distilled, {block}"), ("F1", f"{baseline}, {block}")
@@ -253,7 +256,7 @@ def pairs() -> Iterator[tuple[tuple[str, str], tuple[str, str]]]:
 
 
 def differences(rows: list[dict[str, Any]]) -> dict[str, Difference]:
-    """Return the comparisons of the final, paired by block and seed, with Holm's p over all of them."""
+    """Return the comparisons of the final, paired by block and seed, with Holm's p-value over all of them."""
     scored: dict[tuple[str, str], dict[tuple[Any, ...], float]] = {}
     for row in rows:
         scored.setdefault((row["stage"], row["arm"]), {})[(row["seed"],)] = row["miou"]
@@ -263,7 +266,7 @@ def differences(rows: list[dict[str, Any]]) -> dict[str, Difference]:
 
 
 def curve(rows: list[dict[str, Any]], family: str) -> dict[int, tuple[float, float, float]]:
-    """Return the mean over blocks and seeds of mIoU on 0006R0, the least and the largest, by number of labels."""
+    """Return mIoU on 0006R0 by number of labels: the mean over blocks and seeds, the smallest and the largest."""
     by_count: dict[int, list[float]] = {}
     for row in rows:
         name, _, block = row["arm"].rpartition(", ")
@@ -273,7 +276,10 @@ def curve(rows: list[dict[str, Any]], family: str) -> dict[int, tuple[float, flo
 
 
 def sentence(rows: list[dict[str, Any]]) -> str:
-    """Return a sentence: how many labels without kdcache reach what 46 labels reach with it, or what rows lack."""
+    """Return a sentence on how many labels without kdcache reach the score of 46 labels with it.
+
+    If rows are missing, the sentence names them.
+    """
     plain, distilled = curve(rows, "labels only"), curve(rows, "distilled")
     if 46 not in distilled or len(plain) < 2:
         return "The curve lacks rows: nothing can be said of 46 labels."
@@ -317,7 +323,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def draw(rows: list[dict[str, Any]], out: Path) -> None:
-    """Draw mIoU against the number of labels, with a band from the least to the largest of blocks and seeds."""
+    """Draw mIoU against the number of labels, with a band from the smallest to the largest of blocks and seeds."""
     figure, axes = plt.subplots(figsize=(7, 4.6), layout="constrained")
     for family, colour in (("distilled", "#0072B2"), ("labels only", "#666666"), ("control", "#E69F00")):
         points = curve(rows, family)
@@ -355,7 +361,7 @@ def write_weights(study: FewLabels, out: Path) -> None:
 
 
 def main() -> None:
-    """Train the rows of the chosen stages that are missing, and write the table, plot and weights asked for."""
+    """Train the missing rows of the chosen stages, and write the table, plot and weights that flags ask for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", help="CamVid; without it nothing is trained")
     parser.add_argument("--out", default="few-labels", help="folder of data sets, teachers, stores and runs")

@@ -64,7 +64,7 @@ REPEATS = 30 if CUDA else 1
 
 
 def save(path: Path | None, theme: str, **content: Any) -> None:
-    """Write the results that are there so far."""
+    """Write the results that exist so far, unless `path` is None."""
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({**_header(theme), **content}, indent=1) + "\n", encoding="utf-8")
@@ -74,7 +74,7 @@ _header = cache(header)
 
 
 def time_step(step: Callable[[], Any]) -> timing.Spread:
-    """Time a step that was called before. On a GPU it runs as a CUDA graph."""
+    """Time a step that has already run once. On a GPU it runs as a CUDA graph."""
     return timing.as_graph(step, REPEATS) if CUDA else timing.in_turn({"step": step}, REPEATS)["step"]
 
 
@@ -83,7 +83,7 @@ def time_step(step: Callable[[], Any]) -> timing.Spread:
 
 @dataclass(frozen=True, kw_only=True)
 class Few(CheckSettings):
-    """Take one of `of` points of the grid of `bench-kernels --check`."""
+    """The settings of `bench-kernels --check` for every `of`-th point of its grid."""
 
     of: int
 
@@ -93,7 +93,7 @@ class Few(CheckSettings):
 
 
 def watch_kernels() -> dict[str, int]:
-    """Return the launches of each kernel of the package by its name, counted from now on."""
+    """Return a dict that counts the launches of each kernel of the package from now on, by name."""
     launches: dict[str, int] = {}
     for module in pkgutil.walk_packages(gpu.__path__, f"{gpu.__name__}."):
         if module.name.endswith(".offline"):
@@ -110,7 +110,7 @@ def _count(launches: dict[str, int], name: str, *_: object, **__: object) -> Non
 
 
 def other_operators(classes: int, kept: int) -> Iterator[tuple[str, float, float]]:
-    """Yield (name, error, its bound) of what the accuracy grid does not call."""
+    """Yield (name, error, bound) for the operators that the accuracy grid does not call."""
     generator = torch.Generator().manual_seed(classes)
     student, teacher = (3 * torch.randn(2, classes, 5, 7, generator=generator) for _ in range(2))
     values, indices, tail = pack(teacher.double(), kept, impl="reference")
@@ -162,7 +162,10 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 
 
 def once(path: Path | None, of: int) -> int:
-    """Print and write the result of each check. Return how many failed, kernels that were not launched included."""
+    """Print and write the result of each check. Return how many failed.
+
+    A kernel that was not launched counts as failed.
+    """
     torch.use_deterministic_algorithms(True, warn_only=True)  # which fills new tensors with NaN
     assert torch.empty(1, device=DEVICE).isnan().all()
     warnings.filterwarnings("ignore", message=".*deterministic.*")
@@ -198,7 +201,7 @@ def once(path: Path | None, of: int) -> int:
 
 @triton.jit
 def exp2_loop(out_ptr, rounds, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Write x after so many exponentials. x = 2**-x has a fixed point, so nothing overflows."""
+    """Write x after `rounds` exponentials. x = 2**-x has a fixed point, so nothing overflows."""
     offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     x = (offs % 64).to(tl.float32) * 0.01
     for _ in range(rounds):
@@ -207,7 +210,7 @@ def exp2_loop(out_ptr, rounds, BLOCK: tl.constexpr):  # type: ignore[no-untyped-
 
 
 def ceilings(path: Path | None) -> int:
-    """Measure what the roofline divides by, and the exponentials that it takes from the clock."""
+    """Measure the rates by which the roofline divides, and the exponentials that it derives from the clock."""
     programs = 64 * torch.cuda.get_device_properties(DEVICE).multi_processor_count if CUDA else 1
     out = torch.empty(programs * EXP_BLOCK, device=DEVICE)
 
@@ -232,7 +235,7 @@ def cases(shapes: str, kinds: str) -> Iterator[Case]:
 
 
 def tune(path: Path | None, shapes: str, kinds: str) -> int:
-    """Time forward and backward at each tiling, and as the package chooses it (None)."""
+    """Time forward and backward with each tiling, and with the package's own choice (None)."""
     rows: list[dict[str, Any]] = []
     for case in cases(shapes, kinds):
         inputs = make_inputs(case, DEVICE)
@@ -256,7 +259,7 @@ def tune(path: Path | None, shapes: str, kinds: str) -> int:
 
 
 def launch(shapes: str, kinds: str) -> int:
-    """Take a step of each case."""
+    """Run one step of each case."""
     for case in cases(shapes, kinds):
         ours(case, make_inputs(case, DEVICE), "triton").step()
     if CUDA:
@@ -265,7 +268,7 @@ def launch(shapes: str, kinds: str) -> int:
 
 
 def read_ncu(path: Path | None, report: Path) -> int:
-    """Write the figures of each launch that ncu has profiled, numbers as numbers."""
+    """Write the figures of each launch in a report of ncu, with numbers as numbers."""
     with report.open(newline="", encoding="utf-8") as file:
         lines = [line for line in file if line.startswith('"')]  # what programs print comes between
     units, *launches = csv.DictReader(lines)
@@ -284,7 +287,7 @@ def _number(text: str) -> float | str:
 
 
 def main() -> None:
-    """Run the chosen check, and exit with its code."""
+    """Run the check that the arguments choose, and exit with its code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("once", "ceilings", "rows", "launch", "ncu"))
     parser.add_argument("report", type=Path, nargs="?", help="CSV of ncu")

@@ -34,14 +34,14 @@ TOLERANCE = {"initial": 2e-3, "trained": 5e-3}
 
 
 def from_store(student: SegmentationModel, cache: Cache, batch: Batch, temperature: float) -> list[Tensor]:
-    """Return the gradient of the loss on a store's batch, a tensor per parameter of the student."""
+    """Return the gradient of the loss on a batch from a cache, one tensor for each parameter of the student."""
     criterion = DistillLoss(cache, ce_weight=0.0, kl_weight=1.0, temperature=temperature)
     loss = criterion(student(student.normalise(batch.pixels)), batch).loss
     return list(torch.autograd.grad(loss, list(student.parameters())))
 
 
 def rendered(records: Records, record: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what the student sees, which of its pixels show the image, and what the teacher sees of that window."""
+    """Return the student's image, the mask of its pixels inside the image, and the teacher's image."""
     assert records.split is not None
     view = records.cache.manifest.view
     image, (window, flip) = records.split.image(record // view.views_per_sample), records.window(record)
@@ -59,9 +59,9 @@ def from_teacher(
     taught: Tensor,
     temperature: float,
 ) -> list[Tensor]:
-    """Return the gradient by plain torch, with the teacher run on `taught`.
+    """Return the gradient by plain PyTorch, with the teacher run on `taught`.
 
-    Both logits are upsampled to the view in float32, and KL is the mean over the pixels of the image.
+    Both logits are upsampled to the view in float32. KL is the mean over the pixels inside the view.
     """
     size = (pixels.shape[1], pixels.shape[2])
     with torch.no_grad():
@@ -78,7 +78,7 @@ def from_teacher(
 
 
 def compare(names: list[str], store: list[Tensor], live: list[Tensor]) -> tuple[float, str]:
-    """Return largest |difference| / (|g_layer| + 1e-3 |g|) over layers, and that layer's name. NaN is the largest."""
+    """Return the largest |difference| / (|g_layer| + 1e-3 |g|) over layers, and the layer's name. NaN is largest."""
     total = torch.stack([g.double().square().sum() for g in live]).sum().sqrt()
     errors = {
         name: float((a.double() - b.double()).norm() / (b.double().norm() + 1e-3 * total))
@@ -89,12 +89,12 @@ def compare(names: list[str], store: list[Tensor], live: list[Tensor]) -> tuple[
 
 
 def is_met(rows: list[dict[str, Any]]) -> bool:
-    """Return whether every error is within its bound. One that is no number is not."""
+    """Return whether every error is within its bound. NaN is not."""
     return all(row["worst"] <= row["bound"] for row in rows)
 
 
 def main() -> None:
-    """Compare gradients from the store with those of a live teacher, batch by batch, and write the result file."""
+    """Compare gradients from the cache with gradients of a live teacher, batch by batch, and write the result file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True)
     parser.add_argument("--split", help="default the one that the store was built from")

@@ -92,7 +92,7 @@ def cases() -> dict[str, str]:
 
 
 def command(checkout: Path, words: Sequence[str], folder: Path, processes: int = 1) -> None:
-    """Run kdcache as that checkout has it, one thread in each process. Raises CalledProcessError."""
+    """Run the kdcache of a checkout, with one thread in each process. Raises: CalledProcessError."""
     paths = [str(checkout / part) for part in ("", "kernels", "cli")]
     threads = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "NUMBA")}
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
@@ -110,7 +110,7 @@ def command(checkout: Path, words: Sequence[str], folder: Path, processes: int =
 
 
 def make_stores(checkout: Path, folder: Path) -> None:
-    """Make two stores of a teacher that has learnt a little. Some views of the dense one reach beyond their image."""
+    """Make two caches of a teacher that has learnt a little. Some views of the dense one reach beyond their image."""
     command(checkout, ["train-teacher", "--data", SCENES, *TEACHER.split(), "--out", "teacher"], folder)
     for name, flags in STORES.items():
         words = ["build-teacher-cache", "--data", SCENES, "--teacher", "teacher", *flags.split(), "--out", name]
@@ -118,7 +118,7 @@ def make_stores(checkout: Path, folder: Path) -> None:
 
 
 def train(checkout: Path, case: str, steps: int, run: Path, more: str = "") -> None:
-    """Train a case into the folder `run`, next to the stores. Of flags that are given twice, the last counts."""
+    """Train a case into the folder `run`, next to the caches. If a flag is given twice, the last one counts."""
     flags = cases()[case]
     cache = "" if "--cache" in flags else DENSE
     verb = ["train-teacher"] if case.startswith("teacher/") else ["train-student", *STUDENT.split(), *cache.split()]
@@ -134,7 +134,7 @@ def logged(run: Path) -> list[dict[str, Any]]:
 
 
 def differences(before: Path, after: Path) -> list[str]:
-    """Return the differences between two runs, in words; an empty list where every bit is the same."""
+    """Return the differences between two runs in words, or an empty list if all bits are equal."""
     weights = [load_file(run / "last.safetensors") for run in (before, after)]
     names = weights[0].keys() | weights[1].keys()
     other = [name for name in sorted(names) if not same_bits(weights[0].get(name), weights[1].get(name))]
@@ -150,9 +150,9 @@ def differences(before: Path, after: Path) -> list[str]:
 
 
 def largest_differences(before: Path, after: Path) -> dict[str, float]:
-    """Return the largest relative difference over the steps of each figure: the loss, its parts, norms of gradients.
+    """Return the largest relative difference over the steps for each logged value: losses and norms of gradients.
 
-    It is infinite if the two runs did not log the same steps and parts.
+    It is infinite if the two runs did not log the same steps and values.
     """
     lines = [[line for line in logged(run) if line["kind"] in ("train", "gradients")] for run in (before, after)]
     if [list(line) for line in lines[0]] != [list(line) for line in lines[1]]:
@@ -174,7 +174,7 @@ def relative_difference(a: float, b: float) -> float:
 
 
 def same_bits(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
-    """Return whether two tensors have the same shape, dtype and bits; NaN equals NaN, and None equals nothing."""
+    """Return whether two tensors have the same shape, dtype and bits. NaN equals NaN. None equals no tensor."""
     if one is None or other is None or one.shape != other.shape or one.dtype != other.dtype:
         return False
     return torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8))
@@ -198,7 +198,7 @@ def compare(case: str, folder: Path, arguments: argparse.Namespace) -> tuple[str
 
 
 def main() -> None:
-    """Train every case with both checkouts, print what differs, and exit with 1 where a case fails."""
+    """Train every case with both checkouts, print the differences, and exit with 1 if a case fails."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("before", type=lambda text: Path(text).resolve())
     parser.add_argument("after", type=lambda text: Path(text).resolve())

@@ -1,4 +1,4 @@
-"""Does LightlyTrain's `distillationv3` get its live gradient from our stored features?
+"""Does LightlyTrain's `distillationv3` get the same gradient from stored features?
 
 LightlyTrain's own training step runs on the same images and student, with four teachers: live; live, rounded to
 float16; read from a cache of float16 features; read from a cache of bytes. A fifth reads the features of other images,
@@ -62,12 +62,12 @@ class Wrapper(nn.Module):
         return self
 
     def forward_features(self, x: Tensor) -> ForwardFeaturesOutput:
-        """Return the feature map and the summary under LightlyTrain's names."""
+        """Return the feature map and the pooled vector under LightlyTrain's names."""
         maps_Bchw, summary_Bc = self.features(x)
         return {"features": maps_Bchw, "cls_token": summary_Bc}
 
     def forward_pool(self, x: ForwardFeaturesOutput) -> ForwardPoolOutput:
-        """Return the summary (B, C) as LightlyTrain's pooled features (B, C, 1, 1)."""
+        """Return the pooled vector (B, C) as LightlyTrain's pooled features (B, C, 1, 1)."""
         return {"pooled_features": x["cls_token"][..., None, None]}
 
 
@@ -100,7 +100,7 @@ def normalised(batch: kdcache.Batch) -> Tensor:
 
 
 def stored(batch: kdcache.Batch) -> tuple[Tensor, Tensor]:
-    """Return a cached batch's feature map and summary as float tensors."""
+    """Return the feature map and the pooled vector of a cached batch as float tensors."""
     return batch.numbers["features/last"].float(), batch.numbers["features/summary"].float().flatten(1)
 
 
@@ -116,7 +116,7 @@ def gradients(batches: list[kdcache.Batch], channels: int, features: Features) -
 
 
 def error(measured: list[tuple[Tensor, float]], exact: list[tuple[Tensor, float]]) -> dict[str, float]:
-    """Return the error of gradients and losses relative to the exact ones: the worst of all batches."""
+    """Return the largest relative error of gradients and of losses over all batches, compared with the exact ones."""
     pairs = list(zip(measured, exact, strict=True))
     return {
         "gradient": float(f"{max(float((a - b).norm() / b.norm()) for (a, _), (b, _) in pairs):.3g}"),
@@ -125,7 +125,7 @@ def error(measured: list[tuple[Tensor, float]], exact: list[tuple[Tensor, float]
 
 
 def measure(name: str, images: int, work: Path) -> dict[str, Any]:
-    """Build both caches of a teacher from the command line, and compare the gradients."""
+    """Build two caches of a teacher with the command line, and compare the gradients."""
     channels, blocks, heads, side = TEACHERS[name]
     torch.manual_seed(0)
     config = Dinov2Config(

@@ -1,4 +1,4 @@
-"""What a disassembly of a kernel says: opcodes, loops, instructions by class."""
+"""Read the disassembly of a kernel: opcodes, loops, instructions by class."""
 
 import collections
 import re

@@ -1,4 +1,4 @@
-"""Distilling from the store beside distilling with the teacher in the loop: the same training but for that.
+"""Compare distillation from a cache with distillation from a live teacher, in otherwise equal trainings.
 
 Pairs of runs share seed, initialisation, pixels and order. One takes its targets from the store (warped with the
 pixels), the other runs the teacher on the pixels that the student gets. Reported are the paired difference of mIoU
@@ -34,7 +34,7 @@ from live_teacher import LiveStep
 
 
 def run(arguments: argparse.Namespace, seed: int, live: bool, out: Path) -> None:
-    """Do one training in a fresh process, so that its peak memory is measured apart."""
+    """Run one training in a new process, so its peak memory is measured separately."""
     torch.set_num_threads(arguments.threads)
     config = make_config(
         verb="train-student",
@@ -69,7 +69,7 @@ def run(arguments: argparse.Namespace, seed: int, live: bool, out: Path) -> None
 
 
 def finished(arguments: argparse.Namespace, seed: int, live: bool) -> dict[str, Any]:
-    """Return a run's result; do the training only if an earlier command has not finished it."""
+    """Return a run's result. The training runs only if an earlier command has not finished it."""
     out = Path(arguments.out, f"{'live' if live else 'cached'}-{seed}")
     if not (out / "peak.json").is_file():
         process = multiprocessing.get_context("spawn").Process(target=run, args=(arguments, seed, live, out))
@@ -91,23 +91,23 @@ def finished(arguments: argparse.Namespace, seed: int, live: bool) -> dict[str, 
 
 
 def paired(differences: list[float]) -> dict[str, float]:
-    """Return mean and 95 % interval of paired differences, which a single pair does not have (NaN)."""
+    """Return the mean of paired differences and its 95 % interval, which is NaN for a single pair."""
     mean, spread = float(np.mean(differences)), float(np.std(differences, ddof=1)) if len(differences) > 1 else np.nan
     half = t_quantile(len(differences) - 1) * spread / len(differences) ** 0.5 if len(differences) > 1 else np.nan
     return {"mean": round(mean, 3), "low": round(mean - half, 3), "high": round(mean + half, 3)}
 
 
 def at_equal_time(cached: dict[str, Any], live: dict[str, Any]) -> float:
-    """Return live mIoU at its last validation within the time that the cached run took."""
+    """Return the mIoU of the live run at its last validation within the time that the cached run took."""
     share = min(1.0, cached["seconds"] / live["seconds"])
     steps = [step for step in live["by_step"] if step <= share * max(live["by_step"])]
     return float(live["by_step"][max(steps)]) if steps else 0.0
 
 
 def compare(pairs: list[dict[str, dict[str, Any]]]) -> dict[str, Any]:
-    """Return paired differences of mIoU, at the end and at equal time, and the median ratio of the times.
+    """Return the paired differences of mIoU, at the end and at equal time, and the median ratio of the times.
 
-    Raises: RecipeError for runs that were judged at different iterations.
+    Raises: RecipeError for runs that were validated at different iterations.
     """
     for pair in pairs:
         check_equal("iterations", {name: tuple(sorted(run["by_step"])) for name, run in pair.items()})
@@ -120,7 +120,7 @@ def compare(pairs: list[dict[str, dict[str, Any]]]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Train pairs of runs, from the store and with a live teacher, and write their differences."""
+    """Train pairs of runs, from the cache and with a live teacher, and write their differences."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", required=True)
     parser.add_argument("--teacher", required=True)

@@ -1,6 +1,6 @@
-"""A step with the teacher in the loop, for comparisons with one from a store: same loss, same pixels, same order.
+"""A training step with a live teacher, to compare with a step from a cache: same loss, pixels and order.
 
-Before the words of a `kdcache train-student` it makes that training live:
+Put the script and the teacher before `train-student`, and that training has a live teacher:
 
     python benchmarks/live_teacher.py runs/teacher train-student --cache camvid.zarr ...
 """
@@ -27,10 +27,10 @@ class LiveStep(EagerStep):
     """An eager step with a teacher that runs on the same pixels as the student.
 
     Args:
-        eager: the step it is made of.
-        teacher: put on the same device.
-        size: (H, W) of the teacher's input, default the student's. Pixels are resized to it, bilinear, and the
-            probabilities averaged to the grid that the student's size would have given.
+        eager: the step to which the teacher is added.
+        teacher: the teacher, which moves to the same device.
+        size: (H, W) of the teacher's input. None takes the student's. Pixels are resized to it bilinearly, and
+            probabilities are averaged to the grid of the student's size.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class LiveStep(EagerStep):
 
 
 def main() -> None:
-    """Run the command line with trainings whose steps run the teacher that the first argument names."""
+    """Run the command line with a live teacher in every step. The first argument names the teacher."""
     origin, make = sys.argv.pop(1), api.make_trainer
 
     def make_live(*arguments: Any, **options: Any) -> Any:

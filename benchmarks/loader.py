@@ -60,7 +60,7 @@ BASELINES = {"readers": ("zarr", "zarrs", "fused"), "loaders": ("inline", "datal
 
 
 class DifferenceError(Exception):
-    """A contestant reads or loads other data than the rest."""
+    """A contestant reads or loads other data than the others."""
 
 
 # --- readers -----------------------------------------------------------------------------------------------
@@ -71,8 +71,10 @@ class Source:
     """The data that the readers read.
 
     Attributes:
+        cache: the cache.
+        paths: the arrays to read.
         order: record numbers, which may repeat.
-        rows: record -> its target arrays as zarr-python reads them.
+        rows: by record, its target arrays as zarr-python reads them.
     """
 
     cache: Cache
@@ -86,7 +88,7 @@ Reader = Callable[[int], Rows]
 
 
 def open_source(cache: Cache, records: int) -> Source:
-    """Draw the order of records, epoch after epoch, and read each of them once."""
+    """Draw an order of records, epoch after epoch, and read each record once with zarr-python."""
     paths = tuple(cache.target_paths())
     rng = np.random.default_rng(0)
     epochs = [rng.permutation(len(cache)) for _ in range(-(-records // len(cache)))]
@@ -99,13 +101,13 @@ def open_source(cache: Cache, records: int) -> Source:
 
 
 def open_zarr(path: Path, pipeline: str = "zarr.core.codec_pipeline.BatchedCodecPipeline") -> Any:
-    """Open an array with a pipeline of codecs, whatever the user's configuration says."""
+    """Open an array with one of zarr-python's codec pipelines, independently of the user's configuration."""
     with zarr.config.set({"codec_pipeline.path": pipeline, "codec_pipeline.strict": True}):
         return zarr.open_array(path, mode="r")
 
 
 def direct(source: Source) -> Reader:
-    """Return kdcache's own reader, into buffers that are used again."""
+    """Return kdcache's own reader, which reuses its buffers."""
     buffers = [np.empty_like(row) for row in source.rows[source.order[0]]]
 
     def read(record: int) -> Rows:
@@ -157,7 +159,7 @@ READERS: dict[str, tuple[str, Callable[[Source], Reader]]] = {
 
 
 def check_reader(title: str, read: Reader, source: Source) -> None:
-    """Read every record once. Raises: DifferenceError for other bytes than zarr-python's."""
+    """Read every record once. Raises: DifferenceError if the bytes differ from zarr-python's."""
     for record in source.order:
         for path, array, expected in zip(source.paths, read(record), source.rows[record], strict=True):
             same = array.shape == expected.shape and array.dtype == expected.dtype
@@ -166,7 +168,7 @@ def check_reader(title: str, read: Reader, source: Source) -> None:
 
 
 def measure_readers(cache: Cache, names: Sequence[str], arguments: argparse.Namespace) -> dict[str, Any]:
-    """Time the readers by the record."""
+    """Time the readers in milliseconds per record."""
     contestants, results = [], {}
     source = open_source(cache, arguments.records)
     for name in names:
@@ -183,7 +185,7 @@ def measure_readers(cache: Cache, names: Sequence[str], arguments: argparse.Name
 
 
 def reading(name: str, read: Reader, order: Sequence[int]) -> Contestant:
-    """Return a contestant whose turn is one pass over the records, or more where a pass is too short to time."""
+    """Return a contestant whose turn is one pass over the records, or more if a pass is too short to time."""
 
     def work(passes: int) -> None:
         for _ in range(passes):
@@ -200,19 +202,19 @@ def reading(name: str, read: Reader, order: Sequence[int]) -> Contestant:
 
 
 class ByProcesses(CacheDataset):
-    """A data set whose batches are always drawn ahead by processes."""
+    """A data set whose batches are always prepared in advance by processes."""
 
     threads_suffice = False  # type: ignore[assignment]
 
 
 class ByThreads(CacheDataset):
-    """A data set whose batches are always drawn ahead by threads."""
+    """A data set whose batches are always prepared in advance by threads."""
 
     threads_suffice = True  # type: ignore[assignment]
 
 
 class Resident(ByThreads):
-    """A data set whose batches are drawn from decoded records in memory."""
+    """A data set whose batches come from decoded records in memory."""
 
     def __init__(self, cache: Cache, **options: Any) -> None:
         super().__init__(cache, **options)
@@ -230,7 +232,7 @@ LOADERS: dict[str, tuple[str, type[CacheDataset], int, int]] = {
 
 
 class Stream:
-    """An open loader: endless batches in order, from draw 0, some of which were compared."""
+    """An open loader: endless batches in order, some of which were compared."""
 
     def __init__(self, name: str, cache: Cache, augment: str, batch_size: int, device: torch.device) -> None:
         self.title, kind, workers, self.ahead = LOADERS[name]
@@ -252,7 +254,7 @@ class Stream:
         self.processes = tuple(child.pid or 0 for child in set(multiprocessing.active_children()) - before)
 
     def take(self, count: int = 1) -> Batch:
-        """Return the last of the next batches, valid until the one after."""
+        """Take the next `count` batches and return the last one. It is valid until the next call."""
         assert self.batches is not None
         for _ in range(count):
             batch = next_batch(self.batches)
@@ -268,18 +270,18 @@ class Stream:
 
 
 def drawn(draws: Draws, step: int, batch_size: int) -> Batch:
-    """Return a batch, sample by sample."""
+    """Return a batch, drawn sample by sample."""
     batch: Batch = default_collate([draws[draw] for draw in range(step * batch_size, (step + 1) * batch_size)])
     return batch
 
 
 def bits(tensor: torch.Tensor) -> tuple[Any, ...]:
-    """Return type, shape and bytes of a tensor. They compare equal where NaN stands in both."""
+    """Return type, shape and bytes of a tensor, which are equal for equal tensors, also with NaN."""
     return tensor.dtype, tensor.shape, tensor.cpu().contiguous().numpy().tobytes()
 
 
 def measure_loaders(cache: Cache, names: Sequence[str], augment: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Time the loaders by the sample, on the CPU."""
+    """Time the loaders in milliseconds per sample, on the CPU."""
     size = arguments.batch_size
     batches = max(LEAST_BATCHES, arguments.records // size)
     with ExitStack() as stack:
@@ -296,7 +298,7 @@ def measure_loaders(cache: Cache, names: Sequence[str], augment: str, arguments:
 
 
 def measure_steps(cache: Cache, names: Sequence[str], augment: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Time the step of one student, which all loaders feed in turn."""
+    """Time the step of one student. All loaders feed it in turns."""
     device = torch.device(arguments.device)
     batch = drawn(Draws(CacheDataset(cache, augment=augment), 0), 0, arguments.batch_size)
     kind = choose_step("auto", device)
@@ -329,10 +331,10 @@ def measure_steps(cache: Cache, names: Sequence[str], augment: str, arguments: a
 
 
 def table(kind: str, titles: dict[str, str], paces: Mapping[str, Pace | str], augment: str = "none") -> dict[str, Any]:
-    """Print a table and return it as plain numbers: milliseconds per sample (per step), and ratios of medians.
+    """Print a table and return it as numbers: milliseconds per sample (or step), and ratios of medians.
 
-    A ratio is how many times as fast as a baseline; of steps, how many times as slow. `paces` holds what was measured
-    by name, or the reason why it was not.
+    A ratio is the baseline's time divided by the contestant's, and the inverse for steps. `paces` has the measurement
+    of each name, or the reason why it was not measured.
     """
     print(f"\n{kind}, augment {augment}")
     medians = {name: pace.time.p50 for name, pace in paces.items() if isinstance(pace, Pace)}

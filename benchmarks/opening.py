@@ -31,7 +31,7 @@ CLASSES, SIZE, VIEW, SHARD_RECORDS = 4, (8, 8), (16, 16), 128
 
 
 def make_store(path: Path, records: int) -> float:
-    """Write the store with random rows, which differ between shards only in their numbers. Return the seconds."""
+    """Write a large cache with random records, and return the seconds. Shards differ only in their numbers."""
     names = tuple(f"class {index}" for index in range(CLASSES))
     manifest = Manifest(
         created="2026-01-01T00:00:00+00:00",
@@ -72,7 +72,7 @@ def make_store(path: Path, records: int) -> float:
 
 
 def measure_opening(store: Path) -> dict[str, float]:
-    """Return milliseconds of each step when this process does it for the first time."""
+    """Return the milliseconds of each step of opening a cache, when a process does it for the first time."""
     taken = {}
 
     def clock(name: str, action: Callable[[], Any]) -> Any:
@@ -92,7 +92,7 @@ def measure_opening(store: Path) -> dict[str, float]:
 
 
 def main() -> None:
-    """Make a large store, measure in fresh processes how long it takes to open, and write the result file."""
+    """Make a large cache, measure in new processes how long it takes to open, and write the result file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--records", type=int, default=120_000)
     parser.add_argument("--repeats", type=int, default=9)

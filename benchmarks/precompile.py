@@ -1,4 +1,4 @@
-"""Compile the loss kernels of a GPU ahead, which need not be there, and write them as one archive.
+"""Compile the loss kernels for a GPU in advance, on a machine without it, and write them as one archive.
 
 Without --shapes these are all kernels that `benchmarks/gpu.sh` measures and checks. A training of your own is named as
 in `bench-kernels`. Sizes make no variant beyond their divisibility by 16.
@@ -67,7 +67,7 @@ calls: list[Callable[[], object]] = []
 
 
 def start(arch: str, shapes: str, kinds: str, dtypes: str) -> None:
-    """Turn this process into one whose Triton compiles, and whose losses take tensors without values."""
+    """Set this process up so that Triton only compiles, and losses take tensors without values."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process ends it
     from kdcache_kernels.gpu.offline import compile_instead, gpu_target, launch_from_meta_tensors
 
@@ -82,13 +82,13 @@ def start(arch: str, shapes: str, kinds: str, dtypes: str) -> None:
 
 
 def settings_of(shapes: str, kinds: str, dtypes: str) -> Settings:
-    """Return the cases of `bench-kernels` that flags name. Raises: RecipeError."""
+    """Return the cases of `bench-kernels` that these flags select. Raises: RecipeError."""
     names = tuple(KINDS) if kinds == "all" else parse_names(kinds, "--case", KINDS)
     return Settings(META, parse_shapes(shapes or f"cuda,{TUNED}"), parse_names(dtypes, "--dtype", DTYPES), kinds=names)
 
 
 def launch_case(case: Case, registers: int | None = None) -> None:
-    """Launch what kdcache launches in a case of the benchmark."""
+    """Launch the kernels that kdcache launches in a case of the benchmark."""
     inputs = make_inputs(case, META)
     with tiled(registers=registers):
         torch.autograd.grad(loss_of(case).ours(case, inputs, "auto"), inputs.student)
@@ -96,7 +96,7 @@ def launch_case(case: Case, registers: int | None = None) -> None:
 
 @contextlib.contextmanager
 def tiled(*, rows: int | None = None, registers: int | None = None) -> Iterator[None]:
-    """Launch cells with other rows per program and another limit of registers in a `with` block."""
+    """Launch the kernels of cells with other rows per program and another limit of registers, in a with block."""
     from kdcache_kernels.gpu import cells
 
     choose, limit = cells.choose_tiling, cells.REGISTERS
@@ -115,7 +115,7 @@ def tiled(*, rows: int | None = None, registers: int | None = None) -> Iterator[
 
 
 def list_variants() -> list[Variant]:
-    """Return the variants of all calls, each with the first call that launches it, without compiling any."""
+    """Return the variants of all calls, each with the first call that launches it. Nothing is compiled."""
     variants: dict[tuple[str, str], Variant] = {}
     at = 0
 
@@ -132,7 +132,7 @@ def list_variants() -> list[Variant]:
 
 
 def compile_variant(variant: Variant) -> bool:
-    """Compile a variant unless the folder holds it. Return True if it was compiled."""
+    """Compile a variant unless the folder has it. Return whether it was compiled."""
 
     def others(*, key: str, fn: object, **_: object) -> bool:
         return (fn.jit_function.fn.__name__, key) != variant[1:]  # type: ignore[attr-defined]
@@ -146,7 +146,7 @@ def compile_variant(variant: Variant) -> bool:
 
 
 def compile_all(*request: str) -> None:
-    """Compile in as many processes as cores and memory allow. What an interruption leaves is valid."""
+    """Compile in as many processes as cores and memory allow. The results of an interrupted call are valid."""
     processes = max(1, min(os.cpu_count() or 1, int(psutil.virtual_memory().available / PROCESS_BYTES)))
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(processes, context, initializer=start, initargs=request)
@@ -164,7 +164,7 @@ def compile_all(*request: str) -> None:
 
 
 def versions(arch: str | None) -> dict[str, str]:
-    """Return what an archive is valid for, as names and versions. Without a GPU there is no architecture."""
+    """Return the versions for which an archive is valid, by name. `arch` None leaves out the GPU's architecture."""
     return {
         "Triton": triton.__version__,
         "Python": ".".join(platform.python_version_tuple()[:2]),
@@ -175,13 +175,13 @@ def versions(arch: str | None) -> dict[str, str]:
 
 
 def unlike(made: dict[str, str], here: dict[str, str]) -> str:
-    """Describe the first version that differs. The text is empty if none does."""
+    """Describe the first version that differs, or return "" if all are equal."""
     differences = (f"{name} {made.get(name)}, not {value}" for name, value in here.items() if made.get(name) != value)
     return next(differences, "")
 
 
 def use(path: Path) -> Path:
-    """Unpack an archive, and return its folder. Ends the process if it does not serve this machine."""
+    """Unpack an archive and return its folder. The process ends if the archive does not fit this machine."""
     if not path.is_file():
         sys.exit(f"Archive not found: {path}. Fix: check the path, or compile without --kernels.")
     with tarfile.open(path) as archive:
@@ -200,7 +200,7 @@ def use(path: Path) -> Path:
 
 
 def this_gpu() -> str | None:
-    """Return the architecture of this machine's GPU, or None without one."""
+    """Return the architecture of this machine's GPU, or None if there is none."""
     if not torch.cuda.is_available():
         return None
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
@@ -209,7 +209,7 @@ def this_gpu() -> str | None:
 
 
 def main() -> None:
-    """Compile the kernels that the arguments choose and write the archive, or unpack one and print its folder."""
+    """Compile the kernels that the arguments select and write the archive, or unpack one and print its folder."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--arch", default=this_gpu(), help="sm_90 (H100, H200), sm_80, gfx942 ...; default this machine's"

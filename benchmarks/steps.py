@@ -46,7 +46,7 @@ def first_batch(cache: Cache, batch_size: int) -> Streams:
 
 
 def fresh_step(cache: Cache, arguments: argparse.Namespace, *, impl: str = "auto", graphed: bool = False) -> EagerStep:
-    """Return a step of a new student whose loss runs by the family `impl`."""
+    """Return a step of a new student whose loss runs with the family of kernels `impl`."""
     return student_step(cache, arguments.student, torch.device(arguments.device), impl=impl, capturable=graphed)
 
 
@@ -54,7 +54,7 @@ def fresh_step(cache: Cache, arguments: argparse.Namespace, *, impl: str = "auto
 
 
 def measure_steps(cache: Cache, arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Return a row for each kind of step: steps a second, and seconds until the first one was ready."""
+    """Return a row for each kind of step: steps per second, and seconds until the first step was ready."""
     device = torch.device(arguments.device)
     rows: list[dict[str, Any]] = []
     steps: list[Step] = []
@@ -76,7 +76,7 @@ def measure_steps(cache: Cache, arguments: argparse.Namespace) -> list[dict[str,
 
 
 def compare(rows: list[dict[str, Any]], rates: list[list[float]]) -> list[dict[str, Any]]:
-    """Return steps a second of each kind, and their median over the first kind's, which is eager."""
+    """Return steps per second of each kind, and the median ratio to the first kind, which is eager."""
     found = []
     for row, values in zip(rows, rates, strict=True):
         rate_of = spread(values)
@@ -92,7 +92,7 @@ def kinds(device: torch.device) -> tuple[str, ...]:
 
 
 def rate(step: Step, batch: Streams, device: torch.device, count: int) -> float:
-    """Return steps per second over `count` steps after a first one."""
+    """Return the steps per second over `count` steps after the first one."""
     step(batch)
     synchronise(device)
     began = time.perf_counter()
@@ -141,7 +141,7 @@ def logits_of(eager: EagerStep, batch: Streams) -> torch.Tensor:
 
 
 def busy_ms(part: Callable[[], Any], device: torch.device) -> float:
-    """Return the time of all kernels (CPU: operators) that a call runs, in ms."""
+    """Return the milliseconds of all kernels (on a CPU: operators) that a call runs."""
     part()
     synchronise(device)
     cuda = device.type == "cuda"

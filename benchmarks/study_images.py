@@ -1,4 +1,4 @@
-"""What other images would change: intervals over images of the weights that the study left, beside those over seeds.
+"""Intervals over images for the weights that the study has kept, next to its intervals over seeds.
 
 An interval over seeds is about other trainings on the very images that judge. These draw the images anew, 10,000 times,
 for the runs that there are: each image by itself, and in stretches of ten, since frames of a video are alike.
@@ -27,13 +27,13 @@ SPANS = {"images": 1, f"stretches of {STRETCH} images": STRETCH}
 
 
 def judge(name: str, split: Split) -> Metrics:
-    """Return the metrics of the weights of a run, such as `e6-plain-all-100`, with counts of every image."""
+    """Return the metrics of a run's weights, such as `e6-plain-all-100`, with the counts of every image."""
     model = load_teacher(f"kdcache:tiny@{WEIGHTS / name}.safetensors", split.classes).model
     return evaluate_model(model, split, SIZE, threads=1)
 
 
 def row(stage: str, arms: tuple[str, str], seeds: Sequence[int], split: Split) -> dict[str, Any]:
-    """Return the difference of two arms in points of mIoU, means over seeds, and its 95 % intervals over images."""
+    """Return the difference of two arms in points of mIoU, as means over seeds, with 95 % intervals over images."""
     ours, theirs = ([judge(f"{stage.lower()}-{run_name(arm, seed)}", split) for seed in seeds] for arm in arms)
     mean = sum(one.miou - other.miou for one, other in zip(ours, theirs, strict=True)) / len(seeds)
     images = [[metrics.images for metrics in side if metrics.images is not None] for side in (ours, theirs)]

@@ -1,4 +1,4 @@
-"""What the study leaves beside its rows: final weights for judges with images of their own, and the README's plot.
+"""Write the study's final weights, which other images can evaluate, and the plot of the README.
 
     python benchmarks/study_results.py --json benchmarks/results/study-cpu.json --runs study/runs \
         --weights benchmarks/results/weights --plot docs/assets/study.png
@@ -37,7 +37,7 @@ DATA = "Description"
 
 
 def write_weights(runs: Path, out: Path) -> int:
-    """Write the last weights of some runs of E4 and E6 as float16 and return their bytes together."""
+    """Write the last weights of some runs of E4 and E6 as float16. Return their total bytes."""
     out.mkdir(parents=True, exist_ok=True)
     names = [f"E4/{run_name(f'{arm}, {block}', seed)}" for arm in ("plain", "distilled") for block in BLOCKS
              for seed in FEW_SEEDS]  # fmt: skip
@@ -50,7 +50,7 @@ def write_weights(runs: Path, out: Path) -> int:
 
 
 def write_halves(run: Run, path: Path) -> int:
-    """Write the last weights of a run as float16 and return their bytes."""
+    """Write the last weights of a run as float16. Return their bytes."""
     tensors = load_file(run.folder / "last.safetensors")
     halves = {key: tensor.half() if tensor.is_floating_point() else tensor for key, tensor in tensors.items()}
     save_file(halves, path, metadata={"format": "pt", **run.model.metadata()})
@@ -58,10 +58,10 @@ def write_halves(run: Run, path: Path) -> int:
 
 
 def curves(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Return what the plot shows of each arm: seeds, seconds of training, mIoU's mean and half of its 95 % interval.
+    """Return the plotted values of each arm: seeds, seconds of training, mean mIoU and half its 95 % interval.
 
-    The seconds are those of an arm's fastest run, because the machine's other work slowed the rest. `half` is None for
-    fewer than three seeds.
+    The seconds are from an arm's fastest run, because other work slowed the rest. `half` is None for fewer than three
+    seeds.
     """
     drawn = {}
     for label, (stage, arm, _) in LINES.items():
@@ -84,7 +84,7 @@ def curves(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def draw(rows: list[dict[str, Any]], out: Path) -> None:
-    """Draw mIoU on val against seconds of training with 95 % intervals over seeds. The PNG also holds the numbers."""
+    """Draw mIoU on val against seconds of training, with 95 % intervals over seeds. The PNG also holds the numbers."""
     figure, axes = plt.subplots(figsize=(7, 4.6), layout="constrained")
     drawn = curves(rows)
     for label, curve in drawn.items():
@@ -106,7 +106,7 @@ def draw(rows: list[dict[str, Any]], out: Path) -> None:
 
 
 def main() -> None:
-    """Write the final weights and the plot, where their flags name a place."""
+    """Write the final weights and the plot, if flags name a file for them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--runs", type=Path, help="folder of the study's runs")

@@ -1,4 +1,4 @@
-"""Is one network for two tasks as good as one for each, and what does a stored teacher add? A queue that goes on.
+"""Is one network for two tasks as good as one for each, and what does a stored teacher add?
 
 Procedural scenes of 96x128: half of the training images have labels of classes, the others a LiDAR's depth. All arms
 read the same views of one store, with equal steps and, of each task, equally many labelled rows a step:
@@ -78,7 +78,7 @@ class Queue:
         self.teacher: dict[str, Any] = content.get("teacher", {})
 
     def store(self) -> Path:
-        """Return the teacher's store, after making it and what it needs where they are missing."""
+        """Return the teacher's cache. If it is missing, it and everything that it depends on are made."""
         store = self.out / "store.zarr"
         runs = {f"{arm} {seed}": self._trained(arm, self.views(), seed) for arm, seed in TEACHERS}
         if not (store / COMPLETE).is_file():
@@ -88,7 +88,7 @@ class Queue:
         return store
 
     def views(self) -> Path:
-        """Return the store of the views that all networks are trained on."""
+        """Return the cache of the views on which all networks are trained."""
         run, views = self.out / "views", self.out / "views.zarr"
         if not (views / COMPLETE).is_file():
             self._train(run, f"--data {self.data} --size 96x128 {VIEWS} --threads 1", 1, 0)
@@ -96,7 +96,7 @@ class Queue:
         return views
 
     def run(self, arm: str, seed: int) -> None:
-        """Train an arm and add its row, unless it is there or time is up."""
+        """Train an arm and add its row, unless the row exists or the time is up."""
         key = {"arm": arm, "seed": seed, "iterations": self.iterations}
         if any(key.items() <= row.items() for row in self.rows) or time.monotonic() > self.ends:
             return
@@ -107,7 +107,7 @@ class Queue:
         print(arm, f"seed {seed}", *(f"{name} {row[name]}" for name in SCORES if name in row), flush=True)
 
     def write(self) -> None:
-        """Write the result file with the rows and the cost that there are."""
+        """Write the result file with the existing rows and costs."""
         result = {"data": self.data, "teacher": self.teacher, "cost": self.cost, "summary": summary(self.rows)}
         write(self.json, {**header("tasks", self.also), **result, "rows": self.rows})
 
@@ -132,7 +132,7 @@ def _machine() -> dict[str, str]:
 
 
 def scores(run: Run) -> dict[str, Any]:
-    """Return the row of a run: mIoU in percent, depth's rmse in metres at the end and by iteration, seconds."""
+    """Return the row of a run: mIoU in percent, depth's rmse in metres at the end and by iteration, and seconds."""
     by_iteration: dict[int, dict[str, float]] = {}
     for line in run.metrics or ():
         if line["kind"] == "validation":
@@ -144,7 +144,7 @@ def scores(run: Run) -> dict[str, Any]:
 
 
 def cost(repeats: int) -> dict[str, Any]:
-    """Return multiply-adds and milliseconds of an image for each network, and for the shared one over the two together.
+    """Return multiply-adds and milliseconds per image for each network, and the shared one divided by the two together.
 
     The networks take turns. A call ends with the maps of the network's tasks at the image's size.
     """
@@ -165,7 +165,7 @@ def cost(repeats: int) -> dict[str, Any]:
 
 
 def time_calls(calls: dict[str, Callable[[], None]], repeats: int) -> dict[str, Spread]:
-    """Time calls in milliseconds, one of each per turn. The first WARM_UP of each do not count."""
+    """Time calls in milliseconds, one of each per turn. The first WARM_UP calls of each do not count."""
     check_repeats(repeats)
     samples: dict[str, list[float]] = {name: [] for name in calls}
     with no_garbage_collection():
@@ -178,7 +178,7 @@ def time_calls(calls: dict[str, Callable[[], None]], repeats: int) -> dict[str, 
 
 
 def costs(macs: dict[str, int], paces: dict[str, Spread]) -> dict[str, Any]:
-    """Return multiply-adds and milliseconds by network, and those of the shared one over the sum of the two."""
+    """Return multiply-adds and milliseconds by network, and the shared one's divided by the sum of the two."""
     best, median = ({name: getattr(pace, of) for name, pace in paces.items()} for of in ("best", "p50"))
     over = lambda of: round(of["both"] / (of["segmentation"] + of["depth"]), 4)  # noqa: E731
     ratios = {"macs_over_two": over(macs), "best_ms_over_two": over(best), "median_ms_over_two": over(median)}
@@ -186,9 +186,10 @@ def costs(macs: dict[str, int], paces: dict[str, Spread]) -> dict[str, Any]:
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return means by arm, and what the shared networks gain on each single-task one: 95 % intervals over paired seeds.
+    """Return means by arm, and the gains of the shared networks over each single-task one, with 95 % intervals.
 
-    Of mIoU the gain is in points; of rmse the change is in percent, below 0 where the shared network is better.
+    Intervals are over seeds, paired. A gain in mIoU is in points. A change of rmse is in percent, below 0 if the shared
+    network is better.
     """
     by_arm: dict[str, dict[int, dict[str, Any]]] = {}
     for row in rows:
@@ -209,7 +210,7 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Train the rows that are missing until the time is up, or measure the networks' cost."""
+    """Train the missing rows until the time is up, or measure the networks' cost."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", default="tasks", help="folder of the teacher, the store and the runs")
     parser.add_argument("--json", type=Path, required=True)

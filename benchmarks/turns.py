@@ -1,4 +1,4 @@
-"""Contestants take turns on one machine, so that a neighbour on it slows all of them.
+"""Time contestants in turns on one machine, so other work on it slows all of them.
 
 A loader that draws ahead would fill its buffers in the others' turns. So each contestant empties its buffers off the
 clock first, and the next one waits until the machine is quiet.
@@ -25,11 +25,12 @@ class Contestant:
     """A contestant that takes turns.
 
     Attributes:
+        name: its name.
         work: the work of a turn.
-        samples: number of samples that a turn yields.
-        before: work at the start of a turn, off the clock.
+        samples: number of samples in a turn.
+        before: work at the start of a turn that is not timed.
         processes: ids of its worker processes, whose CPU time counts.
-        size: shape of a batch, which all contestants share. None is not compared.
+        size: shape of a batch, which must be equal for all contestants. None is not compared.
     """
 
     name: str
@@ -42,16 +43,16 @@ class Contestant:
 
 @dataclass(frozen=True)
 class Pace:
-    """Milliseconds per sample, a value per turn: by the clock, and of CPU (None if unknown)."""
+    """Milliseconds per sample, one value per turn: wall time, and CPU time (None if unknown)."""
 
     time: Spread
     cpu: Spread | None
 
 
 def in_turn(contestants: Sequence[Contestant], rounds: int) -> dict[str, Pace]:
-    """Time contestants in turns after a warm-up of their own. Return the pace by name.
+    """Time contestants in turns, each after a warm-up. Return the pace of each by name.
 
-    Raises: RecipeError for too few rounds, and for contestants of different sizes.
+    Raises: RecipeError for too few rounds, or contestants of different sizes.
     """
     check_repeats(rounds)
     check_equal("sizes", {one.name: one.size for one in contestants})
@@ -83,7 +84,7 @@ def settle(processes: Sequence[int]) -> None:
 
 
 def cpu_seconds(processes: Sequence[int]) -> float | None:
-    """Return the CPU time of this process and of some others. Theirs comes in ticks of mostly 10 ms."""
+    """Return the CPU seconds of this process and of other processes. Theirs come in ticks of mostly 10 ms."""
     try:
         times = [psutil.Process(process).cpu_times() for process in processes]
     except psutil.Error:

@@ -1,4 +1,4 @@
-"""How a mask transformer's stored logs differ, once resized, from its resized scores.
+"""Compare a mask transformer's stored logarithms of scores, after resizing, with its resized scores.
 
 A cache keeps the log of the classes' scores at the masks' stride, and a training resizes the logs. The network itself
 resizes scores. Both are compared at the images' size: the share of pixels with another best class, within 4 pixels
@@ -31,12 +31,12 @@ SURE, CERTAIN = 0.9, 4.0
 
 
 def resized(x_BChw: Tensor) -> Tensor:
-    """Return maps resized to the labels' size, bilinear."""
+    """Return maps resized bilinearly to the size of the labels."""
     return F.interpolate(x_BChw, size=SIZE, mode="bilinear", align_corners=False)
 
 
 def smooth(shares_BCHW: Tensor) -> SimpleNamespace:
-    """Return the answer of a network with a query for each class, whose mask is sure of itself away from edges."""
+    """Return the output of a network with a query for each class, whose masks are certain except near edges."""
     share_BChw = F.avg_pool2d(shares_BCHW, STRIDE)
     share_BChw = F.avg_pool2d(F.pad(share_BChw, (1, 1, 1, 1), mode="replicate"), 3, 1)
     classes = share_BChw.shape[1]
@@ -67,7 +67,7 @@ def gradient(student_BChw: Tensor, teacher_BCHW: Tensor, temperature: float) -> 
 
 
 def compare(answers: list[Any], edges: list[Tensor], student: Callable[[Tensor], Tensor]) -> dict[str, Any]:
-    """Compare resized logs with the logs of resized scores."""
+    """Compare resized logarithms of scores with logarithms of resized scores."""
     other, at_edge, edge, total, errors = 0.0, 0.0, 0.0, 0, {1.0: [0.0, 0.0], 2.0: [0.0, 0.0]}
     for answer, edge_BHW in zip(answers, edges, strict=True):
         logs_BChw = Universal().heads("masks", answer)["segmentation"]
@@ -86,7 +86,7 @@ def compare(answers: list[Any], edges: list[Tensor], student: Callable[[Tensor],
 
 
 def shares(split: Split, number: int) -> Tensor:
-    """Return which pixels show which class, (1, C, H, W), at the size of the comparison. Void shows none."""
+    """Return a mask for each class, (1, C, H, W), at the size of the comparison. Void pixels are in none."""
     label = torch.from_numpy(split.label(number))[None, None].float()
     label_1HW = F.interpolate(label, size=SIZE, mode="nearest").long()[:, 0]
     classes = len(split.classes)
@@ -94,7 +94,7 @@ def shares(split: Split, number: int) -> Tensor:
 
 
 def near_edges(shares_1CHW: Tensor) -> Tensor:
-    """Return which pixels (1, H, W) are near another class."""
+    """Return the mask (1, H, W) of the pixels near another class."""
     wide = F.max_pool2d(shares_1CHW, 2 * EDGE + 1, 1, EDGE)
     return wide.sum(1) > 1
 

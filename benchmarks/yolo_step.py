@@ -37,7 +37,7 @@ MOST_NORM = 10.0
 
 
 def plain(cache: Cache, arguments: argparse.Namespace) -> Learner:
-    """Return what takes Ultralytics' own steps."""
+    """Return a learner that takes Ultralytics' own steps."""
     source = batches(cache, "none", arguments)
     torch.manual_seed(0)
     network = SemanticSegmentationModel("yolo26n-sem.yaml", nc=cache.num_classes, verbose=False)
@@ -63,7 +63,7 @@ def plain(cache: Cache, arguments: argparse.Namespace) -> Learner:
 
 
 def result(paces: dict[str, Pace]) -> dict[str, Any]:
-    """Return milliseconds a step, and ratios of the medians of this process's CPU time."""
+    """Return milliseconds per step, and ratios of the median CPU times of this process."""
     cpu = {kind: pace.cpu.p50 for kind, pace in paces.items() if pace.cpu is not None}
     for kind, pace in paces.items():
         print(

@@ -12,7 +12,7 @@ _DOCTEST = re.compile(r"^>>> .*(?:\n(?!\s*$).*)*", re.MULTILINE)
 
 
 class Examples(griffe.Extension):
-    """Fences the examples of every docstring."""
+    """A griffe extension that puts the examples of every docstring into code blocks."""
 
     def on_object(self, *, obj: Any, **_: Any) -> None:
         """Change the docstring of an object that was read."""
@@ -21,5 +21,5 @@ class Examples(griffe.Extension):
 
 
 def fenced(docstring: str) -> str:
-    """Return a docstring with its examples in fences."""
+    """Return a docstring with its examples as code blocks."""
     return _DOCTEST.sub(lambda example: f"```pycon\n{example[0]}\n```", docstring)

@@ -1,4 +1,4 @@
-"""A hook of the documentation site: a picture in place of a mermaid block, which no script is fetched to draw.
+"""A hook of the documentation site: a picture instead of a mermaid block, so the page needs no script.
 
 GitHub draws the blocks of Markdown files. The site shows docs/assets/pipeline.svg instead, which has the same words;
 tests/docs/test_site.py compares them.
@@ -13,14 +13,14 @@ PICTURES = {"flowchart LR\n  data": "assets/pipeline.svg"}
 
 
 def on_config(config: Any) -> Any:
-    """Give mermaid blocks a formatter of their own."""
+    """Set the function that formats mermaid blocks."""
     fence = {"name": "mermaid", "class": "drawing", "format": picture}
     config["mdx_configs"].setdefault("pymdownx.superfences", {})["custom_fences"] = [fence]
     return config
 
 
 def picture(source: str, *_: Any, **__: Any) -> str:
-    """The picture of a block, with its words for those who do not see it. Raises: KeyError for a block without one."""
+    """Return the HTML of a block's picture, with the block's words as text. Raises: KeyError for an unknown block."""
     file = next((file for start, file in PICTURES.items() if source.startswith(start)), None)
     if file is None:
         raise KeyError(f"scripts/mermaid.py has no picture of {source[:40]!r}")
@@ -28,6 +28,6 @@ def picture(source: str, *_: Any, **__: Any) -> str:
 
 
 def words(source: str) -> list[str]:
-    """What the boxes and arrows of a block say, line by line."""
+    """Return the texts of a block's boxes and arrows, line by line."""
     texts = re.findall(r'"([^"]+)"|\|([^|]+)\|', source)
     return [line for box, arrow in texts for line in (box or arrow).split("<br>")]

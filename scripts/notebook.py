@@ -11,14 +11,14 @@ DOWNLOAD = f"This page is a notebook: [download it]({NOTEBOOK}) to run it.\n\n"
 
 
 def on_files(files: Any, config: Any) -> Any:
-    """Add the page to the site."""
+    """Add the notebook's page to the site."""
     notebook = json.loads(Path(config["docs_dir"], NOTEBOOK).read_text(encoding="utf-8"))
     files.append(File.generated(config, PAGE, content="\n\n".join(map(_block, notebook["cells"]))))
     return files
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Lead links to the notebook to its page, and put the download below the page's title."""
+    """Change links to the notebook into links to its page, and put the download below the page's title."""
     if page.file.src_uri != PAGE:
         return markdown.replace(f"]({NOTEBOOK})", f"]({PAGE})")
     title, _, text = markdown.partition("\n\n")

@@ -23,7 +23,7 @@ You can add `--quiet`, `--debug` and `--trust` to any command. Your shell comple
 
 
 def on_config(config: Any) -> Any:
-    """Put the verbs under "Command line" in the navigation."""
+    """Put the commands under "Command line" in the navigation."""
     links = [page.partition("/")[2] for page in pages() if page != INDEX]
     verbs = [{link.removesuffix(".md"): f"cli/{link}"} for link in links]
     for section in config["nav"]:
@@ -34,14 +34,14 @@ def on_config(config: Any) -> Any:
 
 
 def on_files(files: Any, config: Any) -> Any:
-    """Add the pages to the site."""
+    """Add the pages of the commands to the site."""
     for path, text in pages().items():
         files.append(File.generated(config, path, content=text))
     return files
 
 
 def pages() -> dict[str, str]:
-    """Return each page's path below docs/ and its text, in the order of work."""
+    """Return the text of each page by its path below docs/, in the order of work."""
     group: Any = get_command(app)
     context = typer.Context(group, info_name="kdcache")
     made = {INDEX: ""}
@@ -58,7 +58,7 @@ def pages() -> dict[str, str]:
 
 
 def _verbs(group: Any, context: typer.Context) -> Iterator[tuple[str, Any]]:
-    """Every verb of one word or two with its command, which has the panel of its group."""
+    """Yield the name of every command (one word or two) and the command, with the panel of its group."""
     for name in group.list_commands(context):
         command = group.get_command(context, name)
         for verb, member in getattr(command, "commands", {"": command}).items():

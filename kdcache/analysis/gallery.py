@@ -106,7 +106,7 @@ class Case:
 
 
 def best_cases(ranking: Sequence[tuple[int, float]], best: int, worst: int, score: Score = MIOU) -> list[Case]:
-    """Return the first `best` and the last `worst` images of a ranking, each in the order of their ranks.
+    """Return the `best` first and the `worst` last images of a ranking: best first, then worst first.
 
     `ranking` has pairs (position, score), the best first, as `ranked` returns them.
     """
@@ -320,9 +320,9 @@ def _rank(case: Case) -> str:
 
 
 def earlier_pictures(out: Path, runs: Iterable[str]) -> Iterator[Path]:
-    """Yield the files that an earlier call drew into `out` for these runs, and its pictures of several models.
+    """Yield the pictures that an earlier call drew into `out`: those of some runs, and those of several models.
 
-    `runs` are names of folders.
+    `runs` are the names of the runs' folders in `out`.
     """
     for folder in (SIDE_BY_SIDE, *(f"{run}/{name}" for run in runs for name in (SUCCESSES, FAILURES))):
         yield from _pictures(out / folder)

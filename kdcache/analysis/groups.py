@@ -100,10 +100,10 @@ class Group:
         return is_control(self.settings)
 
     def likeness(self, other: "Group") -> float:
-        """Return the number of settings in which two rows differ. 0 means equal.
+        """Return in how many settings two rows differ. 0 means that their settings are equal.
 
-        Only settings that distinguish rows count. Each stream of both adds the share (0 to 1) of its settings that
-        differ.
+        Only settings that distinguish rows count. If both rows have streams, the streams together count as one setting:
+        the share (0 to 1) of their settings that differ.
         """
         streams = [*(self.settings.get("stream") or ()), *(other.settings.get("stream") or ())]
         both = bool(self.settings.get("stream")) and bool(other.settings.get("stream"))

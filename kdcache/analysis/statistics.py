@@ -108,7 +108,10 @@ class Blocks:
 
     @classmethod
     def of(cls, names: Mapping[str, str], over: str) -> "Blocks":
-        """Return blocks from the name of each image's block. `names` has the image's id as key."""
+        """Return blocks from a name for each image: images with equal names form one block.
+
+        `names` maps the image's id to the name of its block. `over` is "images" or "sequences".
+        """
         numbers = {name: number for number, name in enumerate(dict.fromkeys(names.values()))}
         return cls(over, {sample: numbers[name] for sample, name in names.items()})
 

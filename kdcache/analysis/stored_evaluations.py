@@ -79,7 +79,7 @@ class EvalSettings:
         return Framing.of(images, JudgeSettings(window=self.window, stride=self.stride), trained)
 
     def load(self, entry: Entry, classes: ClassList) -> tuple[SegmentationModel, RunModel]:
-        """Load a run or SPEC@FILE. Return the model and its description, with the input size of these settings.
+        """Load a run or SPEC@FILE. Return the model and its description, which has the size that these settings choose.
 
         `classes` are the classes of the data. Raises: as `Entry.load`.
         """
@@ -331,10 +331,10 @@ def file_name(record: Record, folder: Path, run: str, *, own_size: bool = True) 
 
 
 def weights_of(run: Run | str, which: str) -> tuple[str | None, Path | None]:
-    """Return the name and the file of the weights to evaluate, for a run or SPEC@FILE.
+    """Return the name and the file of the weights to evaluate. `run` is a run, its folder, or SPEC@FILE.
 
-    The name is `which`, or the weights in RUN@WEIGHTS. It is None for SPEC@FILE. The file is None if a library loads
-    them.
+    The name is `which`, or for RUN@WEIGHTS the named weights, or for SPEC@FILE None. The file is None if SPEC@FILE
+    names weights of a library instead of a file.
     """
     parts = split_spec(run) if isinstance(run, str) else None
     if parts is not None:

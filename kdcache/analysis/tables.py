@@ -243,7 +243,7 @@ def _text_head(task: str) -> str:
 
 
 def row_name(row: Row) -> str:
-    """Return the name of a row, with " (baseline)" after it if it is one and the name does not say so."""
+    """Return the name of a row. " (baseline)" follows the name of a baseline that does not say so."""
     name = one_line(row.name)
     marked = "baseline" in name.lower() or name.endswith(CONTROL)
     return f"{name} (baseline)" if row.baseline and not marked else name

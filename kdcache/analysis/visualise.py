@@ -117,9 +117,9 @@ def _earlier(out: Path, runs: Iterable[str]) -> Iterator[Path]:
 
 
 def score_run(run: Entry, name: str, split: Split, judging: EvalSettings, progress: Progress) -> Shown:
-    """Load a run and score every labelled image of a split with it. `name` is its name in pictures.
+    """Load a run and score every labelled image of a split with its model.
 
-    Raises: as `Entry.load`; ModelError if memory is too small.
+    `name` is the model's name in pictures. Raises: as `Entry.load`. ModelError if memory is too small.
     """
     model, description = judging.load(run, split.classes)
     framing = judging.framing(description.fit)

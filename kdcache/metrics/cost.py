@@ -166,7 +166,7 @@ def _device(model: SegmentationModel) -> torch.device:
 
 @dataclass(frozen=True)
 class CostKey:
-    """The facts that a stored latency depends on. It is reused only if all of them are equal.
+    """The facts that a stored latency depends on. A latency is reused only if all of them are equal.
 
     Attributes:
         spec: the model's spec.

@@ -39,8 +39,8 @@ class RowPrediction:
         place: the row's index in `Comparison.rows`.
         miou: mIoU of this image, 0 to 1.
         iou: the IoU of each class, NaN if the class is not in the image.
-        classes: a PNG of the predicted classes, or None if segmentation cannot be evaluated on this image.
-        wrong: a PNG of the wrong pixels, or None in the same case.
+        classes: a PNG of the predicted classes, or None without a segmentation label or prediction.
+        wrong: a PNG of the wrong pixels, or None without a segmentation label or prediction.
     """
 
     place: int
@@ -55,12 +55,12 @@ class Sample:
     """An image on the report page.
 
     Attributes:
-        sample: its id.
-        why: why it is shown: "best 1", "worst 2", or "for" and the name of a class.
+        sample: the image's id.
+        why: why the image is shown: "best 1", "worst 2", or "for" and the name of a class.
         score: the score that ranks the images, mIoU or rmse.
-        mean: this image's score, as the mean over all rows except the teacher's.
+        mean: the value of this score for this image, as the mean over all rows except the teacher's.
         size: (H, W) on the page, in pixels.
-        present: ids of the classes in its label, the largest first.
+        present: ids of the classes in the label, the largest first.
         image: the image as JPEG.
         label: the segmentation label as PNG, or None.
         predictions: the prediction of each row.
@@ -125,8 +125,9 @@ def score_first_runs(
 def choose_samples(comparison: Comparison, first: FirstRuns, count: int, progress: Progress) -> tuple[Sample, ...]:
     """Return the images to show: the best and the worst, then an image for each class that is not yet shown.
 
-    Images are ranked by the mean score of all rows. There are `count` best, `count` worst, and at most `count` for
-    classes. If none of them has a label of another task that all rows predict, its best and worst images follow.
+    Images are ranked by the mean score of all rows. There are up to `count` best images, `count` worst images, and
+    `count` images for classes. Images for another task that all rows predict follow, if no image so far has a label for
+    it.
 
     Returns: () if some rows have only classes and others only depth, so they do not share a score.
     """

@@ -154,7 +154,7 @@ def _figure(task: str, name: str) -> Callable[[Row], Cell]:
 
 
 def signed(gap: float, task: str) -> str:
-    """Return a difference of a task's scores as text with its sign, in points or metres."""
+    """Return a difference of a task's scores (`gap`) as text with its sign, in points of mIoU or in metres."""
     return "-" if math.isnan(gap) else VIEWS[task].gap_text(gap).replace("-", "\N{MINUS SIGN}")
 
 
