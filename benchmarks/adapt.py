@@ -87,7 +87,7 @@ class Stage:
     def before(self, job: Job) -> list[Job]:
         """Return all jobs that a job depends on, in an order in which they can run."""
         needed = [self.jobs[name] for name in job.needs]
-        return list({other.name: other for own in needed for other in (*self.before(own), own)}.values())
+        return list({earlier.name: earlier for need in needed for earlier in (*self.before(need), need)}.values())
 
     def do(self, job: Job) -> None:
         """Run a job unless it has already run."""
@@ -130,10 +130,10 @@ class Queue:
             key = {"stage": name, "arm": arm, "seed": seed}
             if (self.only and arm not in self.only) or any(key.items() <= row.items() for row in self.rows):
                 continue
-            for own in (*stage.before(job), job):
+            for step in (*stage.before(job), job):
                 if time.monotonic() > self.ends:
                     return
-                stage.do(own)
+                stage.do(step)
             self.rows.append({**key, **row_of(stage, job)})
             self.write()
             print(name, arm, f"seed {seed}:", self.rows[-1]["miou"], flush=True)
@@ -210,14 +210,14 @@ def row_of(stage: Stage, job: Job) -> dict[str, Any]:
     lines = run.metrics or ()
     last = [line for line in lines if line["kind"] == "validation"][-1]
     trained = [line for line in lines if line["kind"] == "train"]
-    own = stage.seconds(job)
+    seconds = stage.seconds(job)
     row: dict[str, Any] = {
         "iterations": run.result["iterations"],
         "miou": round(100 * last["ema_miou"], 2),
         "miou_of_weights": round(100 * last["miou"], 2),
         "classes": {of["name"]: round(100 * of["iou"], 1) for of in last["ema_classes"] if of["iou"] is not None},
-        "cpu_seconds": round(own, 1),
-        "chain_seconds": round(own + sum(map(stage.seconds, stage.before(job))), 1),
+        "cpu_seconds": round(seconds, 1),
+        "chain_seconds": round(seconds + sum(map(stage.seconds, stage.before(job))), 1),
         "seconds": round(run.result["seconds"], 1),
     }
     for line in trained[-1:]:
@@ -267,9 +267,9 @@ def shares(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the CPU seconds of each arm with all that it depends on, divided by those of the online teachers."""
     chains = summary(rows)["final"]
     return {
-        f"{arm} over {rival}": round(own["chain_seconds"] / chains[rival]["chain_seconds"], 2)
+        f"{arm} over {rival}": round(chain["chain_seconds"] / chains[rival]["chain_seconds"], 2)
         for rival in ONLINE
-        for arm, own in chains.items()
+        for arm, chain in chains.items()
         if rival in chains and arm != rival
     }
 

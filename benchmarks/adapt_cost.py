@@ -108,11 +108,11 @@ def result(ms: dict[str, list[float]], weak: dict[str, list[float]], forward: fl
     Raises: RecipeError for too few turns.
     """
     check_repeats(len(ms["plain"]), "turns")
-    best = {name: min(own) for name, own in ms.items()}
-    median = {name: statistics.median(own) for name, own in ms.items()}
+    best = {name: min(times) for name, times in ms.items()}
+    median = {name: statistics.median(times) for name, times in ms.items()}
     rows = {}
     for name in ms:
-        turns = [own / plain for own, plain in zip(ms[name], ms["plain"], strict=True)]
+        turns = [times / plain for times, plain in zip(ms[name], ms["plain"], strict=True)]
         rows[name] = {
             "best_ms": best[name],
             "median_ms": median[name],

@@ -62,25 +62,25 @@ def measure(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
     words = ["build-teacher-cache", "--data", arguments.data, "--teacher", teacher, "--out", store, "--threads", 1,
              "--size", arguments.size, "--views", arguments.views,
              "--shard-records", arguments.shard_records]  # fmt: skip
-    whole: dict[str, list[float]] = {name: [] for name in ENGINES}
+    seconds: dict[str, list[float]] = {name: [] for name in ENGINES}
     taught: dict[str, list[float]] = {name: [] for name in ENGINES}
     first: dict[str, str] = {}
     for _ in range(arguments.repeats):
         for name, (before, after) in ENGINES.items():
-            whole[name].append(run([*before, *words, *after]))
+            seconds[name].append(run([*before, *words, *after]))
             images_per_s, digests = shards_of(store)
             taught[name].append(images_per_s)
             first = first or digests
             if digests != first:
                 raise SystemExit(f"{name} wrote other files than the first build")
             shutil.rmtree(store)
-            print(f"{name}: {whole[name][-1]:.1f} s, {images_per_s:.2f} images/s between shards", flush=True)
+            print(f"{name}: {seconds[name][-1]:.1f} s, {images_per_s:.2f} images/s between shards", flush=True)
     return {
         "model": arguments.model,
         "size": arguments.size,
         "shards": len({key.rsplit("/", 1)[-1] for key in first}),
         "files": len(first),
-        **compare(whole, taught),
+        **compare(seconds, taught),
     }
 
 

@@ -216,8 +216,8 @@ def unstamped(cache: Cache) -> dict[str, Any]:
 
 def differences(store: Path, other: Path) -> list[str]:
     """Return files that only one of two stores has, or whose bytes differ, apart from time stamps."""
-    one, two = files_of(store), files_of(other)
-    return sorted(name for name in {*one, *two} if one.get(name) != two.get(name))
+    files, other_files = files_of(store), files_of(other)
+    return sorted(name for name in {*files, *other_files} if files.get(name) != other_files.get(name))
 
 
 def files_of(store: Path) -> dict[str, bytes]:

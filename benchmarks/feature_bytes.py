@@ -88,9 +88,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     split = join(arguments.data, [open_split(arguments.data, name) for name in arguments.split])
-    whole = len(split)
+    samples = len(split)
     if arguments.take is not None:
-        split = excerpt(split, evenly_spread(whole, arguments.take))
+        split = excerpt(split, evenly_spread(samples, arguments.take))
     teacher = load_teacher(Tokens(), split, classified=False)
     rows = {}
     with tempfile.TemporaryDirectory() as work:
@@ -101,7 +101,7 @@ def main() -> None:
     if arguments.json is not None:
         content = {
             "images": len(split),
-            "of": whole,
+            "of": samples,
             "splits": arguments.split,
             "size": list(SIZE),
             "threads": torch.get_num_threads(),

@@ -98,8 +98,8 @@ class FeatureFolders(Folders):
         """Return a cache of features of all images that are not used for validation or test, without labels."""
         teacher = TEACHERS[arm]
         images = f"images:{self.data('dev') / 'images' / 'train'}"
-        wanted = "--features stage5 --statistics similarity:stage5 --teacher-size 288x384 --views 8"
-        built = self.cache(teacher, f"build-teacher-cache --data {images} {self.teacher_flags(teacher)} {wanted} --out")
+        stored = "--features stage5 --statistics similarity:stage5 --teacher-size 288x384 --views 8"
+        built = self.cache(teacher, f"build-teacher-cache --data {images} {self.teacher_flags(teacher)} {stored} --out")
         copies = {"uint8": "--feature-dtype uint8", "similarity": "--features="}
         return self.cache(arm, f"copy {copies[arm]} {built}") if arm in copies else built
 
@@ -215,7 +215,7 @@ def main() -> None:
     folders = FeatureFolders(Path(arguments.data).resolve(), Path(arguments.out).resolve(), tuple(arguments.steps))
     folders.ends = time.monotonic() + 60 * arguments.minutes
     for row in rows():
-        if any(row.key().items() <= other.items() for other in done):
+        if any(row.key().items() <= finished.items() for finished in done):
             continue
         try:
             done.append(measured(row, folders.run(row)))

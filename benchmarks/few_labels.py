@@ -85,8 +85,10 @@ def arm(stage: str, family: str, block: str, seeds: tuple[int, ...], name: str =
     store, flags = {**CHOSEN, "control": CONTROL}[family]
     pooled = family not in ("labels only", "control")
     data = f"{'few' if pooled else 'only'}-{block}"
-    own = Arm(stage, f"{name or family}, {block}", store, flags, LENGTH, seeds, data, f"only-{block}" if pooled else "")
-    return replace(own, **changes)
+    built = Arm(
+        stage, f"{name or family}, {block}", store, flags, LENGTH, seeds, data, f"only-{block}" if pooled else ""
+    )
+    return replace(built, **changes)
 
 
 def trials() -> Iterator[Arm]:
@@ -161,13 +163,13 @@ class FewLabels(Study):
     def stage(self, name: str) -> None:
         """Train the rows that a stage lacks. Raises: TimeoutError if the time is up or enough rows are done."""
         for seed in SEEDS:
-            for own in ARMS[name]:
-                if seed in own.seeds:
-                    self.run(own, seed)
+            for arm in ARMS[name]:
+                if seed in arm.seeds:
+                    self.run(arm, seed)
         if name == "F5":
-            for own in ARMS["F1"]:
-                for seed in own.seeds:
-                    self.judge(own, seed)
+            for arm in ARMS["F1"]:
+                for seed in arm.seeds:
+                    self.judge(arm, seed)
 
     def run(self, arm: Arm, seed: int) -> None:
         """Train an arm and add its row, with its teacher's score, unless a row with these flags exists."""
@@ -246,10 +248,10 @@ def pairs() -> Iterator[tuple[tuple[str, str], tuple[str, str]]]:
     for block in BLOCKS:
         for baseline in ("labels only", "control"):
             yield ("F1", f"distilled, {block}"), ("F1", f"{baseline}, {block}")
-    for own in ARMS["F2"]:
-        block = own.name.rpartition(", ")[2]
+    for arm in ARMS["F2"]:
+        block = arm.name.rpartition(", ")[2]
         for baseline in ("distilled", "labels only"):
-            yield ("F2", own.name), ("F1", f"{baseline}, {block}")
+            yield ("F2", arm.name), ("F1", f"{baseline}, {block}")
     for kind in ("lraspp", "288x384"):
         for baseline in ("labels only", "control"):
             yield ("F4", f"{kind}, distilled, 46-b"), ("F4", f"{kind}, {baseline}, 46-b")
@@ -350,11 +352,11 @@ def write_weights(study: FewLabels, out: Path) -> None:
     """
     out.mkdir(parents=True, exist_ok=True)
     size = 0
-    for own in ARMS["F1"]:
-        for seed in own.seeds:
-            run = study.path(own, seed)
-            if not own.name.startswith("control") and (run / RESULT).is_file():
-                size += write_halves(Run.open(run), out / f"f1-{run_name(own.name, seed)}.safetensors")
+    for arm in ARMS["F1"]:
+        for seed in arm.seeds:
+            run = study.path(arm, seed)
+            if not arm.name.startswith("control") and (run / RESULT).is_file():
+                size += write_halves(Run.open(run), out / f"f1-{run_name(arm.name, seed)}.safetensors")
     print(f"{out}: {size / 1e6:.1f} MB")
     if size > MOST_BYTES:
         raise SystemExit(f"{size} bytes of weights are more than {MOST_BYTES}")

@@ -128,9 +128,9 @@ def main() -> None:
                 drawn = [(int(view) % len(dataset), int(view) // len(dataset)) for view in views]  # sample, epoch
                 batch = default_collate([dataset.draw(*each, np.random.default_rng(0)) for each in drawn])
                 afresh = default_collate([rendered(records, dataset.record(*each)) for each in drawn])
-                pixels, shown, taught = (tensor.to(device) for tensor in afresh)
+                pixels, inside, taught = (tensor.to(device) for tensor in afresh)
                 stored = from_store(student, cache, batch.to(device), temperature)
-                live = from_teacher(student, teacher, pixels, shown, taught, temperature)
+                live = from_teacher(student, teacher, pixels, inside, taught, temperature)
                 found.append(compare(names, stored, live))
             worst, where = max(found, key=lambda of: math.inf if math.isnan(of[0]) else of[0])
             rows.append(

@@ -320,8 +320,8 @@ def measure_steps(cache: Cache, names: Sequence[str], augment: str, arguments: a
         for name in names:
             stream = stack.enter_context(closing(Stream(name, cache, augment, arguments.batch_size, device)))
             contestants.append(contestant(name, stream.take, stream.ahead + 1))
-        for one in contestants:
-            one.before()
+        for entrant in contestants:
+            entrant.before()
         paces = in_turn(contestants, rounds)
     titles = {MEMORY: "one batch from memory", **{name: f"fed by {LOADERS[name][0]}" for name in names}}
     return table("steps", titles, paces, augment)

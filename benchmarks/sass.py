@@ -272,12 +272,12 @@ def _read_machine_code(compiled: Compiled, tool: Path, option: str) -> str:
 
 def check_waits(compiled: list[Compiled]) -> int:
     """Count the kernels that may start before the previous one has ended. Exit if one could touch memory too early."""
-    dependent = [one for one in compiled if one.kernel.metadata.launch_pdl]
+    dependent = [launched for launched in compiled if launched.kernel.metadata.launch_pdl]
     tool = find_tool("nvdisasm")
-    for one in dependent:
-        early = before_wait(read_listing(_read_machine_code(one, tool, "-c"))[0])
+    for launched in dependent:
+        early = before_wait(read_listing(_read_machine_code(launched, tool, "-c"))[0])
         if not set(early) <= HARMLESS:
-            sys.exit(f"{one.name} ({one.variant}) does not wait first: {', '.join(early)} come before.")
+            sys.exit(f"{launched.name} ({launched.variant}) does not wait first: {', '.join(early)} come before.")
     return len(dependent)
 
 

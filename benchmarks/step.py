@@ -63,8 +63,8 @@ def teacher_of(spec: str, classes: int) -> SegmentationModel:
 
 def make_store(arguments: argparse.Namespace, folder: Path) -> Path:
     """Build a cache of a part of the data, with a teacher of random weights. Return its path."""
-    whole = open_split(arguments.data, "train")
-    split = subset(whole, range(min(RECORDS, len(whole))))
+    samples = open_split(arguments.data, "train")
+    split = subset(samples, range(min(RECORDS, len(samples))))
     options = BuildOptions(size=arguments.size, views=1, device=torch.device(arguments.device), fidelity=False)
     return random_cache(split, arguments.teacher, folder, options)
 
@@ -168,12 +168,12 @@ def race(store: Path, kinds: Sequence[str], arguments: argparse.Namespace) -> di
 
 def compare_streams(paces: dict[str, Pace]) -> dict[str, Any]:
     """Return the ratio of a step of two streams to a step of one stream with as many rows."""
-    one, two = paces["kl"].time, paces["two"].time
-    ratio = two.best / one.best
-    print(f"two streams over one: best {ratio:.4f}, medians {two.p50 / one.p50:.4f}")
+    single, double = paces["kl"].time, paces["two"].time
+    ratio = double.best / single.best
+    print(f"two streams over one: best {ratio:.4f}, medians {double.p50 / single.p50:.4f}")
     return {
         "two_streams_over_one": round(ratio, 4),
-        "two_streams_over_one_by_medians": round(two.p50 / one.p50, 4),
+        "two_streams_over_one_by_medians": round(double.p50 / single.p50, 4),
         "streams_bound": STREAMS_BOUND,
         "streams_met": ratio <= STREAMS_BOUND,
     }

@@ -127,8 +127,8 @@ def measure_parts(cache: Cache, arguments: argparse.Namespace, impl: str) -> dic
 def shares(impl: str, times: dict[str, float]) -> dict[str, Any]:
     """Return milliseconds by part of a step, and the loss's share of their sum."""
     share = times["loss"] / sum(times.values())
-    shown = ", ".join(f"{name} {value:.2f} ms" for name, value in times.items())
-    print(f"impl={impl}: {shown}; the loss is {100 * share:.1f} %")
+    listed = ", ".join(f"{name} {value:.2f} ms" for name, value in times.items())
+    print(f"impl={impl}: {listed}; the loss is {100 * share:.1f} %")
     rounded = {name: round(value, 4) for name, value in times.items()}
     return {"impl": impl, "ms": rounded, "loss_share": round(share, 4)}
 

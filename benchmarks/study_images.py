@@ -35,7 +35,7 @@ def judge(name: str, split: Split) -> Metrics:
 def row(stage: str, arms: tuple[str, str], seeds: Sequence[int], split: Split) -> dict[str, Any]:
     """Return the difference of two arms in points of mIoU, as means over seeds, with 95 % intervals over images."""
     ours, theirs = ([judge(f"{stage.lower()}-{run_name(arm, seed)}", split) for seed in seeds] for arm in arms)
-    mean = sum(one.miou - other.miou for one, other in zip(ours, theirs, strict=True)) / len(seeds)
+    mean = sum(our_run.miou - their_run.miou for our_run, their_run in zip(ours, theirs, strict=True)) / len(seeds)
     images = [[metrics.images for metrics in side if metrics.images is not None] for side in (ours, theirs)]
     spans = {}
     for over, length in SPANS.items():

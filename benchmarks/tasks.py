@@ -201,8 +201,8 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
             if arm in by_arm:
                 means.setdefault(arm, {})[name] = interval([run[name] for run in by_arm[arm].values()])
         for arm, rival in (("both", single), ("taught", single), ("taught", "both")):
-            own, theirs = by_arm.get(arm, {}), by_arm.get(rival, {})
-            pairs = [(own[seed][name], theirs[seed][name]) for seed in own if seed in theirs]
+            ours, theirs = by_arm.get(arm, {}), by_arm.get(rival, {})
+            pairs = [(ours[seed][name], theirs[seed][name]) for seed in ours if seed in theirs]
             if pairs:
                 change = [a - b if name == "miou" else 100 * (a / b - 1) for a, b in pairs]
                 gains[f"{arm} against {rival}, {name}"] = interval(change)

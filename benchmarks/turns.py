@@ -55,20 +55,20 @@ def in_turn(contestants: Sequence[Contestant], rounds: int) -> dict[str, Pace]:
     Raises: RecipeError for too few rounds, or contestants of different sizes.
     """
     check_repeats(rounds)
-    check_equal("sizes", {one.name: one.size for one in contestants})
-    clock: dict[str, list[float]] = {one.name: [] for one in contestants}
-    spent: dict[str, list[float]] = {one.name: [] for one in contestants}
+    check_equal("sizes", {contestant.name: contestant.size for contestant in contestants})
+    clock: dict[str, list[float]] = {contestant.name: [] for contestant in contestants}
+    spent: dict[str, list[float]] = {contestant.name: [] for contestant in contestants}
     with no_garbage_collection():
         for _ in range(rounds):
-            for one in contestants:
-                one.before()
-                cpu, began = cpu_seconds(one.processes), time.perf_counter()
-                one.work()
-                took, used = time.perf_counter() - began, cpu_seconds(one.processes)
-                clock[one.name].append(1e3 * took / one.samples)
+            for contestant in contestants:
+                contestant.before()
+                cpu, began = cpu_seconds(contestant.processes), time.perf_counter()
+                contestant.work()
+                took, used = time.perf_counter() - began, cpu_seconds(contestant.processes)
+                clock[contestant.name].append(1e3 * took / contestant.samples)
                 if cpu is not None and used is not None:
-                    spent[one.name].append(1e3 * (used - cpu) / one.samples)
-                settle(one.processes)
+                    spent[contestant.name].append(1e3 * (used - cpu) / contestant.samples)
+                settle(contestant.processes)
     return {name: Pace(Spread.of(clock[name]), Spread.of(spent[name]) if spent[name] else None) for name in clock}
 
 

@@ -68,12 +68,12 @@ def gradient(student_BChw: Tensor, teacher_BCHW: Tensor, temperature: float) -> 
 
 def compare(answers: list[Any], edges: list[Tensor], student: Callable[[Tensor], Tensor]) -> dict[str, Any]:
     """Compare resized logarithms of scores with logarithms of resized scores."""
-    other, at_edge, edge, total, errors = 0.0, 0.0, 0.0, 0, {1.0: [0.0, 0.0], 2.0: [0.0, 0.0]}
+    differing, at_edge, edge, total, errors = 0.0, 0.0, 0.0, 0, {1.0: [0.0, 0.0], 2.0: [0.0, 0.0]}
     for answer, edge_BHW in zip(answers, edges, strict=True):
         logs_BChw = Universal().heads("masks", answer)["segmentation"]
         stored, exact = resized(logs_BChw), resized(logs_BChw.exp()).log()
         differs = stored.argmax(1) != exact.argmax(1)
-        other, total = other + differs.sum().item(), total + differs.numel()
+        differing, total = differing + differs.sum().item(), total + differs.numel()
         at_edge, edge = at_edge + differs[edge_BHW].sum().item(), edge + edge_BHW.sum().item()
         student_BChw = student(logs_BChw)
         for temperature, sums in errors.items():
@@ -81,7 +81,7 @@ def compare(answers: list[Any], edges: list[Tensor], student: Callable[[Tensor],
             sums[0] += (ours - theirs).square().sum().item()
             sums[1] += theirs.square().sum().item()
     relative = {f"T={t:g}": round((error / size) ** 0.5, 4) for t, (error, size) in errors.items()}
-    share, near = round(other / total, 5), round(at_edge / edge, 5)
+    share, near = round(differing / total, 5), round(at_edge / edge, 5)
     return {"other_best_class": share, "other_best_class_at_edges": near, "gradient_error": relative}
 
 

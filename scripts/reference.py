@@ -44,7 +44,7 @@ def pages() -> dict[str, str]:
     """Return the text of each page by its path below docs/, in the order of work."""
     group: Any = get_command(app)
     context = typer.Context(group, info_name="kdcache")
-    made = {INDEX: ""}
+    texts = {INDEX: ""}
     index, heading = [INTRODUCTION], None
     for name, command in _verbs(group, context):
         if command.rich_help_panel != heading:
@@ -53,8 +53,8 @@ def pages() -> dict[str, str]:
         link = name.replace(" ", "-")
         summary = _markdown(command.help).partition("\n\n")[0]
         index.append(f"| [`{name}`]({link}.md) | {_cell(summary)} |")
-        made[f"cli/{link}.md"] = _page(name, context, command)
-    return made | {INDEX: "\n".join(index) + "\n"}
+        texts[f"cli/{link}.md"] = _page(name, context, command)
+    return texts | {INDEX: "\n".join(index) + "\n"}
 
 
 def _verbs(group: Any, context: typer.Context) -> Iterator[tuple[str, Any]]:
