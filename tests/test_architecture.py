@@ -27,7 +27,7 @@ MODULES = {
     for package, folder in PACKAGES.items()
     for path in sorted(folder.rglob("*.py"))
 }
-MOST_LINES = 450
+MOST_LINES = 500  # with docstrings
 PICKLE_ERRORS = {"UnpicklingError", "PickleError"}  # which torch raises: to name them is no use of pickle
 
 KERNELS, CLI = "kdcache_kernels", "kdcache_cli"

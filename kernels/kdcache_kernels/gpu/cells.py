@@ -33,8 +33,16 @@ import triton.language as tl
 from torch import Tensor
 
 from ..problem import LossProblem
-from .cell_gradient import write_gradient
-from .cell_pixels import any_lost, pixel_factors, read_labels
+from .bilinear_cell.gradient import write_gradient
+from .bilinear_cell.pixels import any_lost, pixel_factors, read_labels
+from .bilinear_cell.surface import (
+    contract,
+    interpolation,
+    label_moments,
+    load_corners,
+    make_surface,
+    softmax_denominators,
+)
 from .common import (
     LN2,
     WRONG,
@@ -55,7 +63,6 @@ from .common import (
 )
 from .geometry import target_tables
 from .prepared import Prepared
-from .surface import contract, interpolation, label_moments, load_corners, make_surface, softmax_denominators
 
 REGISTERS = register_limit(168)
 """Per lane: nothing is spilt, and the next class's logits are loaded early; with 128, a turn waits for its loads.

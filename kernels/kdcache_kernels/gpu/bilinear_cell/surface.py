@@ -17,8 +17,8 @@ blocks, because Triton keeps those in registers.
 import triton
 import triton.language as tl
 
-from .cell_pixels import unpack
-from .common import power
+from ..common import power
+from .pixels import unpack
 
 
 @triton.jit

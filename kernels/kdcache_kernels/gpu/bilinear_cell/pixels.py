@@ -9,7 +9,7 @@ Legend: S pixels of a cell's row; ROWS pixel rows of the cell that are done at a
 import triton
 import triton.language as tl
 
-from .common import VOID, load_label
+from ..common import VOID, load_label
 
 
 @triton.jit
