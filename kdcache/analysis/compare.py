@@ -166,10 +166,8 @@ def _warnings(rows: Sequence[Row]) -> list[str]:
 def comparable_split(runs: Sequence[Entry], data: str | None, split: str | None) -> Split:
     """Open the split on which all runs are compared: the named one, or the validation split of their recipes.
 
-    Args:
-        runs: the runs.
-        data: the data set, or None for the one in the recipes.
-        split: its split, or None for the one in the recipes, else "val".
+    `data` None takes the recipes' data. `split` None takes their validation split, or "val".
+
     Raises: RecipeError if no recipe names data, or recipes name different data. MismatchError if the data has changed.
     """
     if data is not None:

@@ -221,18 +221,8 @@ class Record:
     ) -> "Record":
         """Return the record of an evaluation. It reads the files of weights and class map for their digests.
 
-        Args:
-            description: the model's description.
-            weights: the file of weights, or None.
-            split: the evaluated split.
-            digest: the `data_digest` of the split.
-            size: (H, W) in pixels that the model sees.
-            which: weights of a run, such as "best", or None for SPEC@FILE.
-            fold: the fold that was evaluated, or None.
-            at_size: whether labels are resized to `size`.
-            class_map: the file of the class map, or None.
-            depth: the depth labels that count, or None.
-            framing: how the model sees an image of another shape. None squashes the image to `size`.
+        `weights` and `class_map` are files, or None. `digest` is the `data_digest` of the split. `framing` None
+        squashes the image to `size`. The other arguments are as in the attributes of `Record`.
         """
         return cls(
             which,
