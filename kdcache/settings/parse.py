@@ -106,7 +106,7 @@ def parse_logs(value: Any) -> Any:
 
 
 def parse_lr_scales(value: Any) -> Any:
-    """Check texts such as 'encoder=0.1', and return them as a tuple: one text, or a list of them.
+    """Check one text such as 'encoder=0.1', or a list of such texts, and return a tuple of the texts.
 
     Any other value is returned unchanged. Raises: ValueError if a text is not PREFIX=FACTOR (see `lr_scales`).
     """

@@ -152,9 +152,10 @@ def _numbers(source: Cache, changes: CopyChanges) -> list[int]:
 def copied_manifest(source: Cache, changes: CopyChanges, fidelity: Fidelity | None = None) -> Manifest:
     """Return the manifest that a copy by `copy_store` would have, without copying.
 
-    `fidelity` is what rounding loses, used only if the codec rounds.
+    `fidelity` is the measured error of rounded targets. It is used only if the codec rounds.
 
-    Raises: StoreError if `changes` are impossible for this source; RecipeError if no tap is large enough for 8 bits.
+    Raises: StoreError if `changes` are impossible for this source. RecipeError if they ask for 8-bit features, and all
+    features are summaries or maps of fewer than 16 cells.
     """
     manifest, numbers = source.manifest, _numbers(source, changes)
     _check(source, changes)

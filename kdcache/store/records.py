@@ -56,7 +56,7 @@ class Records:
 
     @classmethod
     def of(cls, records: "Cache | Records") -> "Records":
-        """Return a `Records` unchanged, or make one from a cache without a data set."""
+        """Return a `Records` unchanged. For a cache, return a new `Records` that has no data set."""
         return records if isinstance(records, Records) else cls(records)
 
     def __len__(self) -> int:

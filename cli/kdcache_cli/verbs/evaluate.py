@@ -75,9 +75,9 @@ def evaluate(
     A run's tables go into its folder. Tables of SPEC@FILE go into the current folder.
     Each kind (split, fold, weights, size, class map, depths) has its own files.
 
-    Several data sets are compared on the classes that each shares with the model, by
-    name. A class map must map to the classes of the first data set.
-    evaluations-KIND.json has all results.
+    Several data sets are evaluated one by one, each over the classes whose names the
+    model has. A class map must map to the classes of the first data set.
+    One more file, evaluations-KIND.json, then has all results.
 
     [dim]kdcache evaluate runs/student --data camvid[/]
     [dim]kdcache evaluate runs/student --data camvid --window 288x288 --stride 192x192[/]

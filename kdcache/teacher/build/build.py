@@ -45,10 +45,10 @@ Progress = Callable[[int, int], None]
 
 
 class TaughtShard(NamedTuple):
-    """A shard whose files another process has written, without its ledger entry.
+    """A shard whose files another process has written. Its ledger entry is not yet in the cache.
 
     Attributes:
-        record: the shard's ledger entry.
+        record: the ledger entry to write.
         taught: number of records that the teacher predicted.
         reused: number of records that were copied from an earlier cache.
         damaged: number of records that were damaged in the earlier cache, so that the teacher predicted them again.

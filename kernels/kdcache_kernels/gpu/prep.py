@@ -221,20 +221,21 @@ def prepare_kernel(
     FLAT: tl.constexpr, STUDENT_C: tl.constexpr, TARGET_C: tl.constexpr, BLOCK: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """Normalise the student's and the target's logits for the CE + KL loss kernels, and count the denominators.
+    """Normalise the student's and the target's logits for the CE + KL loss kernels, and count the loss's pixels.
 
     Normalised means minus the maximum over the classes, times log2(e) / T. Each program handles BLOCK positions of one
     logit map, or ROWS label rows of one image.
 
     Shapes and units:
         student_ptr: (B, C, h, w) logits. student_strides: their strides in elements.
-        target_ptr: (B, k, ht, wt) values of the packed target, or None. indices_ptr, tail_ptr: its other tensors, or
-            None if k = C.
-        class_weight_ptr: (C,) floats or None, for mix_ptr. pixels: `Pixels`, for counting.
+        target_ptr: (B, k, ht, wt) values of the packed target, or None. indices_ptr: (B, k, ht, wt) class ids, and
+            tail_ptr: (B, ht, wt) tails, or None if k = C.
+        class_weight_ptr: (C,) weights of the classes in mix_ptr, or None. pixels: `Pixels`, for counting.
         window_ptr: (B, 4) float64 edges in pixels of the view, or None for the whole view. flip_ptr: (B,) uint8, or
             None.
         plane, target_plane: h * w and ht * wt. H, W: label size. view_height, view_width: size of the view in pixels.
-        student_blocks, target_blocks, count_blocks: programs per image for each of the three tasks.
+        student_blocks, target_blocks, count_blocks: programs per image that read the student, read the target, and
+            count.
         student_limit, target_limit: the largest magnitude of a usable logit. scale: log2(e) / T. stretch: 1 / min(T,
             1).
         FLAT: whether rows of the student's logits follow each other without a gap. DEPENDENT: see `take_turn`.

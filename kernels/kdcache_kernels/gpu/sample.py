@@ -30,9 +30,10 @@ VALUES = tl.constexpr(8)
 
 @triton.jit
 def cell_of(index, fraction):
-    """Return the index of the bilinear cell of label pixels along one axis, from the `geometry.Taps` of the pixels.
+    """Return the number of the bilinear cell in which label pixels lie along one axis.
 
-    Cell j lies between logits j and j + 1. Pixels before the centre of logit 0 lie in cell -1.
+    Cell j is between logits j and j + 1. `index` is the first of the two logits next to a pixel, and `fraction` the weight of the second. Pixels before the
+    centre of logit 0 lie in cell -1.
     """
     return tl.where((index == 0) & (fraction == 0), -1, index)
 
@@ -125,10 +126,10 @@ def along_rows(rows, columns, offset_c):
 
 @triton.jit
 def target_logits(lines, blend_q):
-    """Return the target's (c, n) logits in one label row, as a weighted sum of three rows of target logits.
+    """Return the target's logits (c, n), of c classes at n label pixels, as a weighted sum of three rows of logits.
 
-    `lines` holds the three rows, from `along_rows`. `blend_q[1]`, `[2]` and `[3]` are their weights, one number per
-    lane. At most two weights are not 0.
+    `lines` holds the three rows, (c, n) each, from `along_rows`. `blend_q[1]`, `[2]` and `[3]` are their weights, (n,)
+    each, of which at most two are not 0. `blend_q[0]` is not read.
     """
     v_cn = tl.fma(blend_q[2][None, :], lines[1], blend_q[1][None, :] * lines[0])
     return tl.fma(blend_q[3][None, :], lines[2], v_cn)

@@ -353,9 +353,10 @@ def place_for(logits: Tensor, floats: Tensor, grid: Grid, shape: tuple[int, ...]
 
 
 def on_own_grid(problem: RelationProblem, laid: Laid, cells: Tensor) -> Tensor:
-    """Convert a gradient by the resized student logits into the gradient by the student's own logits.
+    """Return the gradient with respect to the student's logits, (B, C, hs, ws), before they were resized.
 
-    `cells` is (B, C, h, w) float32 and may be returned unchanged if both sizes are equal. The result is (B, C, hs, ws).
+    `cells` is the gradient with respect to the resized logits, (B, C, h, w) float32. It is returned itself if both
+    sizes are equal. `laid` has the bilinear weights of the resize.
     """
     if not problem.is_resized:
         return cells
