@@ -32,8 +32,8 @@ VALUES = tl.constexpr(8)
 def cell_of(index, fraction):
     """Return the number of the bilinear cell in which label pixels lie along one axis.
 
-    Cell j is between logits j and j + 1. `index` is the first of the two logits next to a pixel, and `fraction` the weight of the second. Pixels before the
-    centre of logit 0 lie in cell -1.
+    Cell j is between logits j and j + 1. `index` is the first of the two logits next to a pixel, and
+    `fraction` the weight of the second. Pixels before the centre of logit 0 lie in cell -1.
     """
     return tl.where((index == 0) & (fraction == 0), -1, index)
 
