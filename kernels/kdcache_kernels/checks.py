@@ -61,7 +61,7 @@ def check_number(name: str, value: Any, *, above_zero: bool = False) -> None:
 
 
 def check_label_terms(label_smoothing: float, focal_gamma: float) -> None:
-    """Raise ValueRangeError if label smoothing is outside [0, 1), if gamma is negative, or if both are above 0."""
+    """Raise ValueRangeError if label smoothing is outside [0, 1), `focal_gamma` is negative, or both are above 0."""
     if not (is_finite(label_smoothing) and 0 <= label_smoothing < 1):
         raise ValueRangeError(
             f"Invalid label_smoothing: {label_smoothing!r}",
@@ -283,10 +283,10 @@ def check_scalar(
 
 
 def check_values(problem: LossProblem, *, ids: bool = True) -> None:
-    """Raise ValueRangeError for values inside tensors that the loss cannot use.
+    """Raise ValueRangeError if a problem's tensors contain values that the loss cannot use.
 
-    These are negative or non-finite class weights, wrong windows and, if `ids`, class ids out of range. Tensors that
-    `may_read` excludes are not checked.
+    Such values are negative or non-finite class weights, windows that `check_window_values` rejects and, if `ids`,
+    class ids out of range. Tensors are skipped if `may_read` does not allow reading them.
     """
     check_class_weight_values(problem.class_weight)
     if problem.use_ce and ids:

@@ -103,7 +103,7 @@ def is_traced(*tensors: Any) -> bool:
 def target_arguments(target: PackedTarget | None) -> tuple[Any, ...]:
     """Return the values of a target's fields in order, with tensors detached.
 
-    For None as target, return a tuple of as many Nones.
+    If `target` is None, every value is None.
     """
     if target is None:
         return _NO_TARGET
@@ -161,7 +161,7 @@ def checked_loss(problem: LossProblem, family: str) -> LossResult:
 def computed(problem: LossProblem, family: str) -> LossResult:
     """Compute the loss of a problem with an implementation, "numba", "triton" or "torch", without checks.
 
-    With only one class, loss and gradient are exactly 0, or NaN.
+    With only one class, loss and gradient are exactly 0, or NaN if a counted pixel depends on an unusable logit.
     """
     result: LossResult = module_of(family, "loss").distill_loss(problem)
     if problem.student.shape[1] > 1:

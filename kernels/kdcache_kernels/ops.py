@@ -373,8 +373,8 @@ def densify(
 def constant(value: float, device: torch.device, *, traced: bool) -> Tensor:
     """Return a number as a 0-dimensional float64 tensor on a device. Do not write to it.
 
-    Unless `traced`, up to 256 such tensors are cached, because filling one costs more than a small kernel. A cached
-    tensor is used on the CUDA stream that filled it and in CUDA graphs.
+    If `traced`, always make a new tensor. Otherwise up to 256 tensors are cached, because filling one costs more than a
+    small kernel. A cached tensor is returned only on the CUDA stream that filled it and during a CUDA graph's capture.
     """
     if traced:
         return torch.full((), value, dtype=torch.float64, device=device)

@@ -79,7 +79,7 @@ class LossProblem:
 
 
 class Counted(NamedTuple):
-    """The labels, class weights and windows of a batch whose denominators are counted.
+    """The checked arguments of `kdcache_kernels.distill_denominators`, which counts the denominators of CE and KL.
 
     Attributes:
         labels, class_weight, num_classes, ignore_index, distill_void, size, window, flip: as in `LossProblem`.

@@ -274,8 +274,8 @@ def kl_pixels(
 ) -> tuple[Tensor, ViewPositions]:
     """Return the (B, H, W) bool mask of pixels that KL counts, and where the pixels lie in the target's view.
 
-    KL counts the pixels inside the view. If not `distill_void`, it leaves out pixels with label `ignore_index`. `size`
-    is (H, W) in pixels.
+    KL counts the pixels inside the view. If not `distill_void` and with labels, it leaves out pixels with label
+    `ignore_index`. `size` is (H, W) in pixels, and the other arguments are as in `distill_loss`.
     """
     positions = view_positions(window_B4, flip_B, target.view_size, size, target.device)
     counted_BHW = positions.inside().expand(target.batch_size, *size)

@@ -24,7 +24,7 @@ from .window import resample as resample_eagerly
 
 
 class Cells(NamedTuple):
-    """How much every cell counts and weighs in a mean over cells.
+    """Two maps for a mean over the target's cells: the share of each cell that counts, and each cell's weight.
 
     A cell is the area of the image that one target logit covers.
 
@@ -116,10 +116,10 @@ def resize(map_Bchw: Tensor, grid: Size, align_corners: bool = False) -> Tensor:
 
 
 def resample(map_Bchw: Tensor, rows_BHh: Tensor, columns_BWw: Tensor) -> Tensor:
-    """Return `rows @ map @ columns^T`, (B, c, H, W), also inside `torch.compile`.
+    """Resample a (B, c, h, w) map to (B, c, H, W) by the product `rows @ map @ columns^T`, also inside `torch.compile`.
 
-    Eagerly, float32 products never use TF32, as in `kdcache_kernels.window.resample`. A compiled program uses the
-    precision that is set for the process, float32 by default.
+    `rows_BHh` and `columns_BWw` are bilinear weights, (B, H, h) and (B, W, w), where B may be 1. In eager mode, float32
+    products never use TF32. Compiled code uses the precision that is set for the process, float32 by default.
     """
     if torch.compiler.is_compiling():
         return torch.einsum("bcij,bhi,bwj->bchw", map_Bchw, rows_BHh, columns_BWw)

@@ -203,7 +203,7 @@ def check_packed(values: Tensor, indices: Tensor | None, tail: Tensor | None, nu
 
     Values inside the tensors are not read. The arguments are fields of `PackedTarget`.
 
-    Raises: ShapeError, or ValueRangeError if class ids of 16 bits cannot count the classes.
+    Raises: ShapeError, or ValueRangeError if there are too many classes for class ids of 16 bits.
     """
     if not is_logits(values):
         raise misfit("values", values, FLOATS_BCHW, "Pass the values that kdcache_kernels.pack returned.")

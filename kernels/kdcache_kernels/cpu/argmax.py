@@ -101,7 +101,7 @@ def argmax_tasks(first, last, logits, lost, rows, columns, width, argmax, confid
     Shapes and units:
         logits: (B, C, h, w) float32 teacher logits, with 0 at lost positions.
         lost: (B, h, w) bool, whether a logit of the position is NaN or too large to use.
-        rows, columns: for each label row or column, the two neighbouring logits with their bilinear weights.
+        rows, columns: tables with the two neighbouring logits and bilinear weights of each label row and label column.
         width: label columns that are processed at a time.
         argmax: (B, H, W) int32 result, class ids.
         confidence: (B, H, W) float32 result, probabilities. 0 outside the view, NaN next to a lost position.

@@ -205,9 +205,10 @@ def cells(
         spread: (B, H, tiles, P, n), each class's share of a smoothed label, or empty without label smoothing.
         starts: (h + 1,) first label row of each cell row.
         fractions: (H,) bilinear weight of the lower logit row in each label row.
-        target_rows, target_fractions: (Bt, H) upper row of the target and weight of the row below it. Bt is B, or 1 if
-            all images share them.
-        form: how to compute exponentials at T = 1. ONE: those at T. SQUARE: their squares (T = 2). TWO: separately.
+        target_rows, target_fractions: (Bt, H), for each label row the target's logit row above it, and the weight of
+            the logit row below it. Bt is B, or 1 if all images share them.
+        form: how to get the student's exponentials at T = 1. ONE: take those at T. SQUARE: square those at T (T = 2).
+            TWO: compute them separately.
         temperature: T.
         factors: (ce_weight / CE's denominator, kl_weight * T / KL's denominator).
         class_weight: (C,) float32, read only with label smoothing.

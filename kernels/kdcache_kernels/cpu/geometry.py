@@ -33,12 +33,13 @@ SCRATCH_FLOATS = 96 * 1024
 
 
 class Taps(NamedTuple):
-    """The two neighbouring logits between which each position on an axis is interpolated, with their weights.
+    """An interpolation table: the two neighbouring logits of each position on an axis, with their bilinear weights.
 
-    A position has the value (1 - fraction) * x[low] + fraction * x[low + 1].
+    It is not a tap of a model's layer. With logits x along the axis, a position has the value (1 - fraction) * x[low] +
+    fraction * x[low + 1].
 
     Attributes:
-        low: uint32 array, index of the first neighbour.
+        low: uint32 array with one element per position, index of the first neighbour.
         fraction: float32 array of the same shape, weight of the second neighbour, 0 to 1.
     """
 
@@ -58,10 +59,10 @@ class Taps(NamedTuple):
         return cls(index, (clamped - low).astype(np.float32))
 
     def reaches(self, marked_hw: Array, axis: int) -> Array:
-        """Return a bool array that is True at each position with a marked neighbour whose weight is above 0.
+        """Return for each position whether a marked logit is among its neighbours with a weight above 0.
 
-        `marked_hw` is a bool array of logit positions. `axis` is the axis along which these neighbours lie. In the
-        result's shape, the shape of the positions replaces this axis.
+        `marked_hw` is (h, w) bool, True for marked logits. The positions lie along its axis `axis`. The result is
+        `marked_hw` with this axis replaced by the positions, in the shape of `low`.
         """
         following = self.low + (self.fraction > 0)
         spread: Array = marked_hw.take(self.low, axis) | marked_hw.take(following, axis)
@@ -73,21 +74,26 @@ class Plan(NamedTuple):
 
     The layout by cells is for `cells.cells`, the layout by pixels for `pixels.pixels`. Both cut a row of label pixels
     into tiles. In the layout by cells, a tile has four phases, each with every fourth label column. In the layout by
-    pixels, it has one phase. Arrays of the target have a first axis Bt, which is B, or 1 if all images share them.
+    pixels, it has one phase. Arrays of the target have a first axis Bt, which is B, or 1 if all images share them. For
+    the student, Bt is 1.
 
     Attributes:
-        student_rows, student_columns, target_rows, target_columns: the neighbouring logits of each label row or column,
-            see `Taps`.
+        student_rows, student_columns: `Taps` (H,) and (W,), neighbours of label rows and columns in the student's
+            logits.
+        target_rows, target_columns: `Taps` (Bt, H) and (Bt, W), neighbours of label rows and columns in the target's
+            logits.
         inside_y, inside_x: (Bt, H) and (Bt, W) bool, whether label rows and columns lie in the target's view.
-        first_target_rows: (Bt, H) int64, the indices of `target_rows`.
+        first_target_rows: (Bt, H) int64, `target_rows.low`.
         starts: (h + 1,) int64, the first label row of each cell row (the label rows between two logit rows).
-        phases, tiles, pitch, offset, n: pixel k of phase p of a tile is label column phases * (tile * pitch + k) + p -
-            offset, for k < pitch. Each phase has n entries.
-        student_nodes, target_nodes: (Bt, tiles, n) position of each node on a row of logits. Nodes lie four label
-            pixels apart in the layout by cells, and at each logit in the layout by pixels.
-        student_runs, target_runs: (Bt, tiles, 2) int64, first and end of the nodes that are consecutive logits.
-        columns: neighbours and weights of each label column in the student's nodes, (tiles, n) twice, and in the
-            target's, (Bt, tiles, n) twice. None in the layout by cells.
+        phases, tiles, pitch, offset, n: layout of the label columns. A row has `tiles` tiles of `phases` phases of n
+            entries. Entry k < pitch of phase p of tile t is label column phases * (t * pitch + k) + p - offset.
+        student_nodes, target_nodes: `Taps` of the nodes, the positions on a row of logits whose values a kernel reads.
+            By cells, they are (Bt, tiles, n), four label pixels apart. By pixels, they are (1, 1, w + 1), one at each
+            logit and the last one twice.
+        student_runs, target_runs: (Bt, tiles, 2) int64, or (1, 1, 2) by pixels: start and end of a run of nodes that
+            are consecutive logits.
+        columns: None in the layout by cells. By pixels, (index, weight, index, weight): the fields of `Taps` of each
+            label column, (tiles, n) for the student and (Bt, tiles, n) for the target.
     """
 
     student_rows: Taps

@@ -43,7 +43,7 @@ class KernelCache(FunctionCache):
     """numba's cache of compiled kernels on disk, which is discarded when any source file of this package changes.
 
     numba's own cache checks only the file of the kernel, not the files of the functions that it calls. If the cache
-    cannot be read or written, kernels are compiled again.
+    cannot be read or written, kernels are compiled again. `function` is the Python function of the kernel.
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:

@@ -116,12 +116,13 @@ class Pixels(NamedTuple):
 
 
 class Needs(NamedTuple):
-    """The memory that a loss kernel needs in addition to its problem.
+    """The sizes of the buffers for intermediate results that one launch of a loss kernel needs, see `Buffers`.
 
     Attributes:
-        programs: number of programs. Each program writes a sum of CE and a sum of KL.
-        scratch: number of float32 elements, needed only to compute a gradient. The scratch of `cells` must stay
-            unchanged until `loss.add_up` has run.
+        programs: number of Triton programs of the launch. Each writes its sums of CE and KL to a row of
+            `Buffers.partials`.
+        scratch: number of float32 elements of `Buffers.scratch`, needed only to compute a gradient. `loss.add_up` also
+            reads the scratch of `cells.cells_kernel`, so no other kernel may overwrite it before.
     """
 
     programs: int

@@ -24,9 +24,11 @@ ALIGNED = tl.constexpr(1e-9)
 
 
 class Taps(NamedTuple):
-    """The neighbouring logits of the label pixels along one axis, with their bilinear weights.
+    """An interpolation table for one axis: the two neighbouring logits of each pixel, with their bilinear weights.
 
-    Pixel n has the value (1 - fraction[n]) * x[index[n]] + fraction[n] * x[index[n] + 1].
+    It is not a tap of a model's layer. The tensors have shape (B, N) for N rows or columns of pixels, or (1, N) or (N,)
+    if all images share the table. In kernels they are pointers. In an image with logits x along the axis, pixel n has
+    the value (1 - fraction[n]) * x[index[n]] + fraction[n] * x[index[n] + 1].
 
     Attributes:
         index: int32, the lower neighbour. The upper neighbour is index + 1, or index itself where fraction is 0.
@@ -40,7 +42,7 @@ class Taps(NamedTuple):
 
     @classmethod
     def empty(cls, device: torch.device, *shape: int) -> "Taps":
-        """Return `Taps` with uninitialised tensors of the given shape on `device`."""
+        """Return `Taps` whose three tensors have the given shape, are on `device` and are not initialised."""
         kinds = (torch.int32, torch.float32, torch.uint8)
         return cls(*(torch.empty(shape, dtype=kind, device=device) for kind in kinds))
 

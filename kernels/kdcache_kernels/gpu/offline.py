@@ -50,9 +50,9 @@ def gpu_target(name: str) -> GPUTarget:
 
 
 def compile_instead(target: GPUTarget) -> Launched:
-    """Replace all kernel launches of this process by compilation for `target`, which needs no GPU.
+    """Make every later kernel launch of this process only compile the kernel for `target`, which needs no GPU.
 
-    Returns: a list that grows with each launch by (kernel's name, compiled kernel).
+    Returns: an empty list, to which each launch appends the pair (kernel's name, compiled kernel).
     """
     kernels: Launched = []
 

@@ -30,20 +30,23 @@ VALUES = tl.constexpr(8)
 
 @triton.jit
 def cell_of(index, fraction):
-    """Return the number of the bilinear cell in which label pixels lie along one axis.
+    """Return for each label pixel the number of the bilinear cell in which it lies along one axis.
 
-    Cell j is between logits j and j + 1. `index` is the first of the two logits next to a pixel, and
-    `fraction` the weight of the second. Pixels before the centre of logit 0 lie in cell -1.
+    Cell j is between logits j and j + 1. Pixels before the centre of logit 0 lie in cell -1. `index` and `fraction` are
+    the pixels' entries in a `geometry.Taps`.
     """
     return tl.where((index == 0) & (fraction == 0), -1, index)
 
 
 @triton.jit
 def first_pixel(taps, cell_n, size, steps):
-    """Return the first label pixel along an axis in cell `cell_n` or after it. Cell j lies between logits j and j + 1.
+    """Return the index of the first label pixel along an axis that lies in bilinear cell `cell_n` or a later one.
 
-    `taps` is the `geometry.Taps` of the axis, with `size` increasing entries and size < 2 ** steps. Lanes may differ in
-    `cell_n`.
+    Cell j lies between logits j and j + 1. If there is no such pixel, the result is `size`.
+
+    Shapes and units:
+        taps: `geometry.Taps` of the axis in the student's logits. cell_n: number of a cell, one per lane.
+        size: number of label pixels along the axis. steps: steps of the binary search, with size < 2 ** steps.
     """
     low_n = cell_n * 0
     high_n = low_n + size
@@ -110,13 +113,20 @@ def choose(masks, a, b):
 
 @triton.jit
 def student_logits(top_cn, bottom_cn, blend_q):
-    """Return the student's (c, n) logits in one label row between two rows. `blend_q[0]` weighs the bottom row."""
+    """Return the student's logits of c classes at n pixels of a label row, (c, n), as a mean of two rows of logits.
+
+    `top_cn` and `bottom_cn` are the rows above and below the label row, (c, n) each. `blend_q[0]` is the weight of the
+    row below, (n,) from 0 to 1. Further elements of `blend_q` are for the target.
+    """
     return top_cn + blend_q[0][None, :] * (bottom_cn - top_cn)
 
 
 @triton.jit
 def along_rows(rows, columns, offset_c):
-    """Return three (c, n) blocks, `along_row` for each of three rows of target logits. `rows` has their pointers."""
+    """Interpolate three rows of target logits at each lane's label column. Return three (c, n) float32 blocks.
+
+    `rows` is a tuple of pointers to the three rows. Each row, `columns` and `offset_c` are arguments of `along_row`.
+    """
     return (
         along_row(rows[0], columns, offset_c),
         along_row(rows[1], columns, offset_c),
@@ -126,10 +136,10 @@ def along_rows(rows, columns, offset_c):
 
 @triton.jit
 def target_logits(lines, blend_q):
-    """Return the target's logits (c, n), of c classes at n label pixels, as a weighted sum of three rows of logits.
+    """Return the target's logits of c classes at n pixels of a label row, (c, n), as a weighted sum of three rows.
 
-    `lines` holds the three rows, (c, n) each, from `along_rows`. `blend_q[1]`, `[2]` and `[3]` are their weights, (n,)
-    each, of which at most two are not 0. `blend_q[0]` is not read.
+    `lines` is a tuple of the three rows of logits, (c, n) each, from `along_rows`. `blend_q[1]`, `blend_q[2]` and
+    `blend_q[3]` are their weights, (n,) each. `blend_q[0]` is for the student.
     """
     v_cn = tl.fma(blend_q[2][None, :], lines[1], blend_q[1][None, :] * lines[0])
     return tl.fma(blend_q[3][None, :], lines[2], v_cn)
@@ -148,7 +158,7 @@ def softmax_sums(
     Shapes and units:
         student_rows, target_rows: pointers to the two student rows and the three target rows around the label rows.
         student_columns, target_columns: (left logit, right logit, weight of the right one), one per lane.
-        blend: per label row, the weight of the lower student row and of the three target rows.
+        blend: for each label row, a tuple with the weight of the lower student row and those of the three target rows.
         sizes: (number of classes, elements of a student class, elements of a target class).
         temperature: T. POWER: T if it is an integer up to 4, else 0. pixels: `Pixels`, for the terms to compute.
         BLOCK: classes that are read at a time, a divisor of the number of classes.
@@ -233,14 +243,16 @@ def softmax_sums_below_peaks(
 
 @triton.jit
 def student_group(y_n, cell_n, taps, H):
-    """Return which of the ROWS label rows from `y_n` on lie in row `cell_n` of bilinear cells, and their weights.
+    """Return which of ROWS consecutive label rows lie in a given row of bilinear cells, and their bilinear weights.
 
-    Row i of cells lies between logit rows i and i + 1. Label rows in it come before the others.
+    Row i of bilinear cells lies between logit rows i and i + 1.
 
     Shapes and units:
-        y_n, cell_n: first label row and row of cells, one per lane.
-        taps: `geometry.Taps` of the label rows in the student's logits, with H entries.
-    Returns: two tuples of ROWS blocks: whether the label row lies in the cells, and the weight of logit row i + 1.
+        y_n: the first of the label rows, one per lane. cell_n: the number i of the row of cells, one per lane.
+        taps: `geometry.Taps` of the H label rows in the student's logits.
+    Returns: (live, fractions), tuples with a block per label row
+        live: bool, whether the label row lies in row i of cells.
+        fractions: float32, the weight of logit row i + 1 in the label row.
     """
     live = ()
     fractions = ()
@@ -255,16 +267,19 @@ def student_group(y_n, cell_n, taps, H):
 
 @triton.jit
 def target_row(at_n, first_n, taps, scale):
-    """Return a label row's bilinear weights in three consecutive rows of target logits, `first_n` to `first_n + 2`.
+    """Return the weights with which three consecutive rows of target logits are interpolated to a label row.
+
+    The rows of logits are `first_n` to `first_n + 2`. Two of them are the label row's neighbours.
 
     Shapes and units:
-        at_n: the label row's entry in `taps`, one per lane. taps: `geometry.Taps` of the label rows in the target's
-            logits.
+        at_n: index of the label row's entry in `taps`, one per lane.
+        taps: `geometry.Taps` of the label rows in the target's logits.
         scale: factor of the weights, or None for 1.
     Returns: (reached, inside, (fraction, below), weights)
-        reached: whether both neighbours of the label row are among the three rows. inside: whether it lies in the view.
-        fraction: weight of the lower neighbour. below: whether the neighbours are the last two rows, else the first
-            two.
+        reached: whether both neighbours are among the three rows. Only then are `below` and `weights` valid.
+        inside: whether the label row lies in the view.
+        fraction: weight of the lower neighbour.
+        below: True if the neighbours are the last two of the three rows, False if they are the first two.
         weights: the weights of the three rows, times `scale`.
     """
     index_n = tl.load(taps.index + at_n)
@@ -336,15 +351,15 @@ def visit(
         student_rows, target_rows: pointers to the two student rows and three target rows around the pixels, one per
             lane.
         student_lost_rows, target_lost_rows: pointers to the same rows of the marks of lost positions.
-        mix_rows: pointers to the same student rows of `Prepared.mix`.
-        blend: per label row, the weights of these rows. target_places: per label row, (fraction, below) of
-            `target_row`.
+        mix_rows: pointers to the same two rows of `Prepared.mix`, read only with label smoothing.
+        blend: weights of the student's and target's rows, as in `softmax_sums`.
+        target_places: for each label row, (fraction, below) from `target_row`.
         left_n, right_n: the student's columns left and right of the cell. first_n: the cell's first label column.
         target_at_n: first entry of the image in `target_taps`. taps, target_taps: `geometry.Taps` of the label columns.
         live, in_view: per label row, whether it belongs to the cell, and whether it lies in the target's view.
         label_n, label_gate_n, gate_n: pointers to the image's labels and weights in CE and in KL, or None, with strides
             in elements.
-        value_ptrs: where to store eight numbers per pixel for the gradient, if HAS_GRADIENT.
+        value_ptrs: where to store eight numbers per pixel for `tile_gradient.add_gradient`, if HAS_GRADIENT.
         pixels: `Pixels`. k_ce, k_kl: factors of the terms in the gradient. label_factors: from `load_label_factors`.
         sizes: (number of classes, elements of a student class, elements of a target class). W, wt: label columns and
             target columns.

@@ -73,13 +73,13 @@ def add_gradient(
     next_ptr, taps, target_taps, pixels, k_ce, sizes, W, wt, temperature,
     POWER: tl.constexpr, PEAKS: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """Add the CE + KL gradient of a few label rows to the sums of the corners of their bilinear cells.
+    """Add the CE + KL gradient from a few label rows to running sums of the gradient at the student's logits.
 
-    A bilinear cell is the label pixels between four neighbouring logits, its corners. Each lane has one cell.
+    Each lane has one bilinear cell, the label pixels between four neighbouring logits. Its pixels add to these four.
 
     Shapes and units:
-        now_ptr, next_ptr: (C, LANES) float32 sums of the student's row above the cells, and of the row below. Both are
-            increased.
+        now_ptr, next_ptr: (C, LANES) float32 running sums for the student's row of logits above the cells, and for the
+            row below.
         values_ptr: the eight numbers per pixel that `sample.visit` stored. columns: the largest number of label columns
             of a cell.
         cell_n: column of the cell, -1 before the first logit. k_ce: factor of CE in the gradient.

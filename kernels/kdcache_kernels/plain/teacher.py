@@ -59,14 +59,18 @@ class Teacher(Protocol):
         """Return KL(teacher || student) at every pixel, (B, P) in nats."""
 
     def gradient(self, p_BCP: Tensor, factor_B1P: Tensor) -> Tensor:
-        """Overwrite the student's probabilities p by (p - q) * factor and return them.
+        """Overwrite `p_BCP`, the student's probabilities p, with (p - q) * factor, and return it.
 
-        q are the teacher's probabilities of the same shape.
+        q are the teacher's probabilities, (B, C, P). `factor_B1P` has one factor per pixel, (B, 1, P).
         """
 
 
 class DenseTeacher(NamedTuple):
-    """A teacher's distribution with a separate probability for every class."""
+    """A teacher's distribution over the classes at every pixel, with a separate probability for every class.
+
+    Attributes:
+        softmax: the teacher's logits and probabilities.
+    """
 
     softmax: Softmax
 
@@ -77,9 +81,9 @@ class DenseTeacher(NamedTuple):
         return cross_BP + (student.total - total_BP)
 
     def gradient(self, p_BCP: Tensor, factor_B1P: Tensor) -> Tensor:
-        """Overwrite the student's probabilities p by (p - q) * factor and return them.
+        """Overwrite `p_BCP`, the student's probabilities p, with (p - q) * factor, and return it.
 
-        q are the teacher's probabilities of the same shape.
+        q are the teacher's probabilities, (B, C, P). `factor_B1P` has one factor per pixel, (B, 1, P).
         """
         return p_BCP.sub_(self.softmax.p).mul_(factor_B1P)
 
@@ -121,9 +125,9 @@ class SparseTeacher(NamedTuple):
         return of_kept_B + rest_B.exp() * (self.missing * (rest_B + student.total) - others_B)
 
     def gradient(self, p_BCP: Tensor, factor_B1P: Tensor) -> Tensor:
-        """Overwrite the student's probabilities p by (p - q) * factor and return them.
+        """Overwrite `p_BCP`, the student's probabilities p, with (p - q) * factor, and return it.
 
-        q are the teacher's probabilities of the same shape.
+        q are the teacher's probabilities. Because images have one pixel, p and q are (B, C) and `factor_B1P` is (B, 1).
         """
         rest_B1 = self.rest.exp()
         gradient_BC = p_BCP.sub_(rest_B1).mul_(factor_B1P)

@@ -355,8 +355,8 @@ def place_for(logits: Tensor, floats: Tensor, grid: Grid, shape: tuple[int, ...]
 def on_own_grid(problem: RelationProblem, laid: Laid, cells: Tensor) -> Tensor:
     """Return the gradient with respect to the student's logits, (B, C, hs, ws), before they were resized.
 
-    `cells` is the gradient with respect to the resized logits, (B, C, h, w) float32. It is returned itself if both
-    sizes are equal. `laid` has the bilinear weights of the resize.
+    `cells` is the gradient with respect to the resized logits, (B, C, h, w) float32. If both sizes are equal, `cells`
+    itself is returned. `laid` has the bilinear weights of the resize.
     """
     if not problem.is_resized:
         return cells

@@ -55,23 +55,27 @@ def write_gradient(
     label_factors, pixels, w, temperature,
     S: tl.constexpr, ROWS: tl.constexpr, POWER: tl.constexpr,
 ):  # fmt: skip
-    """Write the CE + KL gradient of the cells of a row, in the second loop over the classes.
+    """Write the CE + KL gradient from ROWS pixel rows of every lane's bilinear cell to the logits at its corners.
 
-    A bilinear cell is the S x S label pixels between four neighbouring logits. Each lane has one cell.
+    A bilinear cell is the S x S label pixels between four neighbouring logits, its corners. u and v are the student's
+    and the target's logits times log2(e) / T at a pixel.
 
     Shapes and units:
-        student, target: both logit maps, as `grid` of `surface.make_surface`. y_first: as there.
-        labels: from `read_labels`. label_gate_ptrs: pointers to the weights in CE of the first pixel, or None.
-        present: int32, with bit (id modulo 32) set for each class id of the program. even: the moments of the labelled
-            pixels' weights, read with label smoothing.
-        ce, kl, teacher: tuples of factors per pixel, from `pixel_factors`. kl_cell: the cells' KL so far.
-        left_lane: index of the lane before. writes: bool, which lanes write.
-        upper_last, upper_step: weight of the upper logits in the last pixel row, and its decrease per row.
-        step, g: rows of cells and groups of pixel rows so far, see `in_image`.
-        gradient_ptrs, edge_ptrs: where class 0 of the gradient and of the strip's edges lies, or None.
+        student, target, y_first: both logit maps as `grid`, and `y_first`, as in `surface.make_surface`.
+        labels, label_gate_ptrs: as in `surface.label_moments`, with strides in elements.
+        present: int32. Bit (id modulo 32) is set for each class id in `labels` of any lane.
+        even: moments of the CE weights of all labelled pixels, read only with label smoothing.
+        ce, kl, teacher: tuples of factors per pixel, from `pixel_factors`. kl_cell: its result `kl_log`.
+        left_lane: index of the lane with the cell to the left. writes: bool, which lanes write.
+        upper_last, upper_step: weight of the top corners in the last pixel row, and its decrease per row.
+        step: number of the cell's row in its strip, from 0. g: which ROWS of the cell's S pixel rows these are.
+        gradient_ptrs: pointers to the gradient's class 0 at each cell's top left corner, or None for no gradient.
+        edge_ptrs: pointers to class 0 of the same column in the strip's part of `cells_kernel`'s `edges_ptr`, or None.
         k_ce, k_kl: factors of the terms in the gradient. label_factors: from `load_label_factors`.
         pixels: `Pixels`. w: columns of logits. temperature: T. S, ROWS, POWER: as in `softmax_denominators`.
-    Returns: `kl_cell` plus the cell's sum of gate * q (v - u), and its sum of class weight * label's logit, in bits.
+    Returns: (kl, label)
+        kl: `kl_cell` plus the sum over pixels and classes of gate * the target's probability * (v - u).
+        label: the sum over labelled pixels of class weight * CE weight * u of the label.
     """
     ce_label = kl_cell * 0.0
     last = pixels.num_classes - 1

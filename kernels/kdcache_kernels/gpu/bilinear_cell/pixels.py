@@ -105,7 +105,7 @@ def pixel_factors(
     gate_stride_h, gate_stride_w, row_inside_ptrs, column_inside_ptrs, k_ce, k_kl, label_factors, active,
     i, j, g, h, w, zero, S: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Return each pixel's factors in the gradient of CE and KL, and the loss's logarithmic sums of every bilinear cell.
+    """Return each pixel's factors in the gradient of CE and KL, and each bilinear cell's sums of logarithms for both.
 
     Shapes and units:
         ce, kl, teacher: tuples of ROWS * S blocks: each pixel's sums of exponentials, from `softmax_denominators`.

@@ -45,9 +45,8 @@ def interpolation(low, width, flip, S: tl.constexpr):
 def load_corners(grid, c):
     """Return class c's logits at the four corners of every lane's bilinear cell.
 
-    The order is top left, top right, bottom left, bottom right. A bilinear cell is the pixels between four neighbouring
-    logits. `grid` begins with pointers to class 0 of the top left and of the bottom left corner, and the elements of a
-    class.
+    The result is (top left, top right, bottom left, bottom right), a block each. `grid` is as in `make_surface`. Only
+    its pointers and its class stride are read.
     """
     offset = c * grid[2]
     return (
@@ -67,8 +66,9 @@ def make_surface(corners, grid, y_first, S: tl.constexpr):
 
     Shapes and units:
         corners: the four corner logits, from `load_corners`.
-        grid: (top pointers, bottom pointers, elements of a class, first, step, scale). first and step are from
-            `interpolation`. scale multiplies the logits, or is None for 1. step already includes it.
+        grid: (top, bottom, class stride, first, step, scale). top and bottom point to class 0 of the top left corners
+            and of the bottom left corners. The stride is in elements. first and step are from `interpolation`. scale
+            multiplies the logits, or is None for 1. step already includes it.
         y_first: weight of the bottom corners in the first pixel row, 0 to 1.
         S: label pixels per logit.
     """
@@ -204,7 +204,7 @@ def label_moments(
         labels: packed class ids, from `read_labels`.
         gate_ptrs: pointers to the CE weight of each cell's first pixel, or None for weights of 1. gate_stride_h and
             gate_stride_w are in elements.
-        ANY: whether to take the labelled pixels of every class instead.
+        c: the class id. ANY: True to take the labelled pixels of all classes instead of class c.
         S, ROWS: pixels per row, and pixel rows.
     """
     for q in tl.static_range(ROWS):
@@ -317,7 +317,7 @@ def class_moments(
 ):  # fmt: skip
     """Return the four moments (see `moments`) of the gradient by one class's logit, over the pixels of a bilinear cell.
 
-    The part of the pixels with that label is left out.
+    The pixels whose label is this class also get a negative part, which is not included: see `label_moments`.
 
     Shapes and units:
         surface: the student's logits times log2(e) / T, (value, dx, dy, dxy), see `make_surface`.

@@ -54,11 +54,11 @@ def tables_kernel(
     Shapes and units:
         window_ptr: (B, 4) float64 edges in pixels of the view, or None for the whole view. flip_ptr: (B,) uint8, or
             None.
-        pixel_rows, pixel_columns: `geometry.Taps` results for the H label rows and W columns in the view's h x w cells.
-        cell_rows, cell_columns: results for the window's h rows and w columns of cells in the same cells.
-        student_rows, student_columns: results for h rows and w columns of cells in the student's hs x ws logits.
         view_height, view_width: size of the view in pixels. BLOCK: entries that are written at a time.
-        Results that are None are left out.
+    Results: each is a `geometry.Taps`, or None to skip this table
+        pixel_rows, pixel_columns: neighbours of the H label rows and W label columns in the view's h x w cells.
+        cell_rows, cell_columns: neighbours of the window's h rows and w columns of cells in the view's h x w cells.
+        student_rows, student_columns: neighbours of h rows and w columns of cells in the student's hs x ws logits.
     """
     image = tl.program_id(0)
     flip = image < 0
@@ -406,7 +406,8 @@ def lay(problem: RelationProblem) -> Laid:
 def on_own_grid(problem: RelationProblem, laid: Laid, cells: Tensor) -> Tensor:
     """Convert a gradient by the resized student logits into the gradient by the student's own logits.
 
-    `cells` is (B, C, h, w) float32 and is returned unchanged if both sizes are equal. The result is (B, C, hs, ws).
+    `cells` is (B, C, h, w) float32 and is returned unchanged if both sizes are equal. `laid` has the bilinear weights of
+    the resize. The result is (B, C, hs, ws).
     """
     if not problem.is_resized:
         return cells
