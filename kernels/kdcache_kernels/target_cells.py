@@ -75,7 +75,7 @@ def lay_cells(
 
 
 def area_mean(map_BcHW: Tensor, grid: Size) -> Tensor:
-    """Return the mean of a (B, c, H, W) map over the area of each of h x w cells that tile it, (B, c, h, w).
+    """Average a (B, c, H, W) map over each of the h x w equal cells that tile it. Return (B, c, h, w).
 
     `grid` is (h, w). Cells need not consist of whole pixels.
     """
@@ -86,7 +86,7 @@ def area_mean(map_BcHW: Tensor, grid: Size) -> Tensor:
 def sample_view(
     map_Bchw: Tensor, window_B4: Tensor | None, flip_B: Tensor | None, view_size: Size, dtype: torch.dtype
 ) -> Tensor:
-    """Interpolate a (B, c, h, w) map of the view bilinearly at the centres of the h x w cells of a window of the view.
+    """Interpolate a (B, c, h, w) map of the view bilinearly at the centres of a window's h x w cells.
 
     Args:
         map_Bchw: the map, which covers the whole view.

@@ -196,8 +196,8 @@ def cells(
     """Compute the fused CE + KL loss and its gradient at label strides 4, 8, 12 and so on, for a range of cell rows.
 
     A cell row is the label rows between logit rows i and i + 1. The cell rows are `first` to `last` - 1, and row i of
-    image b has the number b * h + i. Nodes are positions on a logit row, four label pixels apart. A tile has n nodes. P
-    = 4 phases: phase p holds pixel p between every two nodes.
+    image b has the number b * h + i. Nodes are positions on a logit row, four label pixels apart. A tile is a part of a
+    row with n nodes. There are P = 4 phases: phase p holds pixel p between every two nodes.
 
     Shapes and units:
         student, target: (B, h, tiles, C, n) float32 logits at the nodes, times log2(e) / T, minus their maximum.

@@ -47,8 +47,8 @@ LOG2_E = _f(math.log2(math.e))
 def larger(x, y):
     """Return the larger of two float32 numbers, or y if x is NaN.
 
-    Write it as y[j] = larger(x, y[j]). It adds 0, because LLVM then stores every element instead of only the changed
-    ones, which is five times faster on a Zen processor.
+    Call it as `y[j] = larger(x, y[j])`. The function adds 0, so that LLVM stores every element of y instead of only the
+    changed ones. This is five times faster on a Zen processor.
     """
     return _f((x if x > y else y) + _f(0))
 

@@ -368,7 +368,7 @@ def strides_of(problem: LossProblem) -> tuple[int, ...]:
     """Return the (batch, row, column) strides of the labels, the CE pixel weights and the KL pixel weights in elements.
 
     The result is nine numbers, 0 for a tensor that is None. Pass them to a kernel one by one. For strides in a tuple,
-    Triton would compile a variant for each divisibility.
+    Triton would compile a variant of the kernel for each choice of strides that are multiples of 16.
     """
     tensors = (problem.labels, problem.ce_pixel_weight, problem.pixel_weight)
     return tuple(stride for tensor in tensors for stride in ((0, 0, 0) if tensor is None else tensor.stride()))
@@ -380,7 +380,7 @@ def label_pixels(
 ) -> Pixels:  # fmt: skip
     """Return the `Pixels` of a batch's labels, without pixel weights, label smoothing and focal loss.
 
-    Args are as in `LossProblem`. Without labels, `distill_void` is True.
+    Args are as in `LossProblem`. Without labels, DISTILL_VOID of the result is always True.
     """
     return Pixels(
         labels=labels,

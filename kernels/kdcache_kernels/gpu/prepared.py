@@ -26,7 +26,7 @@ class Prepared:
         target_batch: how many images have their own target tables: B with a window or a flip, else 1, and 0 without KL.
         route: (B, 4) int32. Element 0 is 1 if the fast kernel (`cells` or `pixels`) computes the image, 0 if `tiles`
             does. With 1 and KL, the others are row, column and flip. Student logit (i, j) then meets target logit (row
-            + i, column + j), or (row + i, column + w - 1 - j) if flip is 1, clamped to the target's logits.
+            + i, column + j). If flip is 1, it meets (row + i, column + w - 1 - j). Both are clamped to the map.
         mix: (B, h, w) float32, the sum over classes of class weight * student, or None without label smoothing.
         factors: (8,) float32. 0 and 1 are factors of the gradient: ce_weight / ce_denominator and kl_weight * T /
             kl_denominator. 2 and 3 are factors of the terms: 1 / ce_denominator and T^2 / kl_denominator. They are 0 if

@@ -93,7 +93,7 @@ def whole_grid(view_size: Size, array: Size, grid: Size) -> Grid:
 
 @njit(**OPTIONS)
 def read_row(c, row, start, limit, n, line, largest, usable):
-    """Copy n logits of class c to `line[c]` and update each cell's maximum and usability.
+    """Copy n logits of class c to `line[c]`, and update each cell's largest logit and mark of unusable logits.
 
     Shapes and units:
         row: float32 logits of one class and one row. The n logits begin at element `start`.

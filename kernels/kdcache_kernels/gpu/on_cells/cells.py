@@ -406,8 +406,8 @@ def lay(problem: RelationProblem) -> Laid:
 def on_own_grid(problem: RelationProblem, laid: Laid, cells: Tensor) -> Tensor:
     """Convert a gradient by the resized student logits into the gradient by the student's own logits.
 
-    `cells` is (B, C, h, w) float32 and is returned unchanged if both sizes are equal. `laid` has the bilinear weights of
-    the resize. The result is (B, C, hs, ws).
+    `cells` is (B, C, h, w) float32 and is returned unchanged if both sizes are equal. `laid` has the resize's bilinear
+    weights. The result is (B, C, hs, ws).
     """
     if not problem.is_resized:
         return cells
