@@ -414,7 +414,7 @@ def _feature_judge(
 
 
 def make_validator(val: Split, config: TrainConfig, device: torch.device, observer: Observer, world: World) -> Any:
-    """Return a function that validates a model's segmentation and returns its metrics.
+    """Return a function that scores a model's classes on the validation data: model -> `Score`.
 
     Each process validates a part of the samples, and the pixel counts are summed over the processes. As many images go
     through the model at once as in training. The function raises ModelError, with the batch sizes that fit, if memory

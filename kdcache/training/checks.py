@@ -98,7 +98,10 @@ def check_processes(config: TrainConfig, processes: int) -> None:
 
 
 def check_adversaries(config: TrainConfig) -> None:
-    """Raise RecipeError if an `adversarial` term has no other stream to imitate, or several and names none of them."""
+    """Raise RecipeError if it is unclear which other stream an `adversarial` term imitates.
+
+    The term must name that stream (`against`), unless there are exactly two streams.
+    """
     names = [stream.name for stream in config.streams]
     for stream in config.streams:
         others = [name for name in names if name != stream.name]

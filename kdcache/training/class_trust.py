@@ -32,9 +32,11 @@ FULL = 0.05
 
 
 def read_trust(path: str, names: Sequence[str]) -> list[float]:
-    """Read a trust file, and return the weight of each class, in the order of `names`.
+    """Read how much each class of a teacher is trusted, and return these weights in the order of `names`.
 
-    The TOML or JSON file at `path` has class name -> a number of at least 0, for each of the classes `names`.
+    Args:
+        path: a TOML or JSON file: class name -> weight, a number of at least 0.
+        names: names of all classes. The file must have each of them.
 
     Raises: RecipeError if the file cannot be read, lacks a class, or has an unknown class or an invalid weight.
     """
@@ -65,8 +67,8 @@ def trust_from_run(
 ) -> list[float]:
     """Return the trust in the teacher for each class, in 0..1, by comparing it with a run on labels only.
 
-    Both are scored on the fold that the run left out. Trust is 1 if the teacher's IoU is higher by 0.05 or more, and 0
-    if it is not higher. A class that does not occur has trust 1.
+    Teacher and run are scored on the fold that the run left out. Trust is 0 if the teacher's IoU is not higher. It
+    rises linearly to 1 at a difference of 0.05. A class that does not occur has trust 1.
 
     Args:
         records: the cache, with its data set if it stores no pixels.

@@ -122,9 +122,10 @@ class TrainConfig:
         return tuple(replace(stream, share=share) for stream, share in zip(streams, shares, strict=True))
 
     def rows(self, parts: int = 1) -> list[int]:
-        """Return the number of samples of each stream in a batch.
+        """Return the number of samples of each stream in a whole batch, in the order of the streams.
 
-        `parts` is the number of processes times accumulated parts. Each part needs samples of every stream.
+        `parts` is how many equal parts the batch is divided into: processes times `accumulate`. Each part must have
+        samples of every stream.
 
         Raises: RecipeError if the batch is too small, or cannot be divided.
         """
@@ -207,7 +208,7 @@ class TrainConfig:
 
     @property
     def target_heads(self) -> tuple[str, ...]:
-        """Names of the heads whose targets the training reads, for caches that have them."""
+        """Names of the teacher's heads whose targets the loss terms read. A cache may lack some of them."""
         if not self.reads_targets:
             return ()
         read = {term.task for term in self.active if term.reads_teacher} | ({SEGMENTATION} if self.wants_kl else set())

@@ -65,7 +65,7 @@ def make_criterion(
         config: the stream's settings.
         model: the student.
         dataset: the stream's samples.
-        device: where the run of `--class-trust auto` is evaluated.
+        device: where the run is evaluated that `--class-trust auto` compares the teacher with.
         note: is called with notes for the user, such as the trust in each class.
         pasted: the samples that are pasted into this stream's samples, or None.
     Raises: RecipeError for a model without the heads that the loss compares.
@@ -104,7 +104,10 @@ def make_criterion(
 
 
 def stored_targets(cache: Cache, dataset: DrawnDataset) -> Cache | MergedTargets:
-    """Return the source of a stream's targets: the cache itself, or with a class map `MergedTargets` of the cache."""
+    """Return what turns a stream's stored targets into logits of the training's classes.
+
+    That is the cache itself, or with a class map `MergedTargets`, which merge the teacher's classes.
+    """
     if dataset.mapped is None or SEGMENTATION not in dataset.heads:
         return cache
     lookup = dataset.mapped[1][: cache.num_classes].astype(int)
@@ -167,7 +170,7 @@ def rare_order(config: TrainConfig, dataset: DrawnDataset, seed: int, note: Call
 
 
 def target_counts(cache: Cache, dataset: DrawnDataset) -> npt.NDArray[np.int64]:
-    """Return for each class (C,) at how many target pixels it is the teacher's best class.
+    """Return for each class (C,) the number of cells in which it is the teacher's best class.
 
     At most 256 samples are counted, evenly spread. With a class map, classes are those of the training.
     """

@@ -32,7 +32,7 @@ _POLL_S = 0.02
 
 @dataclass
 class Agreement:
-    """The result of `World.together`.
+    """What a with block of `World.together` gets, to learn whether to stop.
 
     Attributes:
         stop: True if any process was asked to stop. It is set at the end of the with block.
@@ -107,8 +107,8 @@ class World:
     def together(self, *, stop: bool = False) -> Iterator[Agreement]:
         """Run a with block in all processes. If it fails in one of them, raise its error in all.
 
-        `stop` is True if this process was asked to stop. The block gets an `Agreement`, which tells after the block
-        whether any process was.
+        `stop` is True if this process was asked to stop. The block gets an `Agreement`. After the block, its `stop` is
+        True if any process was asked to stop.
 
         Raises: a KDCacheError with the first failed process's error. Process 0 raises its own error unchanged.
         """
@@ -150,7 +150,10 @@ class World:
             )
 
     def seed(self, seed: int, step: int) -> int:
-        """Return this process's seed for a training that begins at `step`. Process 0 has the run's `seed`."""
+        """Return this process's own seed for a training that begins or resumes at `step`.
+
+        `seed` is the run's seed. Process 0 uses it unchanged.
+        """
         if self.first:
             return seed
         return int(np.random.SeedSequence((seed, self.rank, step)).generate_state(1, np.uint64)[0] >> np.uint64(1))

@@ -68,7 +68,7 @@ def pseudo_notes(config: TrainConfig, dataset: DrawnDataset, *, pasted: bool = F
 
 
 def count_confidences(cache: Cache, targets: Cache | MergedTargets, samples: range) -> ConfidenceCounts:
-    """Return the counts of the teacher's confidences, over the first views of some samples.
+    """Count pixels by the teacher's best class and its probability there, over the first views of some samples.
 
     Args:
         cache: an open cache.
@@ -122,8 +122,8 @@ def _by_class(dataset: DrawnDataset, coverage: Coverage) -> str:
 def collapse_note(config: TrainConfig, dataset: DrawnDataset, labelled: Sequence[DrawnDataset]) -> str | None:
     """Return a note if a teacher predicts few classes on samples without labels, else None.
 
-    The note is due if the teacher's effective number of classes is less than half of the labels' number. If a student
-    of such a teacher becomes the next teacher, classes get fewer in each round.
+    Few means: the effective number of classes (see `effective_classes`) of the teacher's predictions is less than half
+    of that of the labels. If a student of such a teacher becomes the next teacher, classes get fewer in each round.
 
     Args:
         config: the settings of a stream that learns from targets without labels.

@@ -32,7 +32,9 @@ def with_auxiliary(terms: tuple[LossTerm, ...], model: str, ce_weight: float) ->
 
 
 def check_consistency(terms: Iterable[LossTerm], *, ema: float | None, jitter: float | str, mix: str | None) -> None:
-    """Raise RecipeError if a `consistency` term has two equal views, or nobody to predict the weak view.
+    """Raise RecipeError if a `consistency` term cannot work.
+
+    It needs two different views, and with `by=ema` the moving average of the weights.
 
     Args:
         terms: the loss terms of the settings.
@@ -61,7 +63,8 @@ def check_whole_batch(terms: Sequence[LossTerm], accumulate: int, mix: str | Non
     Args:
         terms: the loss terms of the settings.
         accumulate: number of parts of a batch. Above 1, no term may compare the whole batch.
-        mix: the value of `--mix`. None pastes nothing. Otherwise each teacher term must follow pasted pixels.
+        mix: the value of `--mix`. None pastes nothing. Otherwise each term that learns from the teacher must be able to
+            handle pasted pixels.
     """
     whole_batch_terms = [term.kind for term in terms if term.whole_batch]
     if accumulate > 1 and whole_batch_terms:

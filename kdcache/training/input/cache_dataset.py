@@ -66,8 +66,9 @@ class CacheDataset(DrawnDataset):
         labelled_only: True leaves out samples without a label of any of the tasks.
         tasks: tasks whose labels are used. Depth labels come from the cache, or with `--pixels source` from the data
             set.
-        depth_zoom: what a warp's zoom does to metres of labels and targets: `divide` divides them by it, `keep` (and
-            `none`, without a zoom) leaves them. Replayed labels that are rendered again are divided by the view's zoom.
+        depth_zoom: what a warp's zoom does to metres in labels and targets. `divide` divides them by the zoom. `keep`
+            leaves them unchanged, and so does `none`, which is meant for an augmentation without zoom. With `divide`,
+            labels of replayed views are divided by the zoom of the view if they come from the data set.
     Raises: RecipeError for an unknown augmentation, or one that a cache of crops cannot have.
     """
 

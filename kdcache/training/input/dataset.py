@@ -44,13 +44,16 @@ Field = tuple[tuple[int, ...], torch.dtype]
 class DrawnDataset(Dataset[Batch], ABC):
     """The base of datasets whose samples are augmented at random each time they are drawn.
 
+    A subclass sets `indices`, and `cache` or `split`. It defines `own_classes`, `identity`, `sample_id`, `draw_into`
+    and `_has_label`.
+
     Args:
         size: (H, W) of the pixels of a sample.
         augmentation: scale, flip and colour jitter. `Augmentation.off()` for none.
         tasks: tasks whose labels are used. Samples always have segmentation labels, which are void if they are not
             used.
-        depth_zoom: what a zoom does to metres of labels and targets: `divide` divides them by it, `keep` (and `none`,
-            without a zoom) leaves them.
+        depth_zoom: what a drawn zoom does to metres in labels and targets. `divide` divides them by the zoom. `keep`
+            leaves them unchanged, and so does `none`, which is meant for an augmentation without zoom.
 
     Attributes:
         cache: the cache that targets come from. None without a cache.
@@ -169,7 +172,8 @@ class DrawnDataset(Dataset[Batch], ABC):
     def labels(self) -> Iterator[npt.NDArray[np.uint8]]:
         """Yield the segmentation label of each sample in `labelled`, uint8 (H, W).
 
-        Its size is the label file's, or the stored first view's. A class map is applied.
+        (H, W) is the size of the label file, or of the sample's first view if the cache stores labels. A class map is
+        applied.
 
         Raises: KDCacheError for a label that cannot be read.
         """

@@ -38,7 +38,7 @@ def feed(
     On a GPU, a batch is copied while the step before it computes. A CPU's batches are yielded without a copy.
 
     Args:
-        loader: its batches. A KDCacheError instead of a batch is yielded unchanged.
+        loader: gives the batches. If it gives a KDCacheError in place of a batch, the error is yielded unchanged.
         device: where the batches go.
         targets: the targets of all records, if the device keeps them. Batches then have record numbers instead of
             targets.

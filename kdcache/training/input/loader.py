@@ -37,7 +37,7 @@ class Draws(Dataset[Batch | KDCacheError]):
         shuffle: `full` shuffles all samples, `window` shuffles within a few shards, `auto` takes `window` for remote
             caches.
         labelled_share: share of every batch that has labels, if only some samples have one. None ignores labels.
-        rare: an order that prefers rare classes, instead of epochs.
+        rare: an order that prefers samples with rare classes. None draws in shuffled epochs.
     """
 
     def __init__(
@@ -149,7 +149,8 @@ def sample_loader(
         seed: seed of order and augmentation.
         shuffle: `full` shuffles all samples, `window` shuffles within a few shards, `auto` takes `window` for remote
             caches.
-        labelled_share: share of every batch that has labels. None is a training's default.
+        labelled_share: share of every batch that has labels. None chooses it as a training does: half, if fewer than
+            half of the samples have a label.
         workers: number of processes that draw ahead. 0 draws between steps.
     Raises: KDCacheError for a sample that cannot be read. A worker wraps it into a RuntimeError.
     """

@@ -35,8 +35,8 @@ class Mix:
     """Pastes parts of one sample of a batch into another: pixels and labels.
 
     Args:
-        text: `cutmix` (a box) or `classmix` (half of the classes), with the share of mixed samples: `cutmix:0.5`. The
-            default share is 1.
+        text: `cutmix` pastes a box, `classmix` the pixels of half of the classes. The share of samples that get a
+            paste may follow: `cutmix:0.5`. Its default is 1.
         flag: the name of the setting, for messages.
 
     Attributes:
@@ -70,9 +70,10 @@ class Mix:
 
     @torch.no_grad()
     def paste(self, batch: Batch, other: Batch) -> Batch:
-        """Return `batch` with pixels and labels of the rows of `other` pasted in. Its `own` is False for pasted pixels.
+        """Return `batch` with pixels and labels of `other` pasted in, row by row.
 
-        Both batches have equally many rows. It never waits for the device.
+        `own` of the result is False for pasted pixels. Both batches have equally many rows. The method never waits for
+        the device.
         """
         dice_BN = batch.dice
         assert batch.pixels is not None

@@ -73,7 +73,7 @@ class DeviceTargets:
     A pickled copy is empty, because worker processes only draw numbers.
 
     Args:
-        targets: head -> the target of all records (R, ...).
+        targets: head -> the target of all records (R, ...). None is empty.
     """
 
     def __init__(self, targets: Mapping[str, Target] | None = None) -> None:

@@ -74,7 +74,7 @@ class Order:
 
 
 class Interleaved:
-    """An order that mixes labelled and other records: any run of draws has the same share of labelled records.
+    """An order that mixes labelled and other records evenly, so that every batch has the same share of labelled ones.
 
     Args:
         labelled: (R,) bool, True for records with a label. Both kinds must occur.
@@ -115,7 +115,8 @@ class Rare:
         probabilities_C: the probability of each class.
 
     Source: Hoyer et al. 2022, DAFormer, arXiv 2111.14887, equations 6 and 7, and the authors' code. Their code also
-        draws up to ten crops of the sample until half of those pixels are inside. Here crops do not depend on labels.
+        draws up to ten crops of the sample until one shows half of the class's pixels. Here crops do not depend on
+        labels.
     """
 
     def __init__(self, counts_RC: Records, pixels_R: Records, seed: int, temperature: float = RARE_TEMPERATURE) -> None:
@@ -141,13 +142,13 @@ class Rare:
 
 
 def choose_labelled_share(share: float | None, labelled: Flags | None) -> float | None:
-    """Return the share of every batch that has labels, or None if draws ignore labels.
+    """Return the share of every batch that shall have labels, or None to draw all samples with equal probability.
 
-    Draws ignore labels if all samples have a label or none has, or by default if at least half of them have one.
-    Otherwise a batch could have no label at all.
+    A fixed share keeps a batch from having no label at all. The result is None if all samples have a label or none has.
 
     Args:
-        share: the user's choice, in 0..1. None is the default: half, if fewer samples have a label.
+        share: the user's choice, in 0..1. None chooses half if fewer than half of the samples have a label, else no
+            share.
         labelled: (N,) bool, True for samples with a label. None if all have one.
     """
     if labelled is None or not labelled.any() or labelled.all():

@@ -58,7 +58,7 @@ class Part:
         return all(part is None for part in parts)
 
     def choose(self, ids: Sequence[str]) -> Selection:
-        """Select samples by their ids, which are all ids of the cache or data set, in order.
+        """Return the numbers of the samples in this part. `ids` are the ids of all samples of the cache or data set.
 
         Raises: RecipeError if no sample is left, for a fold that does not exist, and for an invalid file `labels_from`.
         """

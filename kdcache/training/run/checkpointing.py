@@ -29,12 +29,12 @@ FEATURES = "features"
 
 @dataclass(frozen=True)
 class Judge:
-    """Names the figure of a score, such as mIoU, by which the best weights are chosen.
+    """Says which number of a task's score chooses the best weights, such as mIoU for segmentation.
 
     Attributes:
-        prefix: the text before the figure's name in logs, such as `depth_`.
-        score: the name of the figure, such as `miou`.
-        less: True if smaller is better.
+        prefix: the text before the number's name in logs, such as `depth_`.
+        score: the name of the number, an attribute of `Score`, such as `miou`.
+        less: True if a smaller number is better.
     """
 
     prefix: str
@@ -42,14 +42,14 @@ class Judge:
     less: bool
 
     def value(self, score: Score) -> float:
-        """Return the figure of a score, negated if smaller is better. So the largest value is always the best."""
+        """Return the number that `score` has, negated if smaller is better. So the largest value is always the best."""
         value = float(getattr(score, self.score))
         return -value if self.less else value
 
     def figure(self, value: float) -> dict[str, float]:
-        """Return the figure with its name in result.json, such as `best_miou` -> 0.42.
+        """Return a result of `Judge.value` with its name in result.json, such as `best_miou` -> 0.42.
 
-        The argument is a result of `Judge.value`, and gets its original sign back.
+        A number that was negated gets its original sign back.
         """
         return {f"best_{self.prefix}{self.score}": -value if self.less else value}
 
@@ -127,7 +127,8 @@ class RunState:
     def restore(self) -> dict[str, Tensor] | None:
         """Continue from the checkpoint in the run's folder, if there is one.
 
-        Returns: the `random_state` of this process. None if there is no checkpoint, or it was saved by fewer processes.
+        Returns: this process's saved `random_state`. None if there is no checkpoint, or if it was saved by so few
+            processes that it has no state for this one.
         Raises: ModelError if the checkpoint is of another model. RecipeError if it cannot be read.
         """
         state = load_checkpoint(self._run, self._device)

@@ -210,7 +210,7 @@ class Watch:
         """Yield a note, once, for each term whose gradient is very small or very large next to cross-entropy's.
 
         A stream's terms are compared with the stream's own cross-entropy. At step 0, terms without any gradient are
-        skipped, because `queue` has nothing to compare with yet.
+        skipped, because the queue of the term `queue` is still empty then.
 
         Args:
             step: number of the step, from 0.

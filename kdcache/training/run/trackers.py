@@ -206,7 +206,10 @@ def _reason(error: Exception) -> str:
 
 
 class TensorBoard:
-    """A logger that writes TensorBoard event files into the run's folder."""
+    """A logger that writes TensorBoard event files into the run's folder.
+
+    `beginning` has this folder, the recipe and the first step.
+    """
 
     def __init__(self, beginning: Beginning) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -235,7 +238,8 @@ class WandB:
     """A logger that writes to a run of Weights & Biases, in the project `kdcache` or WANDB_PROJECT.
 
     The run is uploaded if the user is logged in (`wandb login`, WANDB_API_KEY, WANDB_MODE). Otherwise it stays in the
-    run's folder. Plots use `step` instead of wandb's own count, which cannot go back to a checkpoint.
+    run's folder. Plots use `step` instead of wandb's own count, which cannot go back to a checkpoint. `beginning` has
+    the folder, the recipe and the first step.
     """
 
     def __init__(self, beginning: Beginning) -> None:

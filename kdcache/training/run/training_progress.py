@@ -12,7 +12,12 @@ from kdcache.training.run.metrics_log import Score
 
 
 class TrainingProgress(Observer):
-    """Shows a training on the console: a progress bar with losses and time left, and a line for each validation."""
+    """Shows a training on the console: a progress bar with losses and time left, and a line for each validation.
+
+    Args:
+        bar: the console's progress display, to which the training adds its bar.
+        title: the text before the bar.
+    """
 
     def __init__(self, bar: Progress, title: str) -> None:
         self._bar = bar

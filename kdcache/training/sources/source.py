@@ -218,7 +218,10 @@ def _by_shapes(splits: Sequence[Split], size: tuple[int, int] | None, note: Call
 
 
 def check_pasting(sources: Sequence[Source]) -> None:
-    """Check every stream that samples are pasted into. Raises: RecipeError with the name of the stream."""
+    """Check for every stream with pasted samples that they have class labels, and targets of the same meaning.
+
+    Raises: RecipeError with the name of the stream.
+    """
     for source in sources:
         if source.pasted is not None:
             with source.named():

@@ -61,6 +61,11 @@ def choose_step(name: str, device: torch.device, processes: int = 1) -> str:
 class CompiledStep:
     """A step whose forward and backward are compiled for the shapes of `batch`. Batches of other shapes run eagerly.
 
+    Calling it with a batch learns from the batch and returns its losses, as `row` does.
+
+    Args:
+        eager: the step to compile.
+        batch: a batch with the shapes of all batches.
     Raises: the compiler's error, if the model cannot be traced as a whole or would be compiled again at every step.
     """
 

@@ -25,9 +25,9 @@ from kdcache.training.step.eager import EagerStep
 
 
 def distribute(eager: EagerStep, batch: Streams, world: World) -> None:
-    """Change an eager step, so that this process computes its part of a step of all processes.
+    """Change an eager step into this process's part of a common step of all processes.
 
-    Gradients, denominators and BatchNorm statistics are then shared between the processes.
+    Gradients, BatchNorm statistics and the denominators of the loss's means are then computed over all processes.
 
     Args:
         eager: the step, which is changed.

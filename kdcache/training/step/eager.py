@@ -152,9 +152,11 @@ class EagerStep:
         self.optimizer.zero_grad(set_to_none=True)
 
     def attempt(self, batch: Streams, norms: bool) -> None:
-        """Try a step on a batch, to see whether it fits into memory. Everything that it changes is restored.
+        """Take a step on `batch`, to see whether it fits into memory, and then undo the step.
 
-        `norms` of True also computes the gradient of each term, which needs more memory.
+        With `norms` of True, it also computes the gradient of each loss term, which needs more memory.
+
+        Raises: PyTorch's out-of-memory error if the batch does not fit.
         """
         with self.rehearsal():
             inputs = self.loss_inputs(self.to_device(batch))
