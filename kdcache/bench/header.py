@@ -17,12 +17,13 @@ from kdcache.metrics.timing import cpu_name
 
 
 def header(theme: str, command: str, environment: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the first keys of a result file: theme, date, commit, command and machine.
+    """Return the dict with which a result file begins: "theme", "date", "commit", "command" and "machine".
 
     Args:
         theme: what was measured, in one word.
         command: the command that the user typed.
-        environment: library versions and thread counts, from `kdcache.training.run.metrics_log.environment`.
+        environment: library versions and thread counts, to store under "machine". They are from
+            `kdcache.training.run.metrics_log.environment`.
     """
     memory_gib = round(psutil.virtual_memory().total / 2**30, 1)
     machine = {"cpu": cpu_name(), "cores": os.cpu_count(), "memory_gib": memory_gib, **environment}

@@ -50,7 +50,7 @@ class Spread:
 
     @classmethod
     def of(cls, samples_ms: Sequence[float]) -> "Spread":
-        """Summarise samples in milliseconds. Percentiles other than the median are the nearest sample."""
+        """Summarise samples in milliseconds. p20 and p80 are the samples nearest to these percentiles."""
         ordered = sorted(samples_ms)
         last = len(ordered) - 1
         return cls(
@@ -63,7 +63,7 @@ class Spread:
 
 
 def check_repeats(count: int, flag: str = "--repeats") -> None:
-    """Raise RecipeError if `count` repeats are too few for a median. The error names `flag`."""
+    """Raise RecipeError if `count`, a number of repeats, is below 3. The error names `flag`."""
     if count < LEAST_REPEATS:
         raise RecipeError(f"Too few repeats for a median: {count}", fix=f"Use {flag} {LEAST_REPEATS} or more.")
 
@@ -87,7 +87,7 @@ def in_turn(steps: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, S
     Args:
         steps: the steps by name, warmed up already.
         repeats: calls of each step, spread over up to five rounds.
-    Returns: the measured times by name.
+    Returns: the measured times by the steps' names.
     """
     samples: dict[str, list[float]] = {name: [] for name in steps}
     rounds = min(ROUNDS, repeats)

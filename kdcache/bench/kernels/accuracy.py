@@ -56,12 +56,12 @@ class CheckSettings:
         device: where to compute.
         impl: implementation of `kdcache_kernels.distill_loss`.
         dtypes: names of `shapes.DTYPES`, such as "fp32".
-        strides: names of STRIDES: label pixels per logit, or a ratio of sizes.
+        strides: names of STRIDES: label pixels per logit, such as "4", or a ratio of sizes, "17x23 of 5x7".
         temperatures: values of T.
         classes: numbers of classes.
-        windows: names of WINDOWS: "whole", "flip", "crop", "scale" or "edge".
-        values: names of VALUES, how logits are drawn: "normal", "wide" or "range".
-        every: take one point in so many. 1 takes every combination.
+        windows: "whole" view, "flip" (mirrored), "crop" (by whole cells), "scale" (zoomed) or "edge" (beyond the view).
+        values: distributions of the logits: "normal", "wide" (6e4 or -6e4) or "range" (uniform from 0 to 75 or 90).
+        every: 1 takes every combination of these values, 4 every fourth.
     """
 
     device: torch.device
@@ -75,9 +75,9 @@ class CheckSettings:
     every: int = 1
 
     def points(self) -> Iterator["Point"]:
-        """Yield every combination of the settings as a `Point`, or with `every` above 1 a part of them.
+        """Yield every combination of the settings as a `Point`, or with `every` above 1 some of the combinations.
 
-        The part lies on diagonals of the grid: the sum of a combination's indices is a multiple of `every`.
+        A combination is taken if the sum of its values' indices in the settings is a multiple of `every`.
         """
         grid = (self.dtypes, self.strides, self.temperatures, self.classes, self.windows, self.values)
         for combination in itertools.product(*map(enumerate, grid)):
@@ -88,7 +88,7 @@ class CheckSettings:
 
 @dataclass(frozen=True)
 class Point:
-    """One combination of settings at which the loss is checked. The fields are as in `CheckSettings`."""
+    """One combination of settings at which the loss is checked: one value of each list in `CheckSettings`."""
 
     dtype: str
     stride: str
@@ -103,7 +103,7 @@ class Judged:
     """The errors of an implementation at one point, and the largest errors that are allowed.
 
     Attributes:
-        point: the settings.
+        point: the settings of the check.
         loss_error: |loss - the oracle's loss|, in nats.
         loss_bound: the largest allowed loss_error.
         gradient_error: largest |gradient - the oracle's gradient|, divided by the largest |oracle's gradient|.
@@ -132,7 +132,10 @@ class Judged:
         return self.loss_error <= self.loss_bound and self.gradient_error <= self.gradient_bound
 
     def to_json(self) -> dict[str, Any]:
-        """Return the point, the errors and bounds, and `passed` as JSON values. Errors that are not finite are None."""
+        """Return a flat JSON dict of the point's fields, the errors, the bounds and "passed".
+
+        Errors that are not finite are None.
+        """
         errors = {name: value for name, value in vars(self).items() if name != "point"}
         finite = {name: value if math.isfinite(value) else None for name, value in errors.items()}
         return {**asdict(self.point), **finite, "passed": self.passed}
@@ -187,7 +190,7 @@ def _judge(point: Point, device: torch.device, impl: str) -> Judged:
 def launch(point: Point, device: torch.device) -> None:
     """Compute loss and gradient at a point with `impl="auto"`, without reading the results.
 
-    It launches the kernels that `check` launches there, for example to compile them.
+    This launches the same kernels as `check` does at that point, for example to compile them.
     """
     student, arguments = draw(point, device)
     _compute(point, student.to(DTYPES[point.dtype]), arguments, "auto", 1.0)

@@ -37,7 +37,9 @@ ZOOM = (0.5, 2.0)
 
 @dataclass(frozen=True)
 class Inputs:
-    """The tensors of one case of the benchmark. H* W* is H W, or h w for kinds that compare the target's cells.
+    """The tensors of one case of the benchmark.
+
+    H* and W* are H and W. For kinds that compare student and teacher on the target's cells, they are h and w.
 
     Attributes:
         student: (B, C, h, w) logits, the leaf that receives the gradient.
@@ -45,10 +47,11 @@ class Inputs:
         target: packed teacher logits.
         class_weight: (C,) float32 for the cross-entropy, or None.
         window, flip: (B, 4) float64 and (B,) bool, as in `kdcache_kernels.distill_loss`, or None.
-        teacher: (B, C, h, w) float32, the target's logits of all classes. It and the fields below are for the rivals
-            only.
+        teacher: (B, C, h, w) float32, the target's logits of all classes. This field and those below are only for the
+            rivals.
         labels_int64: (B, H, W) int64, the same labels.
-        mask: (B, H*, W*) float32, 1 if the teacher's loss counts a pixel, else 0. For a cell, the share of its pixels.
+        mask: (B, H*, W*) float32, 1 for pixels that the teacher's loss counts, else 0. For a cell, it is the share of
+            its pixels that count.
         grid: (B, H*, W*, 2) float32, where `grid_sample` samples the teacher, or None for whole views.
         ce_count, kl_count: 0-dimensional float32: the sum of the labelled pixels' class weights, and the sum of the
             mask.
@@ -69,7 +72,7 @@ class Inputs:
 
 
 def make_inputs(case: Case, device: torch.device) -> Inputs:
-    """Draw the tensors of a case from a fixed seed, so they are equal in every process and on every device.
+    """Draw the tensors of a case from a fixed seed, so that they are equal in every process and on every device.
 
     On the meta device, the tensors have shapes but no values.
     """
@@ -114,7 +117,10 @@ def make_inputs(case: Case, device: torch.device) -> Inputs:
 
 
 def draw_labels(shape: Shape, generator: torch.Generator) -> Tensor:
-    """Draw labels as blobs, with void (`shape.ignore_index`) in a tenth of the pixels. Return (B, H, W) int64."""
+    """Draw random labels in which each class fills smooth blobs of pixels. Return (B, H, W) int64.
+
+    A tenth of the pixels is void (`shape.ignore_index`).
+    """
     H, W = shape.size
     rarity_C11 = RARITY * torch.randn(shape.num_classes, 1, 1, generator=generator)
     images = []

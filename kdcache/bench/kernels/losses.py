@@ -25,13 +25,13 @@ from kdcache_kernels.on_cells.problem import EPS
 
 
 class Targets(NamedTuple):
-    """The teacher, labels and settings that the eager rival takes, for a whole batch or one image.
+    """The teacher's logits, labels and settings that the eager rival takes, for a whole batch or one image.
 
     Attributes:
         teacher, mask, grid, class_weight, ce_count, kl_count: as in `Inputs`.
         labels: (B, H, W) int64.
         temperature: T.
-        threshold: teacher's confidence from which a pixel counts, 0 to 1, or None to count all.
+        threshold: the least confidence of the teacher at which a pixel counts in the KL, 0 to 1, or None to count all.
         ignore_index: the label of void pixels.
     """
 
@@ -61,7 +61,7 @@ class Targets(NamedTuple):
 
 
 def targets_of(case: Case, inputs: Inputs) -> Targets:
-    """Return the targets that the eager rival takes in a case."""
+    """Return the `Targets` of a case: what the eager rival needs of its inputs and settings."""
     return Targets(
         inputs.teacher,
         inputs.labels_int64,
@@ -79,7 +79,8 @@ def targets_of(case: Case, inputs: Inputs) -> Targets:
 def our_loss(case: Case, inputs: Inputs, impl: str) -> Tensor:
     """Return CE + T^2 * KL from `kdcache_kernels.distill_loss`, 0-dimensional and differentiable.
 
-    If the case's kind has a threshold, only pixels with at least that teacher confidence count in the KL.
+    If the case's kind has a threshold, the KL leaves out pixels where the teacher's confidence is lower. `impl` is the
+    implementation, such as "auto".
     """
     kind, weight = KINDS[case.kind], None
     if kind.threshold is not None:
@@ -105,7 +106,8 @@ def our_loss(case: Case, inputs: Inputs, impl: str) -> Tensor:
 def eager_loss(student_BChw: Tensor, targets: Targets) -> Tensor:
     """Return CE + T^2 * KL in eager PyTorch, the rival of `our_loss` with the same value.
 
-    CE counts labelled pixels. KL weighs pixels by the mask, and leaves out those below the confidence threshold.
+    CE counts labelled pixels. KL multiplies each pixel by the mask, and leaves out pixels below the confidence
+    threshold.
     """
     T, size = targets.temperature, targets.labels.shape[1:]
     teacher_BChw = targets.teacher if T == 1 else targets.teacher / T
@@ -137,7 +139,8 @@ def eager_loss(student_BChw: Tensor, targets: Targets) -> Tensor:
 def our_relations(case: Case, inputs: Inputs, impl: str) -> Tensor:
     """Return the relation loss from `kdcache_kernels.relation_loss`, 0-dimensional and differentiable.
 
-    A top-k target is densified first, as in a training.
+    A top-k target is first converted to logits of all classes, as in a training. `impl` is the implementation, such as
+    "auto".
     """
     target = inputs.target
     dense = target.values
@@ -208,5 +211,5 @@ LOSSES = {
 
 
 def loss_of(case: Case) -> Loss:
-    """Return the loss that a case measures, by the `loss` of the case's kind."""
+    """Return the entry of LOSSES that a case measures: the one named by the `loss` field of the case's kind."""
     return LOSSES[KINDS[case.kind].loss]

@@ -34,10 +34,7 @@ _WEIGH = "import sys; from kdcache.bench.kernels.memory import weigh; weigh(sys.
 
 
 def peak_on_device(step: Callable[[], Any]) -> float:
-    """Run a step, and return its peak of allocated memory on the current CUDA device in MiB.
-
-    Memory that was already allocated before the step does not count.
-    """
+    """Run a step, and return how far the current CUDA device's allocated memory rises above that before, in MiB."""
     gc.collect()
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
@@ -64,7 +61,7 @@ def peak_in_fresh_process(name: str, case: Case, impl: str, threads: int) -> flo
     """Measure the peak memory of a contestant's step in a new process, in MiB above the memory before the step.
 
     Args:
-        name: "kdcache" or a name of RIVALS.
+        name: the contestant, "kdcache" or a name of `rivals.RIVALS`, such as "eager".
         case: the case of the benchmark.
         impl: implementation of kdcache's loss.
         threads: number of torch's threads.
@@ -89,10 +86,10 @@ def peak_in_fresh_process(name: str, case: Case, impl: str, threads: int) -> flo
 
 
 def weigh(request: str) -> None:
-    """Measure the memory of one step of a contestant in this process, and print the peak in MiB as the last line.
+    """Run one step of a contestant in this process, and print its peak memory in MiB as the last line.
 
-    `request` is JSON from `peak_in_fresh_process`, with the keys name, case, impl and threads. A step on a tiny shape
-    runs first, so that loading code does not count.
+    `request` is JSON from `peak_in_fresh_process`, with that function's arguments as keys. A step on a tiny shape runs
+    first, so that loading code does not count.
     """
     words = json.loads(request)
     case = Case(**{**words["case"], "shape": Shape(**words["case"]["shape"])})

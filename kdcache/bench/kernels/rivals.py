@@ -63,7 +63,7 @@ class Contestant:
 
 
 def ours(case: Case, inputs: Inputs, impl: str) -> Contestant:
-    """Return kdcache's contestant for a case. It calls kdcache's public loss function as a training does.
+    """Return the contestant that computes a case with kdcache's public loss function, as a training does.
 
     `impl` is the implementation, such as "auto" or "triton".
     """
@@ -176,9 +176,10 @@ RIVALS: dict[str, Callable[[Case, Inputs], Contestant]] = {
 
 
 def prepare(name: str, case: Case, inputs: Inputs, impl: str) -> Contestant:
-    """Return the contestant with a name for a case, ready to run.
+    """Return the contestant called `name` for a case, ready to run.
 
-    `name` is "kdcache" or a name of RIVALS. `impl` is the implementation of kdcache's loss.
+    `name` is "kdcache" or a name of RIVALS, such as "eager". `impl` is the implementation of kdcache's loss, such as
+    "auto".
 
     Raises: UnavailableError if a rival cannot run on this machine.
     """

@@ -64,7 +64,7 @@ class Ceilings:
 
 @dataclass(frozen=True)
 class Work:
-    """The least numbers of bytes, exponentials and instructions that one forward and backward needs."""
+    """The least numbers of bytes, exponentials and instructions that one forward and backward of a loss needs."""
 
     bytes: float
     exps: float
@@ -121,7 +121,7 @@ def fractions(work: Work, ceilings: Ceilings, milliseconds: float) -> dict[str, 
 def measure_ceilings() -> Ceilings:
     """Return the highest speeds of the current CUDA device.
 
-    The copy speed is the best of 20 measurements. The exponentials per second are computed from the clock.
+    The copy speed is the best of 20 measurements. The exponentials per second are computed from the GPU's clock rate.
     """
     source = torch.zeros(COPY_BYTES, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)

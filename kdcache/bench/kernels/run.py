@@ -35,13 +35,13 @@ class Settings:
 
     Attributes:
         device: where to compute.
-        shapes: batches of label images.
+        shapes: shapes of the batches of label images.
         dtypes: names of `shapes.DTYPES`, such as "fp32".
-        kinds: names of `shapes.KINDS`, what a step computes.
-        against: names of RIVALS to measure also.
+        kinds: names of `shapes.KINDS` that say which loss to compute, such as "plain".
+        against: names of `rivals.RIVALS` to compare kdcache with, such as "eager".
         impl: implementation of kdcache's loss, such as "auto".
-        repeats: samples per contestant. None means 100 on CUDA and 15 on the CPU.
-        weigh: whether to measure memory also. On the CPU, each contestant then runs in a fresh process.
+        repeats: timed steps of kdcache and of each rival. None means 100 on CUDA and 15 on the CPU.
+        weigh: whether to measure memory also. On the CPU, this starts a new process for kdcache and for each rival.
     """
 
     device: torch.device
@@ -54,7 +54,7 @@ class Settings:
     weigh: bool = True
 
     def cases(self) -> Iterator[Case]:
-        """Yield every combination of shape, kind and dtype once."""
+        """Yield a `Case` for every combination of shape, kind and dtype, without repetitions."""
         grid = itertools.product(self.shapes, self.kinds, self.dtypes)
         yield from dict.fromkeys(Case(shape, dtype, kind=kind) for shape, kind, dtype in grid)
 
@@ -64,14 +64,15 @@ class Measured:
     """The measurements of one contestant (kdcache or a rival) on one case. None means not measured.
 
     Attributes:
-        name: "kdcache" or a name of RIVALS.
+        name: "kdcache" or a name of `rivals.RIVALS`, such as "eager".
         title: the name in tables.
         time: one forward and backward. On a GPU, it includes the launches.
         graph: the same step as a CUDA graph, which leaves out the CPU's time.
         host: the CPU's time to launch the step on a GPU.
         peak_mib: peak memory above the inputs, in MiB.
-        floors: for kdcache, `roofline.fractions` of the measured time.
-        problem: why numbers are missing, or "".
+        floors: for kdcache on a GPU: "bytes", "sfu" and "issue", each the least possible time divided by the measured
+            time, from `roofline.fractions`.
+        problem: a message that says why numbers are missing, or "".
     """
 
     name: str
@@ -144,7 +145,7 @@ def measure(settings: Settings, ceilings: Ceilings | None = None, note: Note = l
     """Run a benchmark, and yield the measurements of each case when they are ready.
 
     Args:
-        settings: the cases and contestants.
+        settings: the cases, and the rivals to compare kdcache with.
         ceilings: the GPU's highest speeds, to compute `Measured.floors`, or None to leave them out.
         note: called with a line of progress at every stage.
     Raises: any error of kdcache's loss, such as ValueRangeError for an implementation that cannot run here. A rival's

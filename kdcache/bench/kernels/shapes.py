@@ -25,13 +25,13 @@ class Kind:
     """What one step of a benchmark computes.
 
     Attributes:
-        about: one line for the help.
+        about: a line for the help text of the command.
         loss: a key of `losses.LOSSES`: "distill" (CE + KL) or "dist" (relations).
         trained: True for class weights in CE, and a KL that also counts void pixels. False lets both terms count only
             labelled pixels, without class weights.
         drawn: True for a random window and flip per image, as with `--augment warp`. False for whole views.
-        threshold: the teacher's confidence from which a pixel counts in the KL, 0 to 1. It is computed in every step.
-            None counts all pixels.
+        threshold: the least confidence of the teacher at which a pixel counts in the KL, 0 to 1, or None to count all.
+            The confidence is computed in every step.
     """
 
     about: str
@@ -163,7 +163,7 @@ class Case:
         shape: the batch of label images.
         dtype: a name of DTYPES, the dtype of the student's logits.
         temperature: T.
-        kept: number of classes that the target keeps, or None for a cache's default.
+        kept: number of classes that the target keeps per pixel, or None for a cache's default.
         kind: a name of KINDS.
     """
 
@@ -175,9 +175,9 @@ class Case:
 
     @property
     def k(self) -> int:
-        """Return the number of classes that the target keeps.
+        """Return the number of classes that the target keeps per pixel.
 
-        It is `kept`, at most C. If `kept` is None, it is a cache's default: all up to 32 classes, else 8.
+        It is `kept`, at most C. If `kept` is None, it is all C classes if C is at most 32, else 8, as in a cache.
         """
         C = self.shape.num_classes
         if self.kept is None:
