@@ -46,11 +46,11 @@ class CopyChanges:
     """The differences between a copy and its source cache. None keeps the source's value.
 
     Attributes:
-        codec: how arrays are compressed. `small` also rounds logits.
+        codec: how arrays are compressed: `default`, `small` or `none`. `small` also rounds logits.
         shard_records: records per shard.
-        samples: indices of the samples to copy into the source's `ids`, in ascending order. All their views are copied.
+        samples: which samples to copy, as ascending indices of the source's samples. All their views are copied.
         features: names of the taps to copy. An empty sequence copies none.
-        feature_dtype: data type of stored features. Taps with fewer than 16 cells are always float16.
+        feature_dtype: data type of stored features, `fp16` or `uint8`. Taps with fewer than 16 cells are always fp16.
         pixels: `stored` copies images and labels, `source` leaves them out.
     """
 
@@ -98,7 +98,8 @@ def copy_store(
         source: the cache to copy.
         destination: a new or empty folder or object-store address, or an unfinished copy.
         changes: how the copy differs from the source. None copies everything unchanged.
-        fidelity: what rounding loses, for the copy's manifest. Used only if the codec rounds (see `rounds`).
+        fidelity: the measured error of rounded logits, for the copy's manifest. Used only if the codec of `changes`
+            rounds (see `rounds`).
         worker: this process's part of a copy that several processes share. Default: all of it.
         progress: called with (records done, total records). Records of earlier calls count as done.
 
@@ -141,7 +142,10 @@ def _check_elsewhere(source: Cache, destination: str | Path) -> None:
 
 
 def rounds(source: Manifest, codec: Codec | None) -> bool:
-    """Return True if a copy into `codec` rounds targets that the source cache stores unrounded."""
+    """Return True if a copy with the codec `codec` rounds targets that the source cache stores unrounded.
+
+    None is the source's codec.
+    """
     return codec == "small" and source.codec != "small"
 
 
@@ -154,8 +158,8 @@ def copied_manifest(source: Cache, changes: CopyChanges, fidelity: Fidelity | No
 
     `fidelity` is the measured error of rounded targets. It is used only if the codec rounds.
 
-    Raises: StoreError if `changes` are impossible for this source. RecipeError if they ask for 8-bit features, and all
-    features are summaries or maps of fewer than 16 cells.
+    Raises: StoreError if `changes` are impossible for this source; RecipeError if they ask for 8-bit features, but all
+        taps have fewer than 16 cells.
     """
     manifest, numbers = source.manifest, _numbers(source, changes)
     _check(source, changes)

@@ -43,10 +43,10 @@ class Recorded:
 
 @dataclass(frozen=True)
 class BuiltFrom:
-    """The data set of a build, for comparison with an earlier start of the same build.
+    """The data set of a build. A build that continues uses it to check that the data did not change meanwhile.
 
     Attributes:
-        split: the data set. None compares only checksums.
+        split: the data set. None compares only checksums of rendered views.
         checksums: called with a shard's number. It renders the shard's records again and returns their checksums: path
             of the checksum array -> uint64 (records of the shard,).
     """
@@ -102,6 +102,7 @@ def data_changes(
         indexed: whether files with unchanged size and time may be skipped, by an index of digests. False reads every
             file.
         progress: called with (samples read, total samples).
+    Returns: ids of the samples that were added, removed or changed.
     Raises: DataError for a file that cannot be read; CorruptError for a damaged cache.
     """
     recorded = recorded_in(source) if isinstance(source, Cache) else source

@@ -197,7 +197,7 @@ def other_view(
         main: the main cache.
         record: number of the first record with other pixels, or None if only settings differ.
         whose: the other cache or data set, for the message.
-        pillow: the version of Pillow with which its views were rendered.
+        pillow: the version of Pillow that rendered the views of `whose`.
         more: descriptions of further differences.
         fix: what the user should do. '' proposes to build the other cache with --like.
     """

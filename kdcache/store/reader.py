@@ -246,8 +246,9 @@ class Cache:
 
         Args:
             ids: ids of B samples, such as a list from a batch.
-            windows: (B, 4) edges (y0, x0, y1, x1) of your crops, in pixels of the upright image: an array, a tensor or
-                lists. They may reach beyond the image. None is the whole view.
+            windows: (B, 4) edges (y0, x0, y1, x1) of your crops: an array, a tensor or lists. They are in pixels of the
+                image after its EXIF rotation and before any mirroring. They may reach beyond the image. None is the
+                whole view.
             flips: (B,), whether your augmentation mirrored each crop left to right. None mirrors nothing.
             heads: the heads to read. None reads all.
             depth_zoom: what happens to depth in metres in a zooming crop: "divide" by the zoom, or "keep". None forbids

@@ -119,9 +119,9 @@ class Records:
         return {path.rsplit("/", 1)[1]: row for path, row in rows.items()}
 
     def window(self, record: int) -> tuple[Window, bool]:
-        """Return the window of record number `record` in pixels of its image, and whether the view is mirrored.
+        """Return the part of its image that record number `record` shows, and whether the view is mirrored.
 
-        This needs a data set.
+        The part has the edges (y0, x0, y1, x1) in pixels of the data set's image. This needs a data set.
         """
         return Window(*self._windows[record].tolist()), bool(self._flips[record])
 

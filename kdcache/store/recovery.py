@@ -92,8 +92,8 @@ def is_intact(place: Place, completion: Completion | None) -> bool:
 def restore_root(place: Place, wanted: Manifest) -> None:
     """Write the cache's top-level zarr.json again from the spare copy, if it is lost or damaged.
 
-    `wanted` is the manifest of a new build with the same settings. It decides which file to trust if neither has the
-    digest in the seal.
+    `wanted` is the manifest of a new build with the same settings. If the seal confirms neither zarr.json nor the spare
+    copy, the one that fits `wanted` is trusted.
     """
     root, spare = read_or_none(place, ROOT, MAX_JSON_BYTES), read_spare(place)
     if spare is None or root == spare:

@@ -39,7 +39,10 @@ class SampleTargets:
         return len(self.window)
 
     def to_dict(self) -> dict[str, Array]:
-        """Return all arrays by name, as `Batch.to_dict` names its tensors. Fields that are None are left out."""
+        """Return all arrays as one dict: a path such as `targets/depth/values`, or a field's name -> array.
+
+        Fields that are None are left out.
+        """
         geometry = {"window": self.window, "flip": self.flip, "inside": self.inside, "zoom": self.zoom}
         return self.arrays | {name: array for name, array in geometry.items() if array is not None}
 

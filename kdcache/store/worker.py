@@ -46,7 +46,8 @@ def worker_of(text: str | None, take_over: bool = False) -> Worker:
 
     Args:
         text: "2/8" is the third of eight workers. "auto" reads number and total from a job scheduler or torchrun.
-            "auto/8" reads only the number. None reads them from torchrun, or is the only worker without torchrun.
+            "auto/8" reads only the number. None reads number and total from torchrun, if torchrun started this process.
+            Otherwise None is a single worker.
         take_over: whether the worker also writes other workers' missing shards.
     Raises: StoreError for an invalid number, or for `take_over` with a single worker.
     """

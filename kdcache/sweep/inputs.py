@@ -30,7 +30,7 @@ _REPEATED = "build-teacher-cache"
 
 
 class Inputs:
-    """The digests of the inputs of a sweep's jobs, kept in its folder. They show which jobs must run again.
+    """The digests of the inputs of a sweep's jobs, stored in the sweep's folder. They show which jobs must run again.
 
     A job's inputs are its command, its data sets, and the results of the jobs that it needs.
 

@@ -114,7 +114,7 @@ def plan_sweep(
 
 
 def data_of_streams(recipe: Recipe, sources: Mapping[str, str]) -> dict[str, str]:
-    """Return the data set of each stream that all arms share, by the stream's name.
+    """Return stream name -> folder or spec of its data set, for the streams that all arms share.
 
     `sources` maps names of streams to data sets that replace the recipe's own.
 
@@ -146,7 +146,7 @@ def _validation(recipe: Recipe, data: Mapping[str, str]) -> str | None:
 def words(flags: Flags) -> Iterator[str]:
     """Yield the words of flags as typed on the command line.
 
-    False becomes --no-FLAG, a list repeats the flag, and "" leaves the flag out.
+    True becomes --FLAG, False becomes --no-FLAG, a list repeats the flag, and "" leaves the flag out.
     """
     for key, value in flags.items():
         if value == "":
@@ -170,7 +170,9 @@ def folder_name(text: str) -> str:
 
 
 def taken(flags: Flags) -> set[str]:
-    """Return the names of the settings that an arm's loss terms use, in any of its streams.
+    """Return the names of the training settings that an arm's loss terms use, such as `temperature`.
+
+    If the arm has several streams, these are the settings used in at least one of them.
 
     `flags` has the arm's flags, including the flags that all arms share.
     """

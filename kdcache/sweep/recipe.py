@@ -205,7 +205,10 @@ def unknown(what: str, name: str, allowed: Iterable[str]) -> RecipeError:
 
 
 def named_flag(value: Any) -> str | None:
-    """Return the flag's name in a value such as "{limit-labels}", or None for any other value."""
+    """Return the flag's name if a recipe's value refers to a flag: "{limit-labels}" becomes "limit-labels".
+
+    Returns None for any other value.
+    """
     match = re.fullmatch(r"{([a-z-]+)}", value) if isinstance(value, str) else None
     return None if match is None else match[1]
 

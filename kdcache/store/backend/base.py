@@ -38,9 +38,10 @@ class Place(ABC):
         return f"{str(self).rstrip('/')}/{key}"
 
     def at(self, version: str) -> "Place":
-        """Return this location for the cache that the digest `version` identifies.
+        """Return this location, restricted to the cache whose ledger has the digest `version`.
 
-        Local copies of another cache that was at this address before are then not used. A local folder returns itself.
+        A cache in an object store may have been replaced by another one. Local copies of the former are then not used.
+        A local folder returns itself.
         """
         return self
 
@@ -96,8 +97,8 @@ class Place(ABC):
     def forget(self, key: str) -> bool:
         """Delete the local copy of the remote file `key`, so that the next read downloads it again.
 
-        Returns: True if a copy was deleted. False if there is no copy, as in a local cache, where `key` is the file
-            itself.
+        Returns: True if a copy was deleted, False if there is no copy. A local cache has no copies, so nothing is
+            deleted.
         """
         return False
 
@@ -118,7 +119,7 @@ class Place(ABC):
     def publish_exclusive(self, key: str, content: bytes) -> bool:
         """Write the file `key` as `publish` does, unless it exists.
 
-        Returns: False if another process has already written the file.
+        Returns: True if this call wrote the file, False if another process has already written it.
         """
 
     @abstractmethod
@@ -140,6 +141,6 @@ class Place(ABC):
     def alone(self) -> AbstractContextManager[None]:
         """Return a context manager that locks the whole location against other processes.
 
-        Object stores have no lock.
+        For an object store it does nothing.
         """
         return nullcontext()

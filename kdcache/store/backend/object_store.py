@@ -89,9 +89,9 @@ class Bucket(Place):
         return Bucket, (self._address, self._mirror, self._version)
 
     def at(self, version: str) -> "Bucket":
-        """Return this address, bound to the cache with the digest `version`.
+        """Return this address, restricted to the cache whose ledger has the digest `version`.
 
-        Local copies of another cache that was at this address before are then not used.
+        The cache may have replaced another one at this address. Local copies of the former are then not used.
         """
         return Bucket(self._address, self._mirror, version)
 

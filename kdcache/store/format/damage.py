@@ -31,7 +31,8 @@ def restored(store: object) -> str:
 def damaged(file: object, what: str) -> CorruptError:
     """Return the error for a damaged shard file.
 
-    The error's fix is to run the build or copy again, which writes the file again. In an object store, delete it first.
+    The error's fix is to repeat the build or copy, which writes the file again. In an object store, the user must
+    delete the damaged file first.
 
     Args:
         file: path or address of the file.

@@ -29,14 +29,14 @@ StoredAs = Literal["fp16", "uint8"]
 
 
 class FeatureFidelity(Part):
-    """The loss of storing one tap's features in 8 bits, measured on a few records.
+    """The error of storing one tap's features in 8 bits, measured on a few records.
 
     Attributes:
         records: number of measured records.
-        cosine: mean over all cells of the cosine between stored and original channels.
-        cosine_least: the same cosine for the worst cell.
-        gradient_error: norm of the storage error, divided by the norm of the features minus their channel means. This
-            is the relative error of an MSE gradient for a student that predicts the channel means.
+        cosine: mean over all cells of the cosine between the stored and the original feature vector.
+        cosine_least: the smallest of these cosines.
+        gradient_error: relative error of the MSE gradient for a student that predicts each channel's mean. This is
+            ||stored - features|| / ||features - channel means||.
     """
 
     records: Annotated[int, Field(ge=1, le=MAX_RECORDS)]
@@ -141,7 +141,9 @@ def stored_features(rows: Mapping[str, Array], features: Mapping[str, Feature]) 
 
 
 class Loss:
-    """Accumulates the errors of storing one tap's features in 8 bits, record by record.
+    """An accumulator for the error of storing one tap's features in 8 bits. It is not a training loss.
+
+    Call `add` for each record, then `figures`.
 
     Attributes:
         records: number of records added.
@@ -189,9 +191,9 @@ class Loss:
 
 
 def measure(maps: Iterable[Array]) -> FeatureFidelity:
-    """Measure the loss of storing a tap in 8 bits on some records.
+    """Measure the error of storing one tap's features in 8 bits.
 
-    `maps` yields the teacher's features of one record at a time, finite, (c, h, w).
+    `maps` yields the tap's features for each measured record: float (c, h, w), finite.
     """
     loss = Loss()
     for map_chw in maps:
@@ -202,11 +204,11 @@ def measure(maps: Iterable[Array]) -> FeatureFidelity:
 def describe(
     features: Mapping[str, Feature], lost: Mapping[str, FeatureFidelity], *, wanted: StoredAs = "fp16"
 ) -> Iterator[str]:
-    """Yield a line of text for each tap in 8 bits, and for each that stays float16 although 8 bits were requested.
+    """Yield a line of text for each tap in 8 bits, and for each tap that stays float16 although `wanted` is `uint8`.
 
     Args:
         features: the manifest's entry for each tap.
-        lost: the measured loss of each tap in 8 bits. It may be incomplete.
+        lost: tap -> measured error of storing it in 8 bits. Taps that were not measured are missing.
         wanted: the requested dtype.
     """
     for tap, feature in features.items():

@@ -46,8 +46,8 @@ class Manifest(parts.Part):
         teacher: the identity of the teacher.
         build: settings and environment of the build.
         codec: how arrays are compressed.
-        fidelity: what storing the logits loses, or None if it was not measured.
-        feature_fidelity: tap name -> what storing it in 8 bits loses. Empty if it was not measured.
+        fidelity: the error of the stored logits, or None if it was not measured.
+        feature_fidelity: tap name -> the error of storing it in 8 bits. Empty if it was not measured.
         repairs: shards that were computed again with other library versions than `build` lists.
     """
 

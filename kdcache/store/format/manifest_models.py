@@ -88,7 +88,7 @@ Zoom = Annotated[float, Field(ge=LEAST_ZOOM, le=MOST_ZOOM)]
 
 
 class Drawn(Part):
-    """How crops are drawn. Each crop depends only on `seed`, the sample's id and the view's number.
+    """The settings for drawing random crops. Each crop depends only on `seed`, the sample's id and the view's number.
 
     Attributes:
         seed: the random seed.
@@ -109,7 +109,7 @@ class Drawn(Part):
 
 
 class View(Part):
-    """How views are rendered from a sample's image.
+    """The settings for rendering views from a sample's image.
 
     Attributes:
         kind: `full`: view 0 is the whole image, and further views are drawn crops. `crop`: all views are drawn crops.
@@ -300,7 +300,7 @@ Nats = Annotated[float, Field(ge=0)]
 
 
 class Fidelity(Part):
-    """The loss of storing logits, measured on a few records.
+    """The error of stored logits, measured on a few records.
 
     The stored logits and the teacher's raw logits are compared after upsampling to the view's size.
 

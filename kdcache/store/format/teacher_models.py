@@ -36,10 +36,10 @@ class Member(Part):
 
 
 class Training(Part):
-    """What a teacher was trained on.
+    """The description of one data set that a teacher was trained on.
 
     Attributes:
-        ids_digest: digest of the sample ids and class names of its training split.
+        ids_digest: digest of the sample ids and class names of the training split.
         fold: (i, K) if the training left out fold i of K, otherwise None.
         folds_by: regular expression whose match in a sample id names its sequence. A sequence is never divided between
             folds. None makes folds by id.
@@ -62,7 +62,8 @@ class Training(Part):
     def left_out(self, fold: int, folds: int, by: str | None = None) -> bool:
         """Return True if the training left out all samples of fold `fold` of `folds`.
 
-        `by` is compared with `folds_by`. Folds by id are nested: fold 1 of 2 consists of folds 1 and 3 of 4.
+        `by` is the regular expression that names sequences, None for folds by id. The result is False if it is not
+        `folds_by`. Folds by id are nested: fold 1 of 2 consists of folds 1 and 3 of 4.
         """
         if self.fold is None or self.folds_by != by:
             return False
@@ -123,11 +124,12 @@ class Fingerprint(Part):
         folds_by: regular expression whose match in a sample id names its sequence. A sequence is never divided between
             folds. None makes folds by id.
         trainings: what the teacher or each member was trained on, one entry per data set. None stands for an unknown
-            one. It is not compared.
-        parents: digests of the seals of the caches that the teacher itself was distilled from. They are not compared.
+            data set. `differences` ignores this field.
+        parents: digests of the seals of the caches that the teacher itself was distilled from. `differences` ignores
+            this field.
         probe: pooled outputs for two fixed images, which reveal changed code with unchanged weights.
         probe_size: (H, W) of the two fixed images. None is 96x128.
-        processor: the expected input. Compared only if both fingerprints have one.
+        processor: the expected input, or None if unknown. `differences` compares it only if both fingerprints have it.
     """
 
     spec: str

@@ -29,13 +29,13 @@ _GRADIENT_NUMBERS = 200_000_000  # at view size, all classes: about a minute on 
 
 @dataclass(frozen=True)
 class Confused:
-    """A class that the teacher confuses with another.
+    """A class of the labels and another class that the teacher predicts instead.
 
     Attributes:
         label: name of the labelled class.
-        predicted: name of the other class, which the teacher predicts.
+        predicted: name of the predicted class.
         share: fraction of the pixels labelled `label` that are predicted as `predicted`, 0 to 1.
-        pixels: number of these pixels.
+        pixels: number of pixels that are labelled `label` and predicted as `predicted`.
     """
 
     label: str
@@ -126,7 +126,10 @@ class Audit:
 
 
 def coverage_json(class_names: tuple[str, ...], coverage: Coverage) -> dict[str, Any]:
-    """Return a coverage as JSON values with an entry for each class, with null for NaN."""
+    """Return the numbers of confident pixels in `coverage` as JSON values, in total and for each class.
+
+    NaN becomes null.
+    """
     columns = (coverage.thresholds, coverage.predicted, coverage.selected, coverage.shares, coverage.precision)
     keys = ("name", "threshold", "said", "kept", "share", "precision")
     classes = [dict(zip(keys, row, strict=True)) for row in zip(class_names, *columns, strict=True)]

@@ -93,7 +93,7 @@ def export_pseudo_labels(
 
     Args:
         records: the cache. To measure precision, it needs labels or its data set.
-        out: a new or empty folder, or that of an earlier export.
+        out: a new or empty folder, or the folder of an earlier export.
         rule: which pixels are kept. Other pixels become 255.
         images: whether the images are also written.
         progress: called with (description of the step, samples done, total samples).

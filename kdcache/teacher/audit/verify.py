@@ -38,9 +38,10 @@ class Agreement:
         drifted: ids of samples whose images no longer render to the pixels that the teacher saw.
         argmax: fraction of target pixels with the same most likely class, 0 to 1.
         kl: mean KL(teacher || stored) in nats at temperature 1.
-        largest_error: largest error of a logit that affects a probability.
-        values: path of each array without logits -> its largest error, divided by its largest value in the record.
-        features: each tap in 8 bits -> its stored features compared with the teacher's.
+        largest_error: largest absolute error of a logit. Logits of negligible probability are ignored.
+        values: path of each compared array that does not hold logits -> its largest relative error over all records.
+            The error is max |new - stored| / max |stored| of one record, or infinity if the shapes differ.
+        features: name of each tap stored in 8 bits -> its stored features compared with the teacher's.
     """
 
     records: int

@@ -61,7 +61,10 @@ class TaughtShard(NamedTuple):
 
 
 class Engine(Protocol):
-    """The interface of other processes that compute a cache's missing shards and write their files."""
+    """The interface to other processes that compute a cache's missing shards and write their files.
+
+    A class of this kind defines both methods. `RayEngine` is an example.
+    """
 
     def connected(self, manifest: Manifest) -> AbstractContextManager[None]:
         """Connect to the other processes for the duration of a with block.

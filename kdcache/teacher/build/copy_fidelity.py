@@ -12,14 +12,15 @@ _NEGLIGIBLE = 0.1  # float16 alone loses a thousandth of what five bits of manti
 
 
 def copied_fidelity(source: Cache, codec: Codec | None) -> Fidelity | None:
-    """Return what a copy's logits lose against the teacher's, measured without the teacher, or None if that is unknown.
+    """Return the error of a copy's logits, compared with the teacher's logits, without running the teacher.
 
-    A copy that does not round has the source's fidelity. A copy that rounds is measured on a few of the source's
-    records. This needs a source with all classes and almost no loss of its own.
+    A copy that does not round has the source's fidelity. For a copy that rounds, a few of the source's records are
+    rounded and measured.
 
     Args:
         source: the cache to copy.
         codec: codec of the copy. None is the source's codec.
+    Returns: the error. None if it is unknown, as for a rounding copy of a cache that stores only the top k classes.
     """
     manifest = source.manifest
     if not rounds(manifest, codec):

@@ -149,7 +149,7 @@ class Estimate:
 def student_seconds(spec: str, classes: int, options: BuildOptions) -> float:
     """Measure a student's forward and backward pass, and return the seconds per image.
 
-    The view size, batch size and device are those of `options`.
+    `options` gives the view size, the batch size and the device.
 
     Args:
         spec: model spec of the student, such as `kdcache:tiny`.

@@ -12,7 +12,7 @@ from kdcache.store.format.manifest_models import LEAST_ZOOM, MOST_SIDE, MOST_VIE
 
 @dataclass(frozen=True)
 class BuildOptions(BuildSettings):
-    """Which views a build renders, and what it stores.
+    """The options of a build: which views are rendered, and what is stored.
 
     >>> import kdcache
     >>> options = kdcache.BuildOptions(size=(48, 64), views=2)
@@ -27,10 +27,10 @@ class BuildOptions(BuildSettings):
         top_k: number of classes to keep for each pixel. None measures how many are needed.
         raw_logits: also store every pixel's largest logit.
         features: names of the taps to store.
-        feature_dtype: data type of stored features. Taps with fewer than 16 cells are always float16.
+        feature_dtype: data type of stored features, `fp16` or `uint8`. Taps with fewer than 16 cells are always fp16.
         statistics: small maps to store, such as `at:TAP` or `similarity:TAP`.
         pixels: `stored` puts images and labels into the cache, `source` leaves them in the data set.
-        codec: how arrays are compressed.
+        codec: how arrays are compressed: `default`, `small` (smaller, rounds logits) or `none`.
         shard_records: number of records in a shard file.
         views: number of views per sample: the whole image, and views - 1 random crops. With `crop`, all are crops.
         crop: (H, W) of the views, which are cut out of the image after it is resized to zoom times `size`. None makes
@@ -44,10 +44,10 @@ class BuildOptions(BuildSettings):
         teacher_size: (H, W) of the same views as rendered for the teacher. None is the views' own size.
         teacher_grid: `own` stores logits on the teacher's own grid. `view` averages probabilities onto the coarser grid
             that the teacher would have at the views' size.
-        precision: floating-point precision of the teacher's forward pass.
+        precision: floating-point precision of the teacher's forward pass: `float32`, `bf16` or `fp16`.
         batch_size: number of images per forward pass.
         render_threads: number of threads that decode and resize images.
-        fidelity: whether to measure what storing loses, for the manifest.
+        fidelity: whether to measure the error of the stored logits and features, for the manifest.
         device: the device of the teacher.
     """
 

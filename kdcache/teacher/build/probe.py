@@ -81,7 +81,7 @@ def _size_seen(options: BuildOptions) -> tuple[tuple[int, int], str]:
 
 
 class TeacherProbe:
-    """Runs the teacher on a few views before a build, to find the shapes and losses of what it would store.
+    """Runs the teacher on a few views before a build, to find the shapes of its outputs and the errors of storing them.
 
     Attributes:
         split: the data set.
@@ -120,7 +120,7 @@ class TeacherProbe:
         """Run the teacher on the first view, to find the shapes of its outputs.
 
         Returns: the heads to store, (1, C, h, w) on the cache's grid, and the features (1, c, h, w) of each tap.
-        Raises: ModelError if the teacher's number of classes is not that of the data set, or if ensemble members have
+        Raises: ModelError if teacher and data set have different numbers of classes, or if ensemble members have
             different grids; RecipeError for `--teacher-grid view` with a head that aligns corners.
         """
         teacher, classes = self.teacher, len(self.split.classes)

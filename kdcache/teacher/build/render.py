@@ -148,7 +148,7 @@ def stored_split(like: Cache) -> LikeSplit:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StoredArray(Source[Any]):
-    """An image or label that is read from a cache, where it belongs to the first view of a sample.
+    """A sample's image or label, read from a cache. It is stored there with the sample's first view.
 
     Attributes:
         cache: the cache.
@@ -220,8 +220,8 @@ def render_records(
         records: numbers of the records. All must belong to the same sample.
         depth: how depth labels are stored, or None to store none.
         of_file: a function that returns a file's digest, such as one that remembers digests. None reads the file.
-    Raises: DataError for an image or label that cannot be read; MismatchError for views that differ from those of a
-        `LikeSplit`'s cache.
+    Raises: DataError for an image or label that cannot be read; MismatchError if `split` is a `LikeSplit` and the views
+        differ from its cache's views.
     """
     numbers = list(records)
     if isinstance(split, LikeSplit) and split.stored:

@@ -104,7 +104,9 @@ def similarities(feature_Bchw: Tensor) -> Tensor:
 
 
 def attention(feature_Bchw: Tensor) -> Tensor:
-    """Return the attention map of features (B, c, h, w): the sum of squares over channels, divided by its maximum.
+    """Return each image's attention map from features (B, c, h, w).
+
+    The map is the sum of squares over channels, divided by the largest such sum of the image.
 
     Returns: float32 (B, h, w), 0 to 1. A map of zeros stays zero.
     """

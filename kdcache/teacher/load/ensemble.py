@@ -45,7 +45,7 @@ def load_teachers(
         mean: RGB mean of the normalisation, for pixels from 0 to 1. Default: each teacher's own.
         std: RGB standard deviation of the normalisation, for pixels from 0 to 1. Default: each teacher's own.
         trust: whether a function that a run names as its model may be imported and called.
-        classified: whether the segmentation head is used, whose classes must then fit.
+        classified: True if the segmentation head is used. Its classes must then fit the data set.
     Raises: RecipeError for a wrong number of weights or teachers; ModelError or MismatchError for a teacher that does
         not fit the data set.
     """
@@ -86,7 +86,7 @@ def load_like(
 ) -> Teacher:
     """Load the teachers of a cache again, with the weights, augmentation, folds and normalisation in its fingerprint.
 
-    Compare the fingerprint of the result to find out whether they are the same teachers.
+    To find out whether they are the same teachers, compare the fingerprint of the result with `fingerprint`.
 
     Args:
         fingerprint: the cache's teacher.

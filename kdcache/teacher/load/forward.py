@@ -29,17 +29,17 @@ def teach(
     device: torch.device,
     grid: tuple[int, int] | None = None,
 ) -> Outputs:
-    """Run the teacher without gradients. Return its heads and the features of `taps`, on `device`.
+    """Run the teacher without gradients. Return the outputs of its heads and the features of `taps`, on `device`.
 
     Args:
         model: the teacher's model, prepared by `place`.
         pixels_BHW3: uint8 (B, H, W, 3), on any device.
         taps: names of the taps.
-        precision: floating-point precision of the forward pass.
+        precision: floating-point precision of the forward pass: "float32", "bf16" or "fp16".
         device: the model's device.
         grid: (h, w) onto which probabilities of segmentation are averaged. None keeps the teacher's own grid.
-    Returns: heads float32 (B, C, h, w) at the native stride: logits for segmentation, and for a numeric head its final
-        values. Features (B, c, h, w) by tap.
+    Returns: `heads`: name -> float32 (B, C, h, w) at the native stride, logits for segmentation and final values for a
+        numeric head. `features`: tap -> (B, c, h, w).
     Raises: ModelError for an error inside the network.
     """
     with torch.inference_mode(), naming_network():

@@ -51,7 +51,7 @@ class Teacher:
             folds. None makes folds by id.
         trainings: what it was trained on, one entry per data set. None stands for an unknown one.
         parents: digests of the seals of the caches that it was distilled from.
-        fit: how images of another shape were fitted into `size` in its training.
+        fit: how images of another shape were fitted into `size` in its training: `squash`, `crop` or `pad`.
     """
 
     model: SegmentationModel
@@ -128,7 +128,7 @@ def load_teacher(
         align_corners: whether a module's last resize aligns corners. Default: the module's attribute of that name, or
             False.
         trust: whether a function that a run names as its model may be imported and called.
-        classified: whether the segmentation head is used, whose classes must then fit.
+        classified: True if the segmentation head is used. Its classes must then fit the data set.
         outputs: what the model returns: "logits", "probabilities" or "sigmoid". Default: logits.
     Raises: ModelError for a model or weights that do not fit; MismatchError for other classes than the data set's;
         RecipeError for a run that cannot be read.
