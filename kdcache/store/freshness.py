@@ -21,7 +21,7 @@ COLUMNS = ("image_digest", "label_digest", "label_checksum", "pixel_checksum", "
 
 @dataclass(frozen=True)
 class Recorded:
-    """What a cache's records say about the data set that the cache was built from.
+    """The facts that a cache's records hold about its data set, to find out whether the data set has changed.
 
     Attributes:
         ids: the sample ids.

@@ -49,6 +49,7 @@ class ShardRecord(Part):
     """The ledger's entry for a finished shard.
 
     Attributes:
+        noun: name of this object in error messages.
         shard: the shard's number.
         records: (first, end): the shard holds the records from `first` up to, but not including, `end`.
         files: key of each of the shard's files, one for each array -> its size and checksums.
@@ -64,6 +65,7 @@ class Completion(Part):
     """The seal of a finished cache, stored as complete.json.
 
     Attributes:
+        noun: name of this object in error messages.
         shards: number of shards.
         ledger_sha256: digest of the ledger. It identifies the cache's content.
         metadata: key -> SHA-256 of each metadata file.

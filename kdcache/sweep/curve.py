@@ -33,8 +33,8 @@ def has_curve(recipe: "Recipe") -> bool:
 def write_curve(recipe: "Recipe", out: Path) -> None:
     """Draw mIoU over a setting, such as the number of labels, from a sweep's comparison.json, as curve.png.
 
-    The recipe's [show] table names the setting. Each line connects arms that differ only in it. Without a setting,
-    nothing is drawn.
+    The recipe's [show] table names the setting. Each line connects arms that differ only in this setting. If the
+    table names no setting, nothing is drawn.
 
     Args:
         recipe: the sweep's recipe.

@@ -41,14 +41,15 @@ def compressors(path: str, codec: Codec) -> tuple[Any, ...]:
 
 
 def round_targets(arrays: Mapping[str, Array], codec: Codec) -> dict[str, Array]:
-    """Round float16 logits as the codec `small` stores them. Other codecs and arrays are returned unchanged.
+    """Round float16 logits as the codec `small` stores them. With another codec, all arrays are returned unchanged.
 
-    Rounding keeps 5 of 10 mantissa bits. The largest class stays at 0 and top-k values stay sorted, but unequal values
-    may become equal. The input arrays are not modified.
+    Arrays without logits are also returned unchanged. Rounding keeps 5 of 10 mantissa bits. Stored logits are relative
+    to the largest one, which stays 0. Top-k values stay sorted, but unequal values may become equal.
 
     Args:
         arrays: path in the cache -> finite values of one or more records.
         codec: the cache's codec.
+    Returns: path -> rounded copy or unchanged array.
     """
     return {
         path: _round(rows) if codec == "small" and path.startswith(_LOGITS) and rows.dtype == np.float16 else rows

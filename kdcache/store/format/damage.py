@@ -75,7 +75,7 @@ def unreadable(
         file: path or address of the file.
         what: what is wrong with it, such as "the shard cannot be opened".
         error: the exception that was raised.
-        damage: returns the error for a damaged file, given `file` and a text.
+        damage: a function that returns the error for a damaged file. It is called with `file` and `what`.
     """
     number = getattr(error, "errno", None)
     if number in _OURS:

@@ -46,7 +46,7 @@ _SETTINGS: dict[str, set[str]] = {
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """How an array's chunks lie in its shard files, as its zarr.json describes.
+    """The positions and the encoding of an array's chunks in its shard files, read from its zarr.json.
 
     Attributes:
         shape: the array's shape, with the records first.

@@ -67,7 +67,9 @@ class DepthScored:
 
 @dataclass(frozen=True, eq=False)
 class RegressionAudit:
-    """The quality of a numeric head, such as depth, measured from the cache. Errors need labels and a head in metres.
+    """The quality of a numeric head, such as depth, measured from the cache.
+
+    Errors are measured if there are depth labels and the head is in metres.
 
     Attributes:
         name: name of the head.
@@ -78,10 +80,10 @@ class RegressionAudit:
         predicted: int64 (JOINT_BINS,), number of pixels in each bin of the teacher's value.
         labels: int64 (JOINT_BINS,), number of pixels in each bin of the label.
         joint: int64 (JOINT_BINS, JOINT_BINS), number of pixels by bin of the label (rows) and of the teacher's value.
-        depth_range: the range of labels that count, or None without errors.
-        metrics: the errors over all images, or None.
-        ranges: the errors by distance. Empty without errors.
-        worst: the images with the largest rmse, the largest first. Empty without errors.
+        depth_range: the range of labelled depths that count, or None if errors cannot be measured.
+        metrics: the errors over all images, or None if they cannot be measured.
+        ranges: the errors by distance. Empty if they cannot be measured.
+        worst: the images with the largest rmse, the largest first. Empty if errors cannot be measured.
     """
 
     name: str

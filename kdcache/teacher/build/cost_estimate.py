@@ -126,7 +126,7 @@ class Estimate:
 
         Args:
             epochs: number of epochs.
-            student: the student's own time in seconds per image.
+            student: seconds per image of the student's forward and backward pass.
         """
         images = epochs * self.samples
         return images * (student + self.seconds.teach), self.chosen.seconds + images * (student + self.seconds.read)

@@ -22,7 +22,7 @@ class BuildOptions(BuildSettings):
     Attributes:
         size: (H, W) of the views in pixels. With `crop`, (H, W) to which the whole image is resized at zoom 1.
         fit: how images of another shape are fitted into `size`: `squash`, `crop` or `pad` with grey.
-        heads: names of the teacher's heads to store. () stores all heads that it has learnt.
+        heads: names of the teacher's heads to store. () stores all heads that were trained.
         features_only: store only features, without a head.
         top_k: number of classes to keep for each pixel. None measures how many are needed.
         raw_logits: also store every pixel's largest logit.
@@ -87,7 +87,7 @@ def with_zoom(options: BuildOptions, *, metres: bool) -> BuildOptions:
 
 
 def view_of(options: BuildOptions) -> View:
-    """Return how views are drawn and rendered, for the manifest.
+    """Return the manifest's entry that says how views are drawn and rendered.
 
     Raises: RecipeError for invalid sizes or numbers of views.
     """
