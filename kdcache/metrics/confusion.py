@@ -19,10 +19,14 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class ImageCounts:
-    """For N images and C classes, the pixels in both label and prediction (`hits`) and in either of them (`unions`).
+    """The numbers of pixels from which the IoU of any selection of N images can be computed, for each of C classes.
 
-    Both are int64 (N, C), without void. The IoU of any selection of images is the sum of its hits over the sum of its
-    unions.
+    It is the sum of their `hits`, divided by the sum of their `unions`.
+
+    Attributes:
+        ids: the ids of the images.
+        hits: number of pixels that have the class in label and prediction, (N, C).
+        unions: number of pixels that have it in label, prediction or both, without void, (N, C).
     """
 
     ids: tuple[str, ...]

@@ -93,7 +93,9 @@ class Cost:
 def measure_cost(
     model: SegmentationModel, size: tuple[int, int], *, device: torch.device | str = "cpu", repeats: int = REPEATS
 ) -> Cost:
-    """Count a model's parameters and operations, and time it. The model moves to `device` and keeps its training mode.
+    """Count a model's parameters and operations, and time it.
+
+    The model moves to `device`. It is measured in eval mode, and then returns to the mode that it had.
 
     Args:
         model: the model.

@@ -43,7 +43,12 @@ _GARG = (0.40810811, 0.99189189, 0.03594771, 0.96405229)
 
 @dataclass(frozen=True, eq=False)
 class DepthImages:
-    """The depth metrics of N images: `values`, float64 (N, 8), in the order of `DEPTH_METRICS`."""
+    """The depth metrics of N images.
+
+    Attributes:
+        ids: the ids of the images.
+        values: float64 (N, 8), a column for each metric of `DepthMetrics`, from `rmse` to `delta3`.
+    """
 
     ids: tuple[str, ...]
     values: npt.NDArray[np.float64]
@@ -81,8 +86,8 @@ class DepthImages:
 class DepthMetrics:
     """Depth metrics of a model on a split: the mean over the images with a valid pixel. NaN if no image has one.
 
-    A pixel is valid if its label is in the depth range. rmse and sq_rel are in metres. The deltas are shares from 0 to
-    1.
+    A pixel is valid if its label is in the depth range. rmse and sq_rel are in metres. delta1, delta2 and delta3 are
+    the shares of pixels with an error of less than a factor of 1.25, 1.25^2 and 1.25^3.
 
     Attributes:
         counted_images: number of images with a valid pixel.

@@ -58,7 +58,7 @@ class Evaluator(ABC, Generic[Of]):
 
     Attributes:
         metrics: the class of the task's metrics.
-        images: the class of the numbers of single images.
+        images: the class that keeps the metrics or counts of every image, such as `ImageCounts`.
         figures: how tables show each metric, by the name of the attribute of `metrics`.
     """
 
@@ -100,7 +100,9 @@ class NumericEvaluator(Evaluator[Of]):
 
 
 class ClassCounts:
-    """The accumulator of segmentation.
+    """The accumulator of segmentation: counts pixels by label and predicted class.
+
+    `split` gives the class names.
 
     Attributes:
         confusion: the confusion matrix over all images.

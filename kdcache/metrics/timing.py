@@ -23,7 +23,10 @@ def no_garbage_collection() -> Iterator[None]:
 
 
 def cpu_name() -> str:
-    """Return the name of the processor's model, or "unknown" (Linux), or what Python's `platform` reports."""
+    """Return the name of the processor's model, such as "AMD EPYC 7763", or "unknown".
+
+    On other systems than Linux, it is the text that Python's `platform` gives.
+    """
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -184,5 +184,5 @@ def _not_a_state_dict(path: Path, content: str) -> ModelError:
 
 
 def some(names: Sequence[str]) -> str:
-    """Return the first names as one text, for a message."""
+    """Return the first few of the names as one text, with commas between them, for a message."""
     return ", ".join([*names[:_NAMED], *(["..."] if len(names) > _NAMED else [])])

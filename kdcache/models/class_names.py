@@ -37,7 +37,9 @@ def names_beside(weights: Path) -> tuple[str, ...]:
 
 
 def compare_names(origin: str, theirs: Sequence[str], ours: Sequence[str]) -> str | None:
-    """Compare class names that are stored with weights with the data's. Case, spaces, `_` and `-` do not count.
+    """Compare two lists of class names: those stored with weights, and the data's.
+
+    Case, spaces, `_` and `-` do not count.
 
     Args:
         origin: the weights, for messages.
@@ -86,8 +88,8 @@ def class_map_text(theirs: Sequence[str], ours: Sequence[str], default: Sequence
     Args:
         theirs: the class names of the weights.
         ours: the class names of the data.
-        default: names for those classes of the weights that the data does not have, by class id. Without them, the only
-            class that is left over is taken, or "?".
+        default: names by class id, for classes of the weights whose name the data does not have. Without such a name,
+            "?" is written. But if one class alone is left over on each side, it is mapped to the other.
     """
     by_key = {key: name for key, name in zip(_keys(ours), ours, strict=True) if key}
     keys = _keys(theirs)

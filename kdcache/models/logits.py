@@ -29,7 +29,8 @@ class AsLogits(Wrapper):
     Args:
         spec: the name of the new model.
         model: the wrapped model.
-        outputs: what the wrapped model returns: `probabilities`, `sigmoid`, `logits`, or None for logits.
+        outputs: what the wrapped model returns: `probabilities` that sum to 1, `sigmoid` (a probability of each class
+            alone), or `logits`. None is logits.
         two: True if its single output channel becomes two classes.
     """
 
@@ -77,7 +78,8 @@ def as_logits(model: SegmentationModel, outputs: str | None, classes: int | None
 
     Args:
         model: the model to convert. It is returned unchanged if there is nothing to convert.
-        outputs: what it returns: `probabilities`, `sigmoid`, `logits`, or None for logits.
+        outputs: what it returns: `probabilities` that sum to 1, `sigmoid` (a probability of each class alone), or
+            `logits`. None is logits.
         classes: 2 turns a single logit into the logits of two classes.
     Raises: ModelError for unknown `outputs`, and for a model without a segmentation head.
     """

@@ -39,9 +39,9 @@ def is_trusting() -> bool:
 
 @contextmanager
 def named_by(where: str) -> Iterator[None]:
-    """Add the name of the file `where` to errors about a model spec that was read from it, in a with block.
+    """Add the file's name `where` to the ModelErrors of a with block, in which a model spec from this file is used.
 
-    The errors also get another fix.
+    Their fix then is to name a listed model in the file, or to restore the file.
     """
     try:
         yield
@@ -50,9 +50,12 @@ def named_by(where: str) -> Iterator[None]:
 
 
 def check_present(spec: str, where: str) -> None:
-    """Check that the .py file exists whose function a spec names. Runs do not contain such files.
+    """Check that the .py file in a model spec exists. A run names such a file, but has no copy of it.
 
-    `where` is the file that has the spec, for the message. Raises: ModelError.
+    Args:
+        spec: a model spec. If it names no .py file, nothing is checked.
+        where: the file or folder that has the spec, for the message.
+    Raises: ModelError if there is no such file.
     """
     with named_by(where):
         place = base_of(spec).rpartition(":")[0]

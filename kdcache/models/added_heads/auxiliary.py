@@ -66,8 +66,12 @@ def split_auxiliary(spec: str) -> tuple[str, AuxiliarySpec | None]:
 class WithAuxiliary(WithHead):
     """A model with an auxiliary segmentation head on one of its taps. The head returns logits in training mode only.
 
-    Raises: ModelError if the model has no classes, if the tap is unknown, or if no tap is given and the model has no
-    two stages.
+    Args:
+        spec: the name of the new model.
+        model: the model without the head.
+        auxiliary: the options of the head.
+    Raises: ModelError if the model has no classes, if the tap is unknown, or if no tap is given and the model has
+        fewer than two stages.
     """
 
     prefix = AUXILIARY_HEAD

@@ -48,7 +48,10 @@ class DepthSpec:
 
 
 def split_depth(spec: str) -> tuple[str, DepthSpec | None]:
-    """Split `MODEL+depth,OPTIONS` into MODEL and the options of its depth head. Without them, return (spec, None).
+    """Split `MODEL+depth,OPTIONS` into MODEL and the options of its depth head.
+
+    For a MODEL with a depth head of its own, OPTIONS follow without `+depth`. Return (spec, None) if the spec has
+    neither `+depth` nor such options.
 
     Raises: ModelError for an unknown option.
     """
@@ -87,7 +90,13 @@ def _spelled(spec: str) -> tuple[str, list[str]]:
 
 
 class DepthDecoder(nn.Sequential):
-    """A depth head: two 3x3 convolutions from a feature (B, c, h, w) to its raw output (B, 1, h, w)."""
+    """A depth head: two 3x3 convolutions from a feature (B, c, h, w) to the raw output of depth (B, 1, h, w).
+
+    Args:
+        channels: channels of the feature, c.
+        head: the parameterisation, and the largest depth, which sets the depth that is predicted before training.
+        width: channels between the two convolutions.
+    """
 
     def __init__(self, channels: int, head: RegressionHead, width: int = _CHANNELS) -> None:
         first = nn.Conv2d(channels, width, 3, padding=1, bias=False)
@@ -122,6 +131,10 @@ class OwnDepth(SegmentationModel):
 class WithDepth(WithHead):
     """A model with an added depth head on one of its taps.
 
+    Args:
+        spec: the name of the new model.
+        model: the model without the head.
+        depth: the options of the head.
     Raises: ModelError if the tap is unknown, or if its feature is not (B, c, h, w).
     """
 

@@ -20,7 +20,7 @@ class Wrapper(SegmentationModel):
 
     Args:
         spec: the name of the new model.
-        model: the wrapped model. It becomes an attribute.
+        model: the wrapped model, which becomes the attribute `model`.
         num_classes: the classes of the new model.
         head_kinds: the heads of the new model: name -> kind.
         classifier_keys: prefixes, in the state dict, of the layers whose output channels are the classes.

@@ -28,6 +28,11 @@ class LightDeepLab(SegmentationModel):
 
     Taps: the backbone's stages, `reduced` (the backbone's output with fewer channels), and `head` (the classifier's
     input).
+
+    Args:
+        name: the name after `kdcache:`.
+        num_classes: the number of classes.
+        backbone: the layers of torchvision's MobileNetV3.
     """
 
     def __init__(self, name: str, num_classes: int, backbone: nn.Module) -> None:

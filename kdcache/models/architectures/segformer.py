@@ -68,6 +68,11 @@ class SegFormer(SegmentationModel):
 
     Taps: `stage1` to `stage4` at strides 4, 8, 16 and 32, and `head`, the classifier's input before dropout. Stochastic
     depth (up to 0.1) and dropout (0.1) are active in training mode only.
+
+    Args:
+        name: the size, `b0` to `b5`.
+        num_classes: the number of classes.
+        network: the network of transformers, whose encoder and head become attributes.
     """
 
     segformer: nn.Module

@@ -44,6 +44,11 @@ class SmpModel(SegmentationModel):
 
     Taps: `stage1` (stride 2), `stage2` (stride 4) and so on are the encoder's features. A Mix Transformer has no
     `stage1`. `head` is the decoder's output, which the classifier reads.
+
+    Args:
+        name: architecture and encoder, such as `unet-resnet18`.
+        num_classes: the number of classes.
+        network: the network of the library, whose parts become attributes.
     """
 
     encoder: nn.Module

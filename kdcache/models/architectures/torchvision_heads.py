@@ -36,6 +36,11 @@ class TorchvisionModel(SegmentationModel):
     """FCN or DeepLabV3 of torchvision: a backbone, and a head whose last layer is a 1x1 convolution, the classifier.
 
     Taps: the backbone's stages, and `head`, the classifier's input before dropout.
+
+    Args:
+        name: torchvision's name of the model, such as `fcn_resnet50`.
+        num_classes: the number of classes.
+        network: the network of torchvision, whose parts become attributes.
     """
 
     backbone: nn.ModuleDict

@@ -73,6 +73,11 @@ class YoloModel(WrappedModel):
 
     Its head returns the same output in training mode as in eval mode: logits, or depth in metres. The taps are the
     layers that other layers read. The layers that the head reads come last.
+
+    Args:
+        spec: the name of the model.
+        network: the network of Ultralytics.
+        about: its task, layers, class names and image size.
     """
 
     network: Any

@@ -18,7 +18,8 @@ class Reading:
     """An adapter that calls a foreign network and finds heads and features in its return value.
 
     Args:
-        declared: the network's heads, in the form of `kdcache_heads`. None if the network returns logits only.
+        declared: the heads that the network's attribute `kdcache_heads` declares: name -> kind. {} declares a backbone
+            without heads. None means that the network returns logits only.
 
     Attributes:
         lists_modules: True if the network's direct children are listed as taps.

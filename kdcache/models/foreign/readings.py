@@ -19,7 +19,10 @@ _IN_METRES = ("glpn", "zoedepth")
 
 
 class Universal(Reading):
-    """Reads a mask transformer (MaskFormer, Mask2Former, OneFormer): queries with class scores and masks.
+    """An adapter that turns the queries of a mask transformer into the log of each class's score at each position.
+
+    A mask transformer (MaskFormer, Mask2Former, OneFormer) returns queries, each with class logits and a mask. A
+    class's score is the sum over queries of its probability times the mask's.
 
     Args:
         task: the tokens (1, N) of the sentence that names the task. Only OneFormer reads them.
@@ -38,7 +41,7 @@ class Universal(Reading):
     def heads(self, spec: str, answer: Any) -> dict[str, Tensor]:
         """Return the log of each class's score, float32 (B, C, h, w), under the key `segmentation`.
 
-        Its size is the size of the network's masks.
+        (h, w) is the size of the masks.
 
         Args:
             spec: the network's name, for messages.
@@ -61,7 +64,7 @@ class Universal(Reading):
 
 
 class DepthMap(Reading):
-    """Reads a depth network of transformers. Its depth is in metres if the configuration says so, else relative.
+    """An adapter for a depth network of transformers. Depth is in metres if the configuration says so, else relative.
 
     Args:
         config: the network's configuration.
@@ -88,10 +91,10 @@ class DepthMap(Reading):
 
 
 class Maps(Reading):
-    """Reads a backbone, which returns features and has no heads.
+    """An adapter for a backbone, which returns features and has no heads.
 
     Args:
-        stages: the names of the backbone's stages. Without them, stages get numbers.
+        stages: the names of the backbone's stages, which its features get. Without names, features are numbered.
         hidden: True asks the network for the output of every block (`output_hidden_states`).
     """
 
@@ -109,7 +112,7 @@ class Maps(Reading):
     def features(self, answer: object, size: tuple[int, int], patch: int | None) -> dict[str, Tensor]:
         """Return the features in a network's return value: tap -> (B, c, h, w).
 
-        Taps get the names of the stages if there are as many.
+        Taps get the names in `stages`, if there are as many names as features.
 
         Args:
             answer: the result of `call`.
@@ -121,7 +124,7 @@ class Maps(Reading):
 
 
 class TimmMaps(Reading):
-    """Reads a timm network without classifier: its intermediate features and its pooled feature."""
+    """An adapter for a timm network without classifier, which returns its intermediate features and a pooled one."""
 
     lists_modules = False
 

@@ -41,7 +41,7 @@ class WrappedModel(SegmentationModel):
         spec: the name of the model.
         network: the network.
         num_classes: the expected number of classes. None accepts any.
-        declared: the network's heads, in the form of `kdcache_heads`. None reads that attribute of the network.
+        declared: the network's heads: name -> kind. None reads them from its attribute `kdcache_heads`, if it has one.
         reading: the adapter that calls the network. None chooses one.
 
     Attributes:
