@@ -77,7 +77,7 @@ class JoinedCache(Cache):
         return [name for name, cache in [*self._caches.items()][1:] if cache not in read]
 
     def check_files(self) -> None:
-        """Check that every file of all joined caches exists with its size.
+        """Check that every file of all joined caches exists with the size in the ledger.
 
         Raises: CorruptError naming the first file that is missing or has another size.
         """

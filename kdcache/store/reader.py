@@ -132,7 +132,7 @@ class Cache:
             raise
 
     def check_files(self) -> None:
-        """Check that every shard file exists with its size.
+        """Check that every shard file exists with the size in the ledger.
 
         Raises: CorruptError naming the first file that is missing or has another size.
         """

@@ -81,8 +81,8 @@ def check_metadata(place: Place, completion: Completion, keys: Iterable[str]) ->
 def is_intact(place: Place, completion: Completion | None) -> bool:
     """Return True if the top-level zarr.json of the cache at `place` can be trusted.
 
-    This is so if the spare copy is intact, if the seal `completion` has the file's digest, or if there is no seal
-    (None).
+    It is trusted if its spare copy is intact, if the seal `completion` has the digest of zarr.json, or if `completion`
+    is None.
     """
     root = read_or_none(place, ROOT, MAX_JSON_BYTES) or b""
     sealed = None if completion is None else completion.metadata.get(ROOT)

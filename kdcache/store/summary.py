@@ -56,7 +56,7 @@ class StoreSummary:
         shards_written: number of finished shards.
         records_written: number of records in finished shards.
         arrays: the size of each array.
-        topk_mass: mean probability of the k stored classes, 0 to 1. None if all classes are stored or it is unknown.
+        topk_mass: mean total probability of the k stored classes, 0 to 1. None if unknown or if all are stored.
         seal: digest of the seal, or None for an unfinished cache.
         missing: numbers of the shards that are not finished, ascending.
     """

@@ -45,7 +45,7 @@ class FeatureFidelity(Part):
     gradient_error: Nats
 
     def describe(self) -> str:
-        """Return the figures as one line of text."""
+        """Return the measured errors as one line of text."""
         return (
             f"cosine {self.cosine:.6f} (worst cell {self.cosine_least:.6f}), gradient error "
             f"{100 * self.gradient_error:.2f} %; on {self.records} records"

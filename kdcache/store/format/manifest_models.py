@@ -319,7 +319,7 @@ class Fidelity(Part):
     argmax_agreement: Annotated[float, Field(ge=0, le=1)]
 
     def describe(self) -> str:
-        """Return the figures as one line of text."""
+        """Return the measured errors as one line of text."""
         return (
             f"KL {self.kl_t1:.1e} nats at T = 1 (worst pixel {self.kl_t1_max:.1e}), {self.kl_t4:.1e} at T = 4; "
             f"argmax agreement {100 * self.argmax_agreement:.3f} %; on {self.records} records, at the view's size"

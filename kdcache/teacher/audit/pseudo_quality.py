@@ -33,7 +33,7 @@ class PseudoQuality:
     metrics: Metrics
 
     def to_json(self) -> dict[str, Any]:
-        """Return the figures as JSON values, with null for NaN."""
+        """Return the fields as JSON values, with null for NaN."""
         rows = zip(self.metrics.class_names, self.kept, self.precision, self.metrics.iou, strict=True)
         classes = [dict(zip(("name", "kept", "precision", "iou"), row, strict=True)) for row in rows]
         total = {"kept": self.total_kept, "precision": self.metrics.aacc, "miou": self.metrics.miou}

@@ -177,7 +177,7 @@ def check_cross_fit(origins: Sequence[str], split: Split, by: str | None = None)
 
 
 def folds_of_split(teacher: Teacher, split: Split) -> Sequence[int] | None:
-    """Return the index of the ensemble member that predicts each sample of a split.
+    """Return, for each sample of a split, the index of the ensemble member that predicts it.
 
     Returns None if all members predict together.
     """
