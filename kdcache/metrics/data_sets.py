@@ -87,7 +87,10 @@ def class_table(results: Sequence[OnDataSet], class_names: Sequence[str]) -> Tab
 
 
 def figure_table(results: Sequence[OnDataSet], task: str) -> Table:
-    """Return a table of a task's metrics, such as depth's. Each data set with labels of the task has a column."""
+    """Return a table of a task's metrics: a row for each metric, and a column for each data set with such labels.
+
+    `task` is a numeric task, such as `depth`.
+    """
     found = {
         number: metrics
         for number, result in enumerate(results)

@@ -72,7 +72,10 @@ class Evaluator(ABC, Generic[Of]):
 
     @abstractmethod
     def answer(self, model: SegmentationModel, output_CHW: Tensor) -> Tensor:
-        """Return the prediction (H, W) from a head's output (C, H, W): class ids, uint8, or numbers in its unit."""
+        """Return the prediction (H, W) from a head's output (C, H, W).
+
+        It has class ids, uint8, or numbers in the head's unit, such as metres.
+        """
 
     @abstractmethod
     def begin(self, model: SegmentationModel, split: Split, depth: DepthSettings | None) -> Accumulator:

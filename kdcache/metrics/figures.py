@@ -213,7 +213,7 @@ def panels(
     """Return a figure of pictures of one size, with a legend of colours. The first picture must be an array.
 
     Args:
-        title: text above the pictures. A row does not show it.
+        title: text above the pictures. It is not drawn in the layout "row".
         pictures: pairs of a title and a picture, an array uint8 (H, W, 3) or a `Drawn`.
         legend: pairs of a name and an RGB colour.
         layout: "grid": two pictures in each line, and more columns if there are more than 24. The legend is at the

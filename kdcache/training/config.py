@@ -106,7 +106,7 @@ class TrainConfig:
         return {name: value for owner in owners for name, value in vars(owner).items()}
 
     def changed(self, **settings: Any) -> "TrainConfig":
-        """Return a copy with other values of some settings. They are not checked again."""
+        """Return a copy with other values of some settings (name=value). The new values are not checked."""
         return replace(self, **_by_owner(self.settings | settings))
 
     @property
@@ -139,7 +139,7 @@ class TrainConfig:
 
     @property
     def all_terms(self) -> tuple[LossTerm, ...]:
-        """All loss terms: `ce`, the terms of --method and --term, and `auxiliary` if the model has that head."""
+        """All loss terms: `ce`, those of --method and --term, and `auxiliary` if the model has an auxiliary head."""
         loss = self.loss
         ce = CrossEntropy(
             weight=loss.ce_weight,
@@ -244,7 +244,7 @@ class TrainConfig:
 
     @property
     def validated_fold(self) -> Fold | None:
-        """The fold of the validation data to validate on, or None for all of them."""
+        """The fold of the validation data to validate on. None validates on all validation data."""
         return None if self.data.val_fold is None else parse_fold(self.data.val_fold, self.data.folds_by, "--val-fold")
 
     def resolved(

@@ -18,12 +18,12 @@ _FORMS: dict[str, Form] = {SEGMENTATION: "classes", DEPTH: "absolute"}
 
 
 def with_auxiliary(terms: tuple[LossTerm, ...], model: str, ce_weight: float) -> tuple[LossTerm, ...]:
-    """Return the loss terms, with `auxiliary` added if the model has an auxiliary head and cross-entropy counts.
+    """Return the loss terms, with `auxiliary` added if the model has an auxiliary head and learns by cross-entropy.
 
     Args:
         terms: the loss terms of the settings.
         model: the model's spec, such as `kdcache:base+aux`.
-        ce_weight: the weight of cross-entropy.
+        ce_weight: the weight of cross-entropy. With 0, nothing is added.
     """
     listed = any(isinstance(term, Auxiliary) for term in terms)
     if listed or ce_weight == 0 or split_auxiliary(model)[1] is None:

@@ -107,7 +107,10 @@ class WrappedModel(SegmentationModel):
         self.register_load_state_dict_pre_hook(_add_prefix)  # type: ignore[no-untyped-call]
 
     def adopt_names(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Return the tensors of a weights file (name -> tensor), without a timm classifier if the model has no head."""
+        """Return the tensors of a weights file (name -> tensor).
+
+        If the model has no head, the tensors of a timm classifier are left out.
+        """
         names = (getattr(self.network, "pretrained_cfg", None) or {}).get("classifier") or ()
         prefixes = tuple(f"{name}." for name in ([names] if isinstance(names, str) else names))
         return state if self.head_kinds else {k: v for k, v in state.items() if not k.startswith(prefixes)}

@@ -90,7 +90,7 @@ class Interleaved:
         self._orders = tuple(Order(len(records), seed, shard_records) for records in self._records)
 
     def visit(self, draw: int) -> tuple[int, int]:
-        """Return the record of a draw, and its epoch among the labelled or the other records."""
+        """Return the record of a draw, and its epoch. Labelled and other records have separate epochs."""
         parts, of = self._share.numerator, self._share.denominator
         before = draw * parts // of  # draws of labelled records so far
         stream, stream_draw = (0, before) if (draw + 1) * parts // of > before else (1, draw - before)

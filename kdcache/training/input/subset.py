@@ -53,7 +53,7 @@ class Part:
 
     @property
     def whole(self) -> bool:
-        """True if all samples and labels are used."""
+        """True if all samples and labels are used, also if `views` limits the views."""
         parts = (self.samples, self.labels, self.labels_from, self.without, self.held_out)
         return all(part is None for part in parts)
 

@@ -191,7 +191,7 @@ def untrained_heads(model: SegmentationModel, tasks: Sequence[str], init: str | 
     Args:
         model: the model, with its initial weights.
         tasks: the tasks, `segmentation` or `depth`, whose heads are trained. Empty if only features are learnt.
-        init: the file or run of the initial weights, or None. Its own untrained heads count as random.
+        init: the file or run of the initial weights, or None. Heads that were not trained there count as random.
     """
     report = model.load_report
     begun = None if init is None else describe_weights(init)

@@ -35,8 +35,8 @@ _ROUNDING = 0.04
 def measures_norms(step: int, every: int) -> bool:
     """Return True if gradient norms are measured at a step (from 0).
 
-    That is at every multiple of `every`, and at step 100 if `every` is larger. With `every` of 0 they are never
-    measured.
+    That is at every multiple of `every`, and also at step 100 if `every` is above 100. With `every` of 0 they are
+    never measured.
     """
     return every > 0 and (step % every == 0 or step == SOON < every)
 

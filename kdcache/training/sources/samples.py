@@ -55,7 +55,8 @@ def open_dataset(
     Args:
         config: the stream's settings.
         cache: its open cache. None for a data folder.
-        paste: how another stream's samples are pasted into its samples, such as `classmix`. Then they need no labels.
+        paste: how another stream's samples are pasted into this stream's, such as `classmix`. This stream then needs no
+            labels. None pastes nothing.
         split: its opened data set, if there is no cache. None opens it.
     Raises: RecipeError or DataError if no sample, or no label that a term needs, is left.
     """

@@ -22,7 +22,7 @@ from kdcache.training.streams import Stream, in_stream
 
 @dataclass
 class Source:
-    """The opened data of a stream.
+    """The opened data of a stream: its cache or data set, its samples and its settings.
 
     Attributes:
         stream: name, weight and class map.
@@ -30,8 +30,8 @@ class Source:
         config: the same settings, with `flip` and all settings that depend on the data filled in.
         cache: the open cache, or None for a data folder.
         dataset: the samples.
-        rows: the number of its samples in every batch.
-        pasted: the source whose samples are pasted into its samples, or None.
+        rows: the number of the stream's samples in every batch.
+        pasted: the data of another stream, whose samples are pasted into this stream's. None pastes nothing.
     """
 
     stream: Stream[TrainConfig]

@@ -42,9 +42,9 @@ class TaskGradients:
     def add(self, part: str, gradient: Gradient) -> None:
         """Add the gradient of a loss term to its task.
 
-        A stream's sum, such as `kitti/loss`, has no task and is ignored.
-
-        `gradient` has a tensor or None for each parameter of the model.
+        Args:
+            part: name of the loss term. The sum of a stream's terms, such as `kitti/loss`, has no task and is ignored.
+            gradient: a tensor or None for each parameter of the model.
         """
         task = self._tasks.get(part)
         if task is not None:
