@@ -136,9 +136,9 @@ def open_model(
         classes: the data's classes. Without data, a function that returns classes for a given number. A run and an
             exported file keep their own, except with a class map.
         size: height and width in pixels of the images in use. None takes the size of the run or the exported file.
-        which: the weights of a run, as in `load_run`.
+        which: the weights of a run: `best`, `last`, `best-ema` or `last-ema`.
         class_map: a file that maps the model's classes to the data's (see `read_class_map`).
-        trust: as in `load_run`.
+        trust: True allows the import of a function that the run names as its model.
     Returns: the model, and a description as in a run's model.json.
 
     Raises:

@@ -23,7 +23,7 @@ CLASS_LABEL = f"labels/{SEGMENTATION}"
 def row_of(batch: Batch, *at: int) -> Row:
     """Return the numpy arrays of one sample of a batch, which share the batch's memory: name -> array.
 
-    `at` is the sample's index in the batch. Without it, `batch` is a single sample. The names are as in
+    `at` is the sample's index in the batch. Without it, `batch` is a single sample. The names are the keys of
     `Batch.to_dict`.
     """
     place: Any = (*at, ...)

@@ -283,7 +283,8 @@ class LabelledDataset(DrawnDataset):
         augmentation: scale, flip and colour jitter. None is the default `Augmentation()`.
         part: which samples and labels of the split are used. None is all.
         tasks: tasks whose labels are used.
-        depth_zoom: what a zoom does to metres of labels, as in `DrawnDataset`.
+        depth_zoom: what a drawn zoom does to metres in labels. `divide` divides them by the zoom. `keep` and `none`
+            leave them unchanged.
         labelled_only: True leaves out samples without a label of any of the tasks.
         fit: how images of another shape are fitted into `size`: `squash`, `pad` (with grey, which has no labels) or
             `crop`.

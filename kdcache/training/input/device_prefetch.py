@@ -68,7 +68,10 @@ def feed_over_side_stream(
 ) -> Generator[Drawn, None, None]:
     """Yield batches on a CUDA device. Each is copied on a side stream while the step before it computes.
 
-    The arguments are as in `feed`.
+    Args:
+        batches: the batches of a loader. A KDCacheError in place of a batch is yielded unchanged.
+        device: the CUDA device.
+        targets: the targets of all records, if the device keeps them, or None.
     """
     side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     slots: Iterator[_Slot] | None = None

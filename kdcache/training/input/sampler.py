@@ -81,7 +81,7 @@ class Interleaved:
         share: share of the draws that take a labelled record, in 0..1, rounded to a fraction with a denominator up to
             1000.
         seed: seed of the permutations.
-        shard_records: number of records in a shard, as in `Order`.
+        shard_records: number of records in a shard, to shuffle within a few shards. None shuffles all at once.
     """
 
     def __init__(self, labelled: Flags, share: float, seed: int, shard_records: int | None = None) -> None:

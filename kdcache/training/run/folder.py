@@ -174,8 +174,12 @@ def _near(run: Path) -> str:
 def hold_folder(config: TrainConfig, run: Path, resume: bool, identity: str, lock: RunLock | None) -> None:
     """Create and lock the folder, and check it again in case another command began there.
 
-    The arguments are as in `check_folder`. `lock` is the folder's lock, or None to take none.
-
+    Args:
+        config: the training's settings.
+        run: the folder.
+        resume: True to resume the folder's run.
+        identity: the `identity_of` the training's samples.
+        lock: the folder's lock, which is taken. None takes no lock.
     Raises: RecipeError if the folder is in use or holds another run.
     """
     with disk_space_errors(run):

@@ -34,7 +34,7 @@ class WeakView:
         device: where the model is.
         bf16: True runs the model under autocast to bfloat16.
         parts: number of parts in which the samples go through the model.
-        impl: the implementation of the kernels, as in `distill_loss`.
+        impl: the implementation of the kernels: `auto`, `triton`, `numba` or `reference`.
 
     Attributes:
         forwards: number of forward passes so far.
