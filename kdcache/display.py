@@ -27,13 +27,24 @@ def line(kind: str, facts: Facts) -> str:
 
 
 def facts_table(kind: str, facts: Facts) -> str:
-    """Return facts as an HTML table with two columns: names and values. `kind` is its caption, None is left out."""
+    """Return facts as an HTML table with two columns: names and values.
+
+    Args:
+        kind: the table's caption.
+        facts: each fact's name -> its value. Facts with the value None are left out.
+    """
     rows = [(fact, str(value)) for fact, value in facts.items() if value is not None]
     return html_table(kind, ("", ""), rows)
 
 
 def html_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return an HTML table, with its texts escaped. A header of empty texts is left out."""
+    """Return an HTML table, with its texts escaped.
+
+    Args:
+        title: the table's caption.
+        header: the title of each column. If all are empty, the table has no header.
+        rows: the texts of each row. The first one is the row's name.
+    """
     cells = [f"<tr><th>{'</th><th>'.join(map(html.escape, header))}</th></tr>"] if any(header) else []
     for first, *others in rows:
         cells.append(f"<tr><th>{html.escape(first)}</th><td>{'</td><td>'.join(map(html.escape, others))}</td></tr>")

@@ -65,7 +65,10 @@ class RegressionHead:
         return (-self.max_depth if self.parameterisation == "identity" else 0.0), self.max_depth
 
     def values(self, raw: "Tensor") -> "Tensor":
-        """Return the values, in the head's unit, of its raw output. Resize the raw output before (see `values_of`)."""
+        """Return the head's values, in its unit, for its raw output of any shape.
+
+        If the output needs a resize, resize the raw output, not the values (see `values_of`).
+        """
         return values_of(raw, self.parameterisation, self.max_depth)
 
 
@@ -73,13 +76,13 @@ HeadKind = CategoricalHead | RegressionHead
 
 
 def values_of(raw: "Tensor", parameterisation: Parameterisation, max_depth: float | None) -> "Tensor":
-    """Return depth (or other values) computed from a head's raw output, before this nonlinearity, of any shape.
+    """Return depth (or other values) for a head's raw output: apply the nonlinearity, then clip.
 
     Resize the raw output before, not the result. The result is float64 if `raw` is, else float32. Its gradient is not
     cut off at `max_depth` (see `clip`).
 
     Args:
-        raw: the network's output.
+        raw: the head's raw output, of any shape.
         parameterisation: the nonlinearity: `softplus`, `exp`, or `identity` for none.
         max_depth: values are clipped at this magnitude. None does not clip.
     """
@@ -95,7 +98,7 @@ def values_of(raw: "Tensor", parameterisation: Parameterisation, max_depth: floa
 
 
 def clip(values: "Tensor", low: float | None, high: float | None) -> "Tensor":
-    """Return values clipped to the range `low` to `high`, through which gradients pass unchanged.
+    """Return values clipped to the range `low` to `high`, through which gradients pass unchanged. None means no limit.
 
     `torch.clamp` has the gradient 0 outside the range, so a prediction there would never learn to come back. If a
     gradient is taken, infinite values become NaN, so that a loss shows them.

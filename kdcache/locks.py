@@ -59,9 +59,10 @@ class Lock:
         return True
 
     def outlive(self) -> bool:
-        """Wait up to 32 seconds for a lock that `acquire` did not get, and return True if it was taken.
+        """Wait up to 32 seconds for a lock that `acquire` did not get. Return True if this process has the lock then.
 
-        That is long enough for the lease of a dead process to expire. With `flock`, return False at once.
+        The lease of a dead process expires in that time. A lock by `flock` ends with its process, so the result is
+        False at once.
         """
         if self._lease is not None:
             with suppress(Timeout):

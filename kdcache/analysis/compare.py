@@ -201,8 +201,8 @@ def comparable_split(runs: Sequence[Entry], data: str | None, split: str | None)
 def choose_baseline(group: Group, groups: Sequence[Group], named: str | None = None) -> Group | None:
     """Return the baseline of a row among all rows, or None if it does not have one.
 
-    It is the row with the name `named`. Without a name, it is a row of the same model that learnt from labels only, and
-    of several such rows, the one with the most similar settings.
+    `named` is the name of a row, or of a run in it, and that row is the baseline. If it is None, the baseline is a row
+    of the same model that learnt from labels only. Of several such rows, it is the one with the most similar settings.
     """
     if named is not None:
         baseline = _named(named, groups)

@@ -27,7 +27,7 @@ class Curves:
     Attributes:
         losses: the total loss ("loss") and each loss term, by name. Terms that are always 0 are left out.
         scores: validation scores by name, from 0 to 1.
-        speed: images per second since the line before in the log.
+        speed: images per second since the log's previous line.
         waiting: the share (0 to 1) of this time that the training waited for data.
         depth: validation metrics of depth by name, rmse in metres.
     """
@@ -40,7 +40,7 @@ class Curves:
 
 
 def read_curves(run: Run) -> Curves | None:
-    """Read the curves of a run's log, or None if it does not have a log.
+    """Return the curves of a run's log, or None if the run does not have a log.
 
     Raises: RecipeError for an invalid log.
     """
@@ -64,7 +64,7 @@ def read_curves(run: Run) -> Curves | None:
 def draw_curves(curves: Curves, title: str, batch_size: int | None = None) -> "Figure":
     """Return a figure of four charts over the steps: losses, validation, speed and waiting for data.
 
-    `batch_size` adds milliseconds per step to the title of speed, unless it is None.
+    If `batch_size` is given, the title of the speed chart also has milliseconds per step.
     """
     figure = new_figure(12, 8, title)
     losses, scores, speed, waiting = figure.subplots(2, 2).flat

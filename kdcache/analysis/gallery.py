@@ -54,7 +54,7 @@ SIDE_BY_SIDE = "side_by_side"
 
 @dataclass(frozen=True)
 class Shown:
-    """A model to draw, with its scores.
+    """A model whose predictions are drawn, with its scores.
 
     Attributes:
         name: its name in pictures.
@@ -62,7 +62,7 @@ class Shown:
         size: (H, W) of its input, in pixels.
         device: the device that it is on.
         scores: its score for each labelled image.
-        framing: how it sees an image of another shape, or in windows.
+        framing: how an image is fitted to `size`, or cut into windows.
     """
 
     name: str
@@ -106,9 +106,10 @@ class Case:
 
 
 def best_cases(ranking: Sequence[tuple[int, float]], best: int, worst: int, score: Score = MIOU) -> list[Case]:
-    """Return the `best` first and the `worst` last images of a ranking: best first, then worst first.
+    """Return the images to draw from a ranking: the first `best` images, then the last `worst` images, the worst first.
 
-    `ranking` has pairs (position, score), the best first, as `ranked` returns them.
+    `ranking` has pairs (position, score), the best first, as `ranked` returns them. `score` is the score that ranks
+    them.
     """
     upper, lower = best_and_worst(ranking, best, worst)
     groups = ((upper, SUCCESSES, "success_rank"), (lower, FAILURES, "failure_rank"))
@@ -147,8 +148,14 @@ class Gallery:
     ) -> None:
         """Draw images with one model's predictions into a folder, and a contact sheet of them.
 
-        A picture has the image, ground truth, teacher, prediction, overlay and errors, then the same for depth.
-        `progress` is called with (pictures done, pictures in total).
+        A picture has the image and the ground truth, the predictions of teacher, baseline and model, an overlay, and
+        the errors. If the model predicts depth, panels of depth follow.
+
+        Args:
+            shown: the model.
+            cases: the images, with one picture for each.
+            folder: the folder for the contact sheet. A picture goes to its subfolder `Case.folder`.
+            progress: called with (pictures done, pictures in total).
         """
         strips = list[Panel]()
         for done, case in enumerate(cases, 1):
@@ -165,7 +172,13 @@ class Gallery:
             save_figure(panels(title, strips, []), folder / SHEET, self.above, self.formats)
 
     def draw_side_by_side(self, models: Sequence[Shown], cases: Sequence[Case], folder: Path) -> None:
-        """Draw images with the predictions and errors of several models next to each other, into a folder."""
+        """Draw images with the predictions and errors of several models next to each other.
+
+        Args:
+            models: the models.
+            cases: the images, with one picture for each.
+            folder: the pictures go to its subfolder side_by_side.
+        """
         for case in cases:
             images = [model.scores.images[case.position] for model in models]
             values = [case.score.of(image) for image in images]
@@ -211,7 +224,13 @@ class Gallery:
         """Return a figure of an image, its labels, and the predictions of several models.
 
         A grid also has each model's errors. A row also has the teacher. All depths share one colour bar, and all errors
-        another one. `number` is the image's position in the split.
+        another one.
+
+        Args:
+            models: the models.
+            number: the image's position in the split.
+            title: the text above the figure.
+            score: not used. Each prediction's title has the score of its task.
         """
         pixels, in_row = self.split.image(number), self.layout == "row"
         predicted = [model.predict(self.split, number) for model in models]
@@ -320,7 +339,7 @@ def _rank(case: Case) -> str:
 
 
 def earlier_pictures(out: Path, runs: Iterable[str]) -> Iterator[Path]:
-    """Yield the pictures that an earlier call drew into `out`: those of some runs, and those of several models.
+    """Yield the pictures that an earlier call drew into `out`: for each of these runs, and for several runs side by side.
 
     `runs` are the names of the runs' folders in `out`.
     """
@@ -336,7 +355,10 @@ def _pictures(folder: Path) -> Iterator[Path]:
 
 
 def summary_json(shown: Mapping[str, Shown]) -> dict[str, object]:
-    """Return the scores of every model and the tasks it shows, as JSON values, by the name of its folder."""
+    """Return each model's name, tasks and scores as JSON values, with the keys of `shown`.
+
+    `shown` maps the name of the folder of a model's pictures to the model.
+    """
     return {
         name: {"run": model.name, "heads": list(model.heads), **model.scores.to_json()} for name, model in shown.items()
     }

@@ -149,7 +149,7 @@ def score_images(
         depth: the depth labels that count. None takes the defaults.
         device: such as "cpu" or "cuda".
         batch_size: images per forward pass.
-        framing: how the model sees an image of another shape, or in windows. None squashes the image to `size`.
+        framing: how an image is fitted to `size`, or cut into windows. None squashes the image to `size`.
         progress: called after each batch with (images done, images in total).
     Raises: DataError if no label fits the model's tasks, or if an image cannot be read.
     """
@@ -201,7 +201,7 @@ def ranked(scores: Sequence[ImageScores], score: Score = MIOU) -> list[tuple[int
 def best_and_worst(ranking: Sequence[tuple[int, float]], best: int, worst: int) -> tuple[list[int], list[int]]:
     """Return positions of the best images (best first) and of the worst images (worst first), without overlap.
 
-    `ranking` is from `ranked`. `best` and `worst` are the largest numbers of images.
+    `ranking` is from `ranked`. `best` and `worst` are the most images to return of each kind.
     """
     upper = min(best, max(len(ranking) - worst, -(-len(ranking) // 2)))
     lower = min(worst, len(ranking) - upper)

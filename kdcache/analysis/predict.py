@@ -131,7 +131,7 @@ def predict_images(
         device: such as "cpu" or "cuda".
         batch_size: images per forward pass.
         options: the format of depth. None takes the default.
-        framing: how the model sees an image of another shape, or in windows. None squashes the image to `size`.
+        framing: how an image is fitted to `size`, or cut into windows. None squashes the image to `size`.
         threads: threads that read and write files.
         progress: called with (images done, images in total).
     Raises: RecipeError for a folder with content, or depth that a PNG cannot hold. DataError for an unreadable image.

@@ -121,7 +121,11 @@ class Blocks:
         return len(set(self.number_of.values()))
 
     def totals(self, images: Images) -> npt.NDArray[np.float64]:
-        """Return the sums over each block of the two arrays in `images.parts`, float64 (2, blocks, C)."""
+        """Return the sums of per-image counts over each block, float64 (2, blocks, C).
+
+        The first axis has the two arrays of `images.parts`: hits and unions of each class. For depth, they are the rmse
+        and a count of images, and C is 1.
+        """
         parts = images.parts
         totals = np.zeros((2, self.count, parts[0].shape[1]))
         places = np.array([self.number_of[sample] for sample in images.ids], np.int64)
@@ -295,7 +299,11 @@ def adjust(differences: Sequence[Difference]) -> list[Difference]:
 
 
 def t_quantile(freedom: float, confidence: float = CONFIDENCE) -> float:
-    """Return half the width of Student's two-sided interval in standard errors: 12.706 for 1 degree of freedom."""
+    """Return half the width of Student's two-sided interval, in standard errors.
+
+    For example, a 95 % interval with 1 degree of freedom gives 12.706. `freedom` is the degrees of freedom, which may
+    be fractional. `confidence` is the interval's probability, such as 0.95.
+    """
     t = statistics.NormalDist().inv_cdf((1 + confidence) / 2)
     # Student's is larger, and the tails are convex: Newton's steps climb to it and never beyond.
     for _ in range(100):

@@ -70,7 +70,7 @@ class EvalSettings:
     stride: tuple[int, int] | None = None
 
     def framing(self, trained: Fit = "squash") -> Framing:
-        """Return how a model sees an image of another shape, or in windows.
+        """Return how an image is fitted to a model's input size, or cut into windows.
 
         `trained` is the fit of the model's training, for fit "auto". Raises: RecipeError for a stride without windows,
         or one that leaves gaps between windows.
@@ -170,7 +170,7 @@ _NAMES = ("weights", "data", "place", "split", "fold")
 
 @dataclass(frozen=True)
 class Record:
-    """Everything that the metrics of an evaluation depend on. A stored evaluation is reused if its record is equal.
+    """What an evaluation's metrics depend on (not a record of a cache). Equal `identity` means equal metrics.
 
     Attributes:
         which: weights of a run, such as "best", or None for SPEC@FILE.
@@ -184,7 +184,7 @@ class Record:
         at_size: whether labels were resized to `size`. Scores then differ from published ones.
         class_map_sha256: digest of the class map, or None without one.
         depth: the depth labels that count, or None if depth is not evaluated.
-        framing: how the model sees an image of another shape, or in windows.
+        framing: how an image is fitted to `size`, or cut into windows.
     """
 
     which: str | None
@@ -221,8 +221,9 @@ class Record:
     ) -> "Record":
         """Return the record of an evaluation. It reads the files of weights and class map for their digests.
 
-        `weights` and `class_map` are files, or None. `digest` is the `data_digest` of the split. `framing` None
-        squashes the image to `size`. The other arguments are as in the attributes of `Record`.
+        `description` describes the model, as `Entry.load` returns it. `weights` and `class_map` are files, or None.
+        `digest` is the `data_digest` of the split. `framing` None squashes the image to `size`. The other arguments are
+        as in the attributes of `Record`.
         """
         return cls(
             which,
@@ -244,7 +245,10 @@ class Record:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The fields, as JSON values, that must be equal to reuse an evaluation. Names are left out."""
+        """The part of `to_json` that decides whether stored metrics can be reused: they can if it is equal.
+
+        It has no "weights", "data", "place", "split" and "fold". These only name what the digests identify.
+        """
         return {key: value for key, value in self.to_json().items() if key not in _NAMES}
 
     def to_json(self) -> dict[str, Any]:
@@ -300,10 +304,10 @@ def keep(record: Record, folder: Path, run: str, metrics: TaskMetrics, *, own_si
 
 
 def file_name(record: Record, folder: Path, run: str, *, own_size: bool = True) -> str:
-    """Return the name of an evaluation's file in `folder`, without a suffix.
+    """Return the name for an evaluation's file in `folder`, without a suffix.
 
-    An earlier evaluation of the same data set has the same name and is replaced. If another data set has the name, a
-    digest is appended. `run` and `own_size` are as in `keep`.
+    It is `record.name`, and an earlier evaluation of the same data set under that name is replaced. If the earlier one
+    is of another data set, a digest is appended to the new name. `run` and `own_size` are as in `keep`.
     """
     name = record.name(own_size=own_size)
     earlier = read_object(folder / f"{name}.json")
@@ -321,10 +325,14 @@ def file_name(record: Record, folder: Path, run: str, *, own_size: bool = True) 
 
 
 def weights_of(run: Run | str, which: str) -> tuple[str | None, Path | None]:
-    """Return the name and the file of the weights to evaluate. `run` is a run, its folder, or SPEC@FILE.
+    """Return the name and the file of the weights to evaluate.
 
-    The name is `which`, or for RUN@WEIGHTS the named weights, or for SPEC@FILE None. The file is None if SPEC@FILE
-    names weights of a library instead of a file.
+    A run's weights have the name `which`. If `run` is RUN@WEIGHTS, it is WEIGHTS instead. For SPEC@FILE, the name is
+    None, and the file is None if the weights come from a library.
+
+    Args:
+        run: a run, or its folder, RUN@WEIGHTS or SPEC@FILE as text.
+        which: weights of a run, such as "best".
     """
     parts = split_spec(run) if isinstance(run, str) else None
     if parts is not None:
@@ -430,7 +438,10 @@ def memory_errors(device: str, batch_size: int) -> Iterator[None]:
 
 
 def kept_metrics(folder: Path, record: Record, class_names: tuple[str, ...]) -> TaskMetrics | None:
-    """Return the metrics of a stored evaluation in a run's folder with an equal record, or None if there is none."""
+    """Return the metrics of a stored evaluation whose record has an equal `identity`, or None if there is none.
+
+    `folder` is the run's folder. `class_names` are the classes that the metrics must have.
+    """
     identity = record.identity
     for path in sorted(folder.glob("evaluation-*.json")):
         content = read_object(path)

@@ -70,9 +70,9 @@ def difference_table(comparison: Comparison, task: str = SEGMENTATION) -> Table:
 
 
 def interval_spans(comparison: Comparison, task: str = SEGMENTATION) -> tuple[str, str]:
-    """Return two texts for what the intervals in a task are taken over: "seeds" and "images", or "sequences".
+    """Return two texts: what the two kinds of intervals in a task are taken over.
 
-    The first is "seeds and folds" if runs differ in both.
+    The first is "seeds", or "seeds and folds" if runs differ in both. The second is "images" or "sequences".
     """
     gaps = [gap for row in comparison.rows if (gap := row.differences(task)[0]) is not None]
     seeds = max((gap.over for gap in gaps), key=len, default="seeds")

@@ -119,9 +119,9 @@ def says_numbers(folder: Path) -> bool:
 
 
 def read_colour_codes(folder: Path) -> ColourCodes | None:
-    """Return the map from colours in RGB labels to class numbers that `classes.txt` of a data folder defines.
+    """Return the map from colours in RGB labels to the numbers of classes that `classes.txt` of a data folder defines.
 
-    Return None if the file does not exist, or if a class has no unique colour.
+    Lines without numbers give class ids. Return None if the file does not exist, or if a class has no unique colour.
 
     Raises: DataError for an invalid file, like `read_classes`.
     """

@@ -280,7 +280,8 @@ def read_numbers(path: Path) -> npt.NDArray[Any]:
 
     The file is a 16-bit grey PNG, a TIFF, an `.npy` file, or an `.npz` file with one array or an array "depth".
 
-    Raises: DataError for a file that cannot be read, another kind of PNG, or an array of another shape or dtype.
+    Raises: DataError for a file that cannot be read, another kind of PNG, or an array that is not (H, W) or not of
+        numbers.
     """
     if path.suffix.lower() in (".npy", ".npz"):
         numbers = _read_array(path)

@@ -108,8 +108,8 @@ def check_fold_labels(
     """Check folds like `check_folds`, with labels that the caller reads.
 
     Args:
-        rounds: iterables of (fold number, label). A label is uint8 (H, W) or None. The check reads the next iterable
-            only if it fails with all labels so far.
+        rounds: the labels in several rounds, each an iterable of (fold number, label). A label is uint8 (H, W) or None.
+            The check ends after the first round with which all labels so far pass.
         folds: the number of folds.
         class_names: the classes in the order of their ids.
 

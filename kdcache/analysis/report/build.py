@@ -31,7 +31,7 @@ class ReportOptions:
         drawing: pictures to draw into a folder, which the page mentions. None draws none.
         figure: a PNG with its own section, such as the curve of a sweep, or None.
         command: the command that the user typed, or None.
-        size_of_cache: function that returns the size of the cache at a path, or None.
+        size_of_cache: function from a cache's path to its `CacheSize`, or to None if it cannot be read.
     """
 
     compare: CompareOptions = field(default_factory=CompareOptions)

@@ -93,14 +93,14 @@ def page(
     Args:
         comparison: what to show.
         runs: the compared runs. Curves, recipes and versions are read from their folders.
-        title: default: from the data's name.
+        title: the page's title. None makes one from the data's name.
         samples: images to show (see `choose_samples`), or None for a page without images.
         matrices: pairs of an index into `comparison.rows` and the confusion matrix of that row's first run.
         size_of_cache: function from a cache's place to its `CacheSize`, or to None if it cannot be read.
         audits: audits of the teachers.
         figure: a PNG of scores, such as the curve of a sweep.
         pictures: a folder of further pictures to mention.
-        device: where the runs were judged.
+        device: the name of the device on which the runs were evaluated, or None.
         command: the command that the user typed.
     Raises: RecipeError for an invalid log of a run.
     """

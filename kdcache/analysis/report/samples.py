@@ -125,9 +125,14 @@ def score_first_runs(
 def choose_samples(comparison: Comparison, first: FirstRuns, count: int, progress: Progress) -> tuple[Sample, ...]:
     """Return the images to show: the best and the worst, then an image for each class that is not yet shown.
 
-    Images are ranked by the mean score of all rows. There are up to `count` best images, `count` worst images, and
-    `count` images for classes. Images for another task that all rows predict follow, if no image so far has a label for
-    it.
+    Images are ranked by the mean score of all rows. If all rows predict another task, and no image so far has a label
+    for it, its best and worst images follow.
+
+    Args:
+        comparison: the comparison.
+        first: the first run of each row, with its scores.
+        count: the largest number of best images, of worst images, and of images for classes.
+        progress: called with (what is done, units done, units in total).
 
     Returns: () if some rows have only classes and others only depth, so they do not share a score.
     """

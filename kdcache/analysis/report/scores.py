@@ -90,7 +90,8 @@ def class_scores(comparison: Comparison) -> dict[str, Any]:
 def sortable(comparison: Comparison, columns: Sequence[Column]) -> dict[str, Any]:
     """Return a sortable table of all rows, as the values that the page's template takes.
 
-    "header" has pairs of title and explanation. "bodies" has the cells of each row, with the teacher's rows apart.
+    "header" has pairs (title, explanation). "bodies" has pairs (name, lines): "contestants" and "teachers". A line is
+    (index of the row, row, its cells).
     """
     lines = [(place, row, [column.cell(row) for column in columns]) for place, row in enumerate(comparison.rows)]
     for number_of_column, column in enumerate(columns):

@@ -45,7 +45,8 @@ SizeOfCache = Callable[[str], CacheSize | None]
 def cost(comparison: Comparison, runs: Mapping[str, Entry], size_of: SizeOfCache) -> Markup | None:
     """Return the section on training time, teacher passes and cache sizes, or None if no training has ended.
 
-    `runs` are the compared runs by name. `size_of` returns the size of the cache at a path, or None.
+    `runs` are the compared runs by name. `size_of` is a function from a cache's path to its `CacheSize`, or to None if
+    it cannot be read.
     """
     trained = [(row, place, _runs_of(row, runs)) for place, row in enumerate(comparison.rows)]
     lines = [

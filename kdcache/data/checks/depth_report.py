@@ -59,7 +59,7 @@ class DepthReport:
         return self.known / max(self.pixels, 1)
 
     def add(self, sample: str, depth: DepthCounts) -> None:
-        """Add the counts of one sample's depth label to this report."""
+        """Add the counts of one sample's depth label to this report. `sample` is the sample's id."""
         self.pixels += depth.pixels
         self.known += sum(depth.histogram)
         self.histogram = [total + count for total, count in zip(self.histogram, depth.histogram, strict=True)]

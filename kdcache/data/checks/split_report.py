@@ -27,7 +27,7 @@ class SplitReport:
         without_label: ids of samples without a segmentation label, which is not a defect.
         without_image: label files without an image, or with an unsuitable file type.
         clashes: image files, or lines of a list, whose id another image has.
-        missing: files that do not exist, but that a list names or an existing file needs.
+        missing: files that do not exist, although a list or another file of the sample needs them.
         unreadable: sample id -> why its image or label could not be read, and the fix.
         mismatched: sample id -> both sizes in words, if label and image differ in size.
         palettes: sample id -> how its palette's colours contradict the class colours.

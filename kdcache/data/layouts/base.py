@@ -52,6 +52,8 @@ def _numbers_of_classes(numbers: Mapping[int, int]) -> LabelIds:
 class Layout(ABC):
     """One way in which data sets lie on disk. In all methods, `root` is the folder that `find` returned.
 
+    A subclass sets `name`, `looks_for` and `split_is`. It defines `matches`, `splits`, `_classes` and `_scan`.
+
     Attributes:
         name: the prefix in `--data`, as in `voc:/data/VOC2012`.
         looks_for: what identifies a folder of this layout, in words for messages.

@@ -147,7 +147,7 @@ def camera_of(disparity: Path) -> Path:
 def impossible_depth(depth: Depth) -> str:
     """Return in words why a depth label, float32 (H, W), cannot be in metres, or '' if it can.
 
-    NaN pixels (unknown depth) are ignored, but a label with only NaN is an error.
+    NaN pixels (unknown depth) are ignored. A label with only NaN also gets a reason.
     """
     known, wrong = (int(np.count_nonzero(mask)) for mask in (~np.isnan(depth), depth <= 0))
     if not known:

@@ -148,7 +148,7 @@ class ClassIds:
     def decode(self, path: Path) -> Pixels:
         """Return the class ids in a label file, uint8 (H, W). Ids may still be out of range, which `check` finds.
 
-        Raises: DataError for a file that cannot be read, or whose numbers contradict its name.
+        Raises: DataError for a file that cannot be read, or if `LabelIds.check` raises it.
         """
         label = read_label(path, self.label_ids.colours)
         if self.label_ids.check is not None:

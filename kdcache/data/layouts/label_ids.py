@@ -24,8 +24,8 @@ class LabelIds:
         rule: the valid numbers in words, for messages. `{last}` stands for the last class id.
         fix: what the user can do about invalid numbers, for messages.
         table: uint8 (256,), the class id or 255 for every number. None if the numbers are class ids already.
-        check: called with an array and a label's path, or None. The array is bool (256,) and tells which numbers occur
-            in the label. It raises DataError if these numbers contradict the file's name.
+        check: function of (numbers, path) for each label file. `numbers` is bool (256,): which numbers occur in the
+            label. It raises DataError if they contradict the file's name. None checks nothing.
         colours: the class id of each colour in RGB labels, or None if RGB labels are errors.
     """
 

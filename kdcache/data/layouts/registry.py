@@ -41,9 +41,10 @@ _PREFIXED = re.compile(r"(?P<name>[A-Za-z0-9][\w.+-]+):(?P<path>.*)", re.DOTALL)
 
 
 def convert_command(data: str) -> str:
-    """Return the shell command that converts a data set into the new folder NAME-folder in the current directory.
+    """Return the shell command that converts a data set into a new folder in the current directory.
 
-    `data` is the data set as the user named it.
+    The new folder is called like the data set's folder, with "-folder" at the end. `data` is the data set as the user
+    named it.
     """
     out = f"{split_prefix(split_images(data)[0])[1].resolve().name or 'data'}-folder"
     return f"kdcache data convert {shlex.quote(data)} {shlex.quote(out)}"

@@ -45,7 +45,7 @@ class Scan:
         orphans: labels without an image, below `label_place`.
         foreign: pictures below `label_place` that are neither PNG nor TIFF. If no label was found, also other files.
         clashes: (id, first file, second file) of images with the same id. The first one is in `images`.
-        missing: files that do not exist, but that a list names or an existing file needs.
+        missing: files that do not exist, although a list or another file of the sample needs them.
         depth: the depth files, or None if there are none.
         drawn: draws the labels from annotation files, which are the paths in `labels`. None if each file is a label.
         label_end: the ending that label names have in addition to the image names, such as "_mask".
@@ -76,9 +76,10 @@ def scan_folders(
     label_end: str = "",
     together: bool = False,
 ) -> Scan:
-    """Find the images below one folder and the labels below another. Equal paths without suffix belong together.
+    """Find the images below one folder, and their labels below another.
 
-    An image's path without suffix is its id. Files without the required beginning or ending are ignored.
+    An image's id is its path below its folder, without suffix. Its label has the same path, but ends with `label_end`
+    instead of `image_end`. Files without the required beginning or ending are ignored.
 
     Args:
         root: the data set's folder.
@@ -86,9 +87,9 @@ def scan_folders(
         label_place: the folder of labels, below `root`.
         label_ids: how to map the numbers in labels to class ids.
         image_begin: the beginning of image names.
-        image_end: the ending of image names, before the suffix. The label's name has `label_end` instead.
+        image_end: the ending of image names, before the suffix.
         label_end: the ending of label names, before the suffix.
-        together: whether both lie in one folder. Then files that end with `label_end` are labels.
+        together: whether images and labels lie in the same folder. Then files that end with `label_end` are labels.
     """
     scan = Scan({}, {}, label_ids, image_place, label_place, label_end=label_end)
     for sample, path in sorted(_files(root / image_place)):
@@ -152,8 +153,8 @@ def scan_depth(
 def keep_listed(scan: Scan, root: Path, listing: str) -> Scan:
     """Return the scan with only those samples that a list names.
 
-    Each line names a sample by its id, file name or path. If a listed sample has a label, listed samples without a
-    label are recorded as missing.
+    Each line names a sample by its id, file name or path. If at least one listed sample has a label, the listed samples
+    without a label are recorded as missing.
 
     Args:
         scan: all samples.

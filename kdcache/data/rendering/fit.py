@@ -44,10 +44,12 @@ def fitted_share(fit: Fit, image_size: tuple[int, int], size: tuple[int, int]) -
 
 
 def choose_fit(split: Split, size: tuple[int, int]) -> tuple[Fit, str | None]:
-    """Return the default fit of a build or a training: "pad" if aspect ratios differ by more than 5 %, else "squash".
+    """Return the default fit of a build or training: "pad" if aspect ratios of images and views differ, else "squash".
+
+    One image whose aspect ratio differs from the views' by more than 5 % is enough for "pad".
 
     Args:
-        split: up to about 500 of its images are compared.
+        split: up to about 500 of its images are compared with the views.
         size: (H, W) of the views in pixels.
     Returns: the fit, and for "pad" a note with the reason, else None.
     """

@@ -27,9 +27,10 @@ class RandAugment:
 
     Args:
         operations: how many operations, at least 1.
-        magnitude: 0 to 30.
+        magnitude: the strength of the operations, 0 to 30.
 
     Raises: ValueError for other numbers.
+
     Source: Cubuk et al. 2020, arXiv 1909.13719. Magnitudes and signs are as in torchvision's RandAugment.
     """
 

@@ -118,9 +118,9 @@ class ScenesSpec:
         return {"train": self.train, "val": self.val, _UNLABELLED: self.unlabelled}.get(split, 0)
 
     def labels(self, split: str, number: int) -> list[tuple[str, int]]:
-        """Return (task, array index) for each label of a sample.
+        """Return (task, position) for each label of a sample.
 
-        The index counts in the tuple that `SceneCache.get` returns.
+        The position is the label's place in the tuple that `SceneCache.get` returns: 1 for segmentation, 2 for depth.
 
         Args:
             split: the split's name.

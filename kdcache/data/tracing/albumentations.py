@@ -20,9 +20,10 @@ _IN_PLACE = (
 
 
 class TracedCompose:
-    """An albumentations composition that also returns the window and the flip that its pixels show.
+    """An albumentations composition that also returns the window of the image that its result shows, and the flip.
 
-    It is picklable if the composition is.
+    Call it like the composition, with `image=`. The result has two more keys, "window" and "flip" (see `traced`). It is
+    picklable if the composition is.
 
     Args:
         transform: an `albumentations.Compose`.

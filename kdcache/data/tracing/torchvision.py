@@ -39,11 +39,12 @@ def footprint_of(tensor: torch.Tensor) -> Footprint:
 
 
 class TracedTransform:
-    """A torchvision v2 transform that also returns the window and the flip that its pixels show.
+    """A torchvision v2 transform that also returns the window of the image that its result shows, and the flip.
 
-    It is picklable if the transform is.
+    Call it like the transform. It returns the transform's results, then the window and the flip (see `traced`). It is
+    picklable if the transform is.
 
-    Raises: DataError if `ToPureTensor` is not the last step.
+    Raises: DataError if `ToPureTensor` comes before another transform.
     """
 
     def __init__(self, transform: v2.Transform) -> None:

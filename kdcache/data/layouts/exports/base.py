@@ -42,7 +42,13 @@ LABEL_IDS = LabelIds(
 
 
 class Export(Layout):
-    """A labelling tool's export. kdcache draws its labels from shapes in annotation files."""
+    """A labelling tool's export. kdcache draws its labels from shapes in annotation files.
+
+    A subclass sets `name` and `looks_for`, and defines `found` and `items`.
+
+    Attributes:
+        overlap: which of several overlapping shapes counts, in words for messages.
+    """
 
     live: ClassVar[bool] = False
     split_is: ClassVar[str] = f"a folder or a subset of the export ({', '.join(SPLITS)}); all else is {WHOLE}"

@@ -62,7 +62,8 @@ class Item:
         shapes: the shapes in drawing order, or None if nobody labelled the image.
         size: (height, width) in pixels that the export states, or None.
         folders: folders below the data set's folder in which the image may lie.
-        place: the only folder of images, which is not part of sample ids. None allows any folder.
+        place: the folder of images, below the data set's folder, which sample ids leave out. None searches all folders,
+            and ids are as in `sample_id`.
     """
 
     image: str

@@ -80,7 +80,10 @@ class Folder(Layout):
         return folders_in(root / IMAGES) or lists_in(root, SPLITS) or [WHOLE]
 
     def why(self, root: Path) -> str:
-        """Describe for messages how the images in `root` are divided, and which file has the classes."""
+        """Describe for messages what identifies the layout, and how the images in `root` are divided into splits.
+
+        The text names the folders or lists of the splits, `classes.txt` or depth/, and the ending of label names.
+        """
         folders, lists = folders_in(root / IMAGES), lists_in(root, SPLITS)
         folders_text = ", ".join(f"{IMAGES}/{name}/" for name in folders[:4]) or f"pictures right in {IMAGES}/"
         divided = "" if folders else f", divided by {', '.join(f'{name}.txt' for name in lists)}" if lists else ""

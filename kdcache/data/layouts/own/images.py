@@ -34,7 +34,7 @@ class Images(Layout):
     def splits(self, root: Path) -> list[str]:
         """Return the names of the split folders, such as "train".
 
-        Return ["train"] if folders do not divide the pictures.
+        Return ["train"] if the pictures do not lie in split folders.
         """
         return _folders(root) or [WHOLE]
 

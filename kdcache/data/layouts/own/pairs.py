@@ -85,5 +85,8 @@ def ends_of(images: Iterable[str], labels: Iterable[str], *, together: bool = Fa
 
 
 def described(scan: Scan) -> str:
-    """Describe for messages the ending of the label names, as in ", labels end with _mask", or return ''."""
+    """Describe for messages the ending of the label names, as in ", labels end with _mask".
+
+    Return '' if labels have the same names as their images.
+    """
     return f", labels end with {scan.label_end}" if scan.label_end else ""
