@@ -339,7 +339,7 @@ def _rank(case: Case) -> str:
 
 
 def earlier_pictures(out: Path, runs: Iterable[str]) -> Iterator[Path]:
-    """Yield the pictures that an earlier call drew into `out`: for each of these runs, and for several runs side by side.
+    """Yield the pictures that an earlier call drew into `out`, of these runs and of several runs side by side.
 
     `runs` are the names of the runs' folders in `out`.
     """
