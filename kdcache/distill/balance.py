@@ -37,6 +37,9 @@ class FixedBalance(nn.Module):
 
     Args:
         weights: head -> the weight of its loss, finite and at least 0.
+
+    Attributes:
+        reads_counts: False, because `forward` ignores `counted`.
     Raises: RecipeError for any other weight, and if there is no head.
     """
 
@@ -82,6 +85,9 @@ class UncertaintyBalance(nn.Module):
     Args:
         forms: head -> the form of its loss: `classes` for cross-entropy, `squared` for squared errors, `absolute` for
             depth terms.
+
+    Attributes:
+        reads_counts: True, because `forward` reads `counted`.
     Raises: RecipeError for an unknown form, and if there is no head.
     Source: Kendall, Gal and Cipolla 2018, arXiv 1705.07115.
     """
@@ -117,8 +123,8 @@ class UncertaintyBalance(nn.Module):
 
         Args:
             losses: head -> its loss, 0-dimensional.
-            counted: head -> how many pixels, images or class weights its loss counts, 0-dimensional, summed over all
-                processes and accumulated parts. A head with 0 is left out. None keeps all heads.
+            counted: head -> the denominator of its loss, such as the number of counted pixels, 0-dimensional. It is the
+                sum or mean over all processes and accumulated parts. A head with 0 is left out. None keeps all heads.
         Raises: RecipeError if the heads of `losses` are not exactly the heads with a form.
         """
         _check_heads(losses, self.heads)

@@ -60,8 +60,8 @@ class Batch:
             divided by it. None divides nothing.
         own: (B, H, W) bool, True for the sample's own pixels, False for pixels pasted from another sample. None means
             that nothing is pasted.
-        pasted: the targets of the pasted samples, with windows in pixels of this batch's views. None means that each
-            sample's neighbour is pasted (rows 2n and 2n + 1 are neighbours).
+        pasted: the targets of the pasted samples, with windows in pixels of this batch's views. If `own` is set and
+            this is None, each sample's neighbour is pasted (samples 2n and 2n + 1 are neighbours).
         dice: (B, N) float32 random numbers in 0..1, for random draws on the batch's device.
         record: (B,) int64 record numbers, to gather `targets` that a device keeps.
         weak: (B, H, W, 3) uint8, the pixels before the colour jitter, if pseudo labels need them.
@@ -253,24 +253,27 @@ Streams = tuple[Batch, ...]
 
 
 def tensors_of(batch: Batch | Streams) -> list[Tensor]:
-    """Return all tensors of a batch as a list. Batches with the same fields have the same order."""
+    """Return all tensors of a batch, or of a tuple of batches, as a list.
+
+    Batches with the same fields have the same order.
+    """
     return pytree.tree_leaves(batch)
 
 
 def pixels_of(streams: Streams) -> Tensor:
     """Return the pixels of all streams, one stream after another, as one uint8 tensor (B, H, W, 3).
 
-    A single stream's pixels are not copied.
+    `streams` is a tuple with the batch of each stream. A single stream's pixels are not copied.
     """
     pixels = [batch.pixels for batch in streams if batch.pixels is not None]
     return pixels[0] if len(pixels) == 1 else torch.cat(pixels)
 
 
 def rows_of(streams: Streams, count: int, first: int = 0) -> Streams:
-    """Return a part of the whole batch, with a slice of every stream.
+    """Return a part of a batch of several streams: a slice of each stream's batch, with at least one sample.
 
-    All slices together have about `count` samples, and start at about sample `first`. Each slice has at least one
-    sample.
+    The slices together have about `count` samples, and start at about sample number `first` of the whole batch.
+    `streams` is a tuple with the batch of each stream.
     """
     total = sum(map(len, streams))
     return tuple(batch.rows(max(1, len(batch) * count // total), len(batch) * first // total) for batch in streams)

@@ -200,11 +200,10 @@ def check_heads(terms: "Sequence[Term]", batch: Batch, heads: Mapping[str, Tenso
 
 
 def shows_otherwise(batch: Batch, form: TargetFormat, whole: Size | None) -> bool:
-    """Return True if the labels were cut in another way than the batch's windows say, as far as their shape shows it.
+    """Return True if the labels' shape proves that they were not cut by the batch's windows.
 
-    If a window has the view's aspect ratio, its labels must have the aspect ratio of `whole`, up to a pixel. Windows of
-    other aspect ratios are not checked. The result is True only if all windows of the batch have the view's aspect
-    ratio.
+    It is proved if all windows have the view's aspect ratio, but the labels do not have the aspect ratio of `whole`, up
+    to a pixel. In all other cases return False.
 
     Args:
         batch: the batch to check.

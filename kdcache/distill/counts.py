@@ -36,7 +36,9 @@ pytree.register_dataclass(Counts)
 def average_counts(counts: T, average: Callable[[Tensor], Tensor]) -> T:
     """Return the mean of the counts over all processes. The processes exchange data only once.
 
-    `average` takes a float64 tensor and returns its mean over the processes.
+    Args:
+        counts: this process's denominators, such as a tuple of `Counts`.
+        average: takes a float64 tensor and returns its mean over the processes.
     """
     process_counts, spec = pytree.tree_flatten(counts)
     mean = average(torch.cat([count.double().flatten() for count in process_counts]))
@@ -48,6 +50,9 @@ def average_counts(counts: T, average: Callable[[Tensor], Tensor]) -> T:
 
 
 def mean_counts(parts: Sequence[T]) -> T:
-    """Return the mean of the counts over the accumulated parts of a batch. The parts have equally many samples."""
+    """Return the mean of the counts over the accumulated parts of a batch, in the same structure.
+
+    `parts` has the denominators of each part, such as a tuple of `Counts`. The parts have equally many samples.
+    """
     counts: T = pytree.tree_map(lambda *each: torch.stack(each).mean(0), *parts)
     return counts

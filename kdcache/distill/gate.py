@@ -29,8 +29,9 @@ class GateSpec:
     """A gate by name.
 
     Attributes:
-        kind: `none`, `correct` or `confidence`.
-        threshold: the least probability of the teacher's class, in 0..1, that `confidence` lets pass.
+        kind: the pixels that pass. `none`: all. `correct`: void pixels, and pixels whose label is the teacher's best
+            class. `confidence`: pixels at which this class has at least the probability `threshold`.
+        threshold: a probability, in 0..1. Only `confidence` uses it.
     """
 
     kind: str = "none"

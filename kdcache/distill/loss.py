@@ -193,9 +193,9 @@ class DistillLoss(nn.Module):
         return Counts(ce, kl, terms)
 
     def counted(self, counts: Counts) -> dict[str, Tensor]:
-        """Return how much each task's terms count, as a dict: task -> 0-dimensional tensor.
+        """Return the sum of the denominators of each task's terms, as a dict: task -> 0-dimensional tensor.
 
-        A value above 0 means that a term of the task counts a pixel or image. `counts` is a result of
+        The sum is 0 if no term of the task counts a pixel or image. `counts` is a result of
         `DistillLoss.counts`. Only tasks with a term of weight above 0 are keys.
         """
         weights = (self.ce_weight, self.kl_weight, *(0 if term.measured else term.weight for term in self.terms))

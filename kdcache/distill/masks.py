@@ -26,7 +26,7 @@ class TeacherMasks:
     ignore_index: int
 
     def counted_by_kl(self, batch: Batch) -> list[tuple[Batch, Tensor | None]]:
-        """Return pairs of a batch and the bool mask (B, H, W) of the pixels at which KL compares with its targets.
+        """Return pairs of a batch and a bool mask (B, H, W) of the pixels at which KL uses that batch's targets.
 
         The first pair has `batch` itself. If pixels were pasted, a second pair has the targets of the pasted samples.
         The masks do not overlap. A mask of None leaves the choice of pixels to the fused loss.

@@ -52,7 +52,7 @@ class MergedTargets(nn.Module):
 
     @torch.no_grad()
     def merged(self, target: Target) -> Target:
-        """Return the target with the training's classes instead of the cache's."""
+        """Return a segmentation target, converted from the cache's classes to the training's."""
         merged_BChw = self.merge(target.values.float())
         values_BChw = (merged_BChw - merged_BChw.amax(1, keepdim=True)).clamp_min(_LOWEST)
         return Target(values_BChw.half())

@@ -29,7 +29,7 @@ class Criterion(nn.Module):
         names: the streams' names, which go before their terms' names: `kitti/ce`. A single stream may have the name "".
         weights: the weight of each stream's loss, at least 0. A stream's loss is a mean over its own samples, so its
             share of the batch does not act as a weight.
-        balance: the balance of segmentation and depth losses. None adds up the streams.
+        balance: the balance of segmentation and depth losses. None adds the weighted losses of the streams.
     """
 
     def __init__(
@@ -131,7 +131,7 @@ class Criterion(nn.Module):
     def parts(self, outputs: Any, streams: Streams, counts: tuple[Counts, ...] | None = None) -> dict[str, Tensor]:
         """Return the weighted loss of each active term, as a dict: name -> 0-dimensional tensor with a gradient.
 
-        They are needed to measure the gradient of each term. The weights include the balance. A named stream also has
+        With them, the gradient of each term can be measured. The weights include the balance. A named stream also has
         its weighted sum, `kitti/loss`. The arguments and errors are the same as in `forward`.
         """
         parts: dict[str, Tensor] = {}

@@ -11,7 +11,7 @@ from kdcache_kernels import PackedTarget
 
 
 class TargetFormat(Protocol):
-    """The interface of what is needed to read a cache's targets. An open cache has it."""
+    """The interface for reading targets: number of classes, view size, alignment of corners. An open cache has it."""
 
     @property
     def num_classes(self) -> int:

@@ -28,7 +28,7 @@ class Auxiliary(Term):
     def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
         """Return the mean cross-entropy of the auxiliary head's logits over labelled pixels, 0-dimensional.
 
-        `count` replaces the batch's own denominator.
+        `count` is the denominator, 0-dimensional. None uses the batch's own.
         """
         logits = batch.student.heads[AUXILIARY]
         return distill_loss(

@@ -60,8 +60,9 @@ class TermBatch:
 
     Attributes:
         student: the student's outputs, each at its native stride, with the gradient.
-        rows: the samples. `arrays` holds decoded features: features/<tap> (B, c, h, w), statistics/at.<tap> (B, h, w),
-            statistics/similarity.<tap> (B, p) uint8, targets/segmentation/max (B, h, w).
+        rows: the samples. The keys of `rows.arrays` are features/<tap> (B, c, h, w), statistics/at.<tap> (B, h, w),
+            statistics/similarity.<tap> (B, p) uint8 for p pairs of cells, and targets/segmentation/max (B, h, w), the
+            teacher's largest raw logit. Features stored in 8 bits are decoded.
         pixel_weight: (B, H, W), the gate of the teacher's terms. It does not change a mean's denominator. None weighs
             all 1.
         counted: (B, H, W) bool, True for the pixels that means include: those that show the image, and if void is
@@ -79,6 +80,8 @@ class TermBatch:
 
 class Term(nn.Module):
     """A loss term: a module that compares a student's outputs with targets, features or labels.
+
+    A subclass implements `loss`, and overrides `count` if its mean is not over cells.
 
     Its parameters, such as projections of the student's features, are trained with the student and never exported. It
     computes in float32 also under autocast, and in float64 for float64 inputs. It never waits for the device. Means are
@@ -188,9 +191,9 @@ class Term(nn.Module):
         """
 
     def describe(self) -> str | None:
-        """Return one line about what the term resizes or projects, after `prepare` or the first batch.
+        """Return one line about what the term resizes or projects, or None if it does neither.
 
-        None means nothing.
+        The line is complete after `prepare` or the first batch.
         """
         return self._description
 
@@ -217,7 +220,7 @@ class Term(nn.Module):
     def forward(self, batch: TermBatch, count: Tensor | None = None) -> Tensor:
         """Return the unweighted loss of a batch, 0-dimensional.
 
-        `count` replaces `self.count(batch)` as the denominator. For a batch in several parts, pass the mean of the
+        `count` is the denominator. None uses `self.count(batch)`. For a batch in several parts, pass the mean of the
         parts' counts. Then the parts' losses average to the whole batch's loss.
         """
         if not torch.compiler.is_compiling():
@@ -245,7 +248,10 @@ class Term(nn.Module):
         return grid_of(batch.rows.arrays[self._arrays[0]])
 
     def cells(self, batch: TermBatch, grid: Size, like: Tensor) -> Cells:
-        """Return how much each cell of a grid over the student's image counts and weighs.
+        """Return how much each cell of a grid over the student's image counts and weighs, (B, h, w) each.
+
+        A cell counts by its share of counted pixels, in 0..1. Its weight is the same share with each pixel times its
+        gate.
 
         Args:
             batch: the batch, with its masks and gate.
@@ -308,10 +314,10 @@ def unit(x: Tensor, dims: int | tuple[int, ...]) -> Tensor:
 
 
 def shared(loss: Tensor, own: int, all_rows: int) -> Tensor:
-    """Return the loss unchanged, with its gradient multiplied by the number of processes (`all_rows / own`).
+    """Return the loss with the same value, but with its gradient multiplied by `all_rows / own`.
 
-    Use it if every process computes the loss of all rows, but only its own rows carry a gradient. The average over
-    processes is then the sum of their gradients.
+    This factor is the number of processes. Use it if every process computes the loss of all rows, but only its own rows
+    carry a gradient. The average over processes is then the sum of their gradients.
 
     Args:
         loss: 0-dimensional, equal in all processes.

@@ -36,7 +36,10 @@ MIN_DEPTH = 1e-3
 
 
 class DepthTerm(Term):
-    """A base of loss terms between two depth maps. `of_images` computes the loss of each image.
+    """A base of loss terms between two depth maps. Subclasses implement `of_images`, the loss of each image.
+
+    A pixel is valid if it shows the image and its reference depth is known. A depth in a label must also be at least
+    0.001 m, and at most the student's largest depth.
 
     Attributes:
         student: the kind of the student's depth head.
@@ -57,7 +60,7 @@ class DepthTerm(Term):
     def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
         """Return the mean of `of_images` over the images with a valid pixel, 0-dimensional.
 
-        `count` replaces the batch's own number of such images.
+        `count` is the denominator, 0-dimensional. None uses the batch's own number of such images.
         """
         raw_B1HW = resize(wide(batch.student.heads[DEPTH]), batch.rows.size, self.student_align_corners)
         prediction_BHW = self.compared(self.student.values(raw_B1HW)[:, 0], self.student)
@@ -159,6 +162,7 @@ class DepthBerhu(DepthTerm):
     """The loss term `depth-berhu`: the reverse Huber loss in metres.
 
     Errors above a fifth of the image's largest error count as squares, the others as absolute values.
+    The loss is the mean over the valid pixels of an image, then over the images with a valid pixel.
     """
 
     kind = "depth-berhu"
@@ -171,7 +175,7 @@ class DepthBerhu(DepthTerm):
 class DepthSilog(DepthTerm):
     """The loss term `depth-silog`: 10 sqrt(mean g^2 - 0.85 (mean g)^2), with g = log prediction - log reference.
 
-    The means are over the valid pixels of an image.
+    These means are over the valid pixels of an image. The loss is the mean over the images with a valid pixel.
     """
 
     kind = "depth-silog"
@@ -184,7 +188,8 @@ class DepthSilog(DepthTerm):
 class DepthGradient(DepthTerm):
     """The loss term `depth-gradient`: compares the steps of log depth between pixels that are 1, 2, 4 and 8 apart.
 
-    So it compares edges and shapes, whatever the scale of depth.
+    So it compares edges and shapes, whatever the scale of depth. The loss is the mean over the images with a valid
+    pixel.
     """
 
     kind = "depth-gradient"
@@ -197,10 +202,10 @@ class DepthGradient(DepthTerm):
 class DepthSsi(DepthTerm):
     """The loss term `depth-ssi`: the difference of inverse depths, after aligning each map's shift and scale.
 
-    Each map is shifted by its median and divided by its mean absolute deviation from it. The largest 20 % of an image's
-    differences are left out. `alpha` (default 0.5) times the gradient matching of the aligned maps is added. Depth in
-    metres is inverted. Other units, as in MiDaS and Depth Anything, already are inverse depth up to a scale and a
-    shift.
+    Each map is shifted by its median, and divided by the mean absolute deviation from this median. The largest
+    20 % of an image's differences are left out. `alpha` (default 0.5) times the gradient matching of the aligned maps
+    is added. The loss is the mean over the images with a valid pixel. Depth in metres is inverted. Other units, as in
+    MiDaS and Depth Anything, already are inverse depth up to a scale and a shift.
     """
 
     kind = "depth-ssi"

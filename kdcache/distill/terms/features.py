@@ -17,13 +17,16 @@ TINY = 1e-24
 class Projected(Term):
     """A base of loss terms that project the student's features to the teacher's channels, by a trained projector.
 
+    Subclasses implement `loss`.
+
     | projector | layers |
     | --- | --- |
     | `linear` | a 1x1 convolution |
     | `mlp` | two 1x1 convolutions with a GELU between, as wide as the teacher's features |
 
     With `standardise=channels`, checkpoints include mean and standard deviation of the teacher's channels.
-    Source: Theia, Shang et al. 2024, arXiv 2407.20179; PHI-S, Ranzinger et al. 2024, arXiv 2410.01680, compares ways.
+    Source: Theia, Shang et al. 2024, arXiv 2407.20179; PHI-S, Ranzinger et al. 2024, arXiv 2410.01680, compares ways to
+        standardise.
     """
 
     spec: specs.Projected | specs.Channels
@@ -58,7 +61,7 @@ class Projected(Term):
         self.note_resize(student, teacher, then="" if isinstance(self.projection, nn.Identity) else projected)
 
     def both_features(self, batch: TermBatch) -> tuple[Tensor, Tensor, Cells]:
-        """Return features (B, c, h, w) of student and teacher on the teacher's cells, and the cells' weights.
+        """Return features (B, c, h, w) of student and teacher on the teacher's cells, and how much each cell counts.
 
         The student's features are projected and resized. The teacher's features are cut to the batch's windows.
         """
@@ -104,7 +107,7 @@ class Hint(Projected):
     def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
         """Return the mean squared (or smooth L1) difference of the features over cells, 0-dimensional.
 
-        `count` replaces the batch's own number of counted cells.
+        `count` is the denominator, 0-dimensional. None uses the batch's own number of counted cells.
         """
         student_Bchw, teacher_Bchw, cells = self.both_features(batch)
         if self.spec.distance == "smooth-l1":
@@ -126,7 +129,7 @@ class Cosine(Projected):
     def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
         """Return the mean of 1 - cosine over cells, 0-dimensional.
 
-        `count` replaces the batch's own number of counted cells.
+        `count` is the denominator, 0-dimensional. None uses the batch's own number of counted cells.
         """
         student_Bchw, teacher_Bchw, cells = self.both_features(batch)
         return self.mean(1 - cosine(student_Bchw, teacher_Bchw), cells, count)
@@ -171,7 +174,7 @@ class Attention(Term):
     def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
         """Return the mean squared difference of the attention maps over cells, 0-dimensional.
 
-        `count` replaces the batch's own number of counted cells.
+        `count` is the denominator, 0-dimensional. None uses the batch's own number of counted cells.
         """
         student_Bhw = energy(wide(batch.student.features[self._student_tap]))
         stored = batch.rows.arrays[self._arrays[0]].to(student_Bhw.dtype)

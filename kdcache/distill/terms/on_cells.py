@@ -19,7 +19,10 @@ from kdcache_kernels.topk import compute_dtype
 
 
 class OnCells(Term):
-    """A base of loss terms that compare logits on the teacher's cells. The student's logits are resized to them."""
+    """A base of loss terms that compare logits on the teacher's cells. Subclasses implement `loss`.
+
+    The student's logits are resized to the cells.
+    """
 
     spec: specs.OfLogits | specs.Channels
 
@@ -32,15 +35,16 @@ class OnCells(Term):
 def seen_on_cells(
     term: "OnCells | ChannelFeatures", batch: TermBatch, student_BCxx: Tensor, teacher_BChw: Tensor
 ) -> Seen:
-    """Resample the student's and the teacher's maps to the teacher's cells, and divide them by the temperature.
+    """Resample the student's and the teacher's maps to common cells, and divide them by the temperature.
 
-    The cells lie over the student's image.
+    The cells divide the student's image into as many rows and columns as the teacher's map has.
 
     Args:
         term: gives the temperature.
         batch: gives windows and masks.
         student_BCxx: the student's logits or features, on any grid.
-        teacher_BChw: the teacher's, with equally many channels.
+        teacher_BChw: the teacher's logits or features, with as many channels.
+    Returns: both maps (B, C, h, w), the count and weight of each cell, and whether a counted logit is not finite.
     Raises: ShapeError if the numbers of channels differ.
     """
     check_logits(student_BCxx, teacher_BChw)
@@ -97,7 +101,7 @@ class Decoupled(OnCells):
     def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
         """Return alpha * TCKD + beta * NCKD, times T^2, averaged over cells: 0-dimensional.
 
-        `count` replaces the batch's own number of counted cells.
+        `count` is the denominator, 0-dimensional. None uses the batch's own number of counted cells.
         """
         assert batch.rows.target is not None  # by `reads_target`; all classes are kept, by `check_terms`
         maps = seen_on_cells(self, batch, batch.student.logits, batch.rows.target.values)
@@ -148,7 +152,10 @@ class Relations(OnCells):
     spec: specs.Relations
 
     def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
-        """Return the `dist` loss, 0-dimensional. `count` replaces the batch's own number of counted cells."""
+        """Return the `dist` loss, 0-dimensional.
+
+        `count` is the denominator, 0-dimensional. None uses the batch's own number of counted cells.
+        """
         logits, options = self._logits(batch), self._options(batch)
         moments = None
         if self.gather is not None:
@@ -245,7 +252,7 @@ def compare_channels(
         batch: gives windows and masks.
         student_BCxx: the student's logits or features, on any grid.
         teacher_BChw: the teacher's logits or features, with as many channels.
-        count: replaces the batch's own number of images with a counted pixel.
+        count: the denominator, 0-dimensional. None uses the batch's own number of images with a counted pixel.
     Raises: ShapeError if the numbers of channels differ.
     """
     maps = seen_on_cells(term, batch, student_BCxx, teacher_BChw)
@@ -282,13 +289,13 @@ class ChannelLogits(OnCells):
 
     @classmethod
     def of(cls, spec: specs.Channels, setup: TermSetup) -> Term:
-        """Make the term for features if the spec names a tap, else the term for logits."""
+        """Make the module of the loss term `cwd`: for features if the spec names a tap, else for logits."""
         return ChannelFeatures(spec, setup) if spec.reads_taps else cls(spec, setup)
 
     def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
         """Return the `cwd` loss of the raw logits, 0-dimensional.
 
-        `count` replaces the batch's own number of images with a counted pixel.
+        `count` is the denominator, 0-dimensional. None uses the batch's own number of images with a counted pixel.
         """
         assert batch.rows.target is not None  # by `reads_target`; all classes are kept, by `check_terms`
         teacher_BChw = batch.rows.target.values.to(compute_dtype(batch.student.logits.dtype))
@@ -302,7 +309,10 @@ class ChannelLogits(OnCells):
 
 
 class ChannelFeatures(Projected):
-    """The loss term `cwd` of a tap: like `cwd` of logits, with the channels of features instead of classes.
+    """The loss term `cwd` of a tap: compares at which cells each channel of the features is strong.
+
+    For each channel, p is the softmax of its values / T over all cells of an image. The loss is T^2 / C times the sum
+    over the C channels of KL(p of the teacher || p of the student), averaged over the images with a counted pixel.
 
     If student and teacher have different numbers of channels, a trained 1x1 convolution projects the student's
     features.
@@ -321,7 +331,7 @@ class ChannelFeatures(Projected):
     def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
         """Return the `cwd` loss of the features, 0-dimensional.
 
-        `count` replaces the batch's own number of images with a counted pixel.
+        `count` is the denominator, 0-dimensional. None uses the batch's own number of images with a counted pixel.
         """
         student_Bchw = self.projection(wide(batch.student.features[self._student_tap]))
         teacher_Bchw = self.standardised(batch.rows.arrays[self._arrays[0]], student_Bchw.dtype)

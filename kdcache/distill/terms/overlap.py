@@ -9,17 +9,17 @@ from kdcache_kernels.target_cells import resize
 
 
 class Overlap(Term):
-    """A base of loss terms that compare predictions and labels per image and class, without a teacher.
+    """A base of loss terms that compare predictions and labels per image and class. Subclasses implement `of_classes`.
 
-    The loss is the mean over the classes in an image's label, then the mean over images with a labelled pixel. It does
-    not depend on how a batch is divided among processes or accumulated parts. Void pixels never count. Gates and masks
-    of teacher terms do not apply.
+    They need no teacher. The loss is the mean over the classes in an image's label, then the mean over images with a
+    labelled pixel. It does not depend on how a batch is divided among processes or accumulated parts. Void pixels never
+    count. Gates and masks of teacher terms do not apply.
     """
 
     def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
         """Return the mean of `of_classes` over each image's classes, then over labelled images, 0-dimensional.
 
-        `count` replaces the batch's own number of labelled images.
+        `count` is the denominator, 0-dimensional. None uses the batch's own number of labelled images.
         """
         logits_BCHW = resize(wide(batch.student.logits), batch.rows.size, self.student_align_corners)
         probability_BCP = logits_BCHW.softmax(1).flatten(2)
@@ -53,10 +53,11 @@ class Dice(Overlap):
     """The loss term `dice`: 1 - 2 sum(p g) / (sum p + sum g) for each class in an image's label.
 
     The sums are over the image's labelled pixels. p is the student's probability of the class, and g is 1 if the
-    pixel's label is the class, else 0. Default weight 1.
+    pixel's label is the class, else 0. The loss of an image is the mean over the classes in its label. The loss of a
+    batch is the mean over its images with a labelled pixel. Default weight 1.
 
-    Source: Milletari et al. 2016, arXiv 1606.04797, whose denominator has squares; as written by Sudre et al. 2017,
-        arXiv 1707.03237, equation 2.
+    Source: Sudre et al. 2017, arXiv 1707.03237, equation 2. In the first version, Milletari et al. 2016, arXiv
+        1606.04797, the denominator has squares.
     """
 
     kind = "dice"
@@ -71,8 +72,9 @@ class Dice(Overlap):
 class Lovasz(Overlap):
     """The loss term `lovasz`: the Lovasz extension of 1 - IoU for each class in an image's label.
 
-    It equals the authors' code with `classes="present", per_image=True`, except that an image with only void does not
-    count. It sorts the pixels of every class and keeps several tensors (B, C, H, W). Default weight 1.
+    The loss is the mean over these classes, then the mean over images with a labelled pixel. So an image with only void
+    does not count. Otherwise the loss equals the authors' code with `classes="present", per_image=True`. The term sorts
+    the pixels of every class and keeps several tensors (B, C, H, W). Default weight 1.
 
     Source: Berman et al. 2018, arXiv 1705.08790, algorithm 1 and equation 12.
     """
@@ -101,9 +103,9 @@ def falling_order(error_BCP: Tensor) -> Tensor:
 
 
 def jaccard_steps(shown_BCP: Tensor) -> Tensor:
-    """Return how much 1 - IoU rises when each further pixel becomes wrong, (B, C, P).
+    """Return how much 1 - IoU rises when one pixel after the other becomes wrong: a rise per pixel, (B, C, P).
 
-    The pixels are sorted by error, from the largest to the smallest. `shown_BCP` is 1.0 if the pixel's label is the
+    The P pixels are sorted by error, from the largest to the smallest. `shown_BCP` is 1.0 if the pixel's label is the
     class, else 0.0.
     """
     total_BC1 = shown_BCP.sum(2, keepdim=True)

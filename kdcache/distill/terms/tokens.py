@@ -58,9 +58,10 @@ class TokenSimilarity(Term):
         return self._grid
 
     def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
-        """Return the mean over cells of the KL between the teacher's and the student's similarities, 0-dimensional.
+        """Return the mean over cells of KL(p of the teacher || p of the student), 0-dimensional.
 
-        `count` replaces the batch's own number of counted cells.
+        p is softmax(cosine / temperature) of a cell's features with the features of each cell of the same image.
+        `count` is the denominator, 0-dimensional. None uses the batch's own number of counted cells.
         """
         student_Bchw = wide(batch.student.features[self._student_tap])
         cells = self.cells(batch, self._grid, student_Bchw)
@@ -127,9 +128,10 @@ class Queue(Term):
         )
 
     def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
-        """Return the mean over images of the KL between the teacher's and the student's similarities, 0-dimensional.
+        """Return the mean over images of KL(p of the teacher || p of the student), 0-dimensional.
 
-        `count` replaces the batch's own number of images with a counted pixel.
+        p is softmax(cosine / temperature) of an image's feature vector with each vector in the queue.
+        `count` is the denominator, 0-dimensional. None uses the batch's own number of images with a counted pixel.
         """
         student_Bchw = wide(batch.student.features[self._student_tap])
         weight_Bhw = self.cells(batch, grid_of(student_Bchw), student_Bchw).weight

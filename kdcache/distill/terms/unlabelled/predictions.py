@@ -29,7 +29,7 @@ class Entropy(Term):
     def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
         """Return the mean entropy, in 0..1, over the pixels that show the image, 0-dimensional.
 
-        `count` replaces the batch's own number of such pixels.
+        `count` is the denominator, 0-dimensional. None uses the batch's own number of such pixels.
         """
         logits_BCHW = resize(wide(batch.student.logits), batch.rows.size, self.student_align_corners)
         log_BCHW = logits_BCHW.log_softmax(1)
@@ -95,7 +95,7 @@ class Adversarial(Term):
         return (Discrimination(self),)
 
     def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
-        """Return how clearly the discriminator tells this stream's predictions from the other stream's, 0-dimensional.
+        """Return the student's loss, 0-dimensional: small if this stream's predictions look like the other stream's.
 
         The discriminator gets no gradient. `count` is ignored, because every image has equally many patches.
         """

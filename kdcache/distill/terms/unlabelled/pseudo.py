@@ -49,7 +49,7 @@ class Pseudo(Term):
     def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
         """Return the cross-entropy with the pseudo labels, divided as `normalise` says: 0-dimensional.
 
-        `count` replaces the batch's own denominator.
+        `count` is the denominator, as the method `count` returns it. None uses the batch's own.
         """
         with torch.no_grad():
             argmax_BHW, confident_BHW, counted_BHW = self._confident(batch)
@@ -257,7 +257,7 @@ class Confident(Term):
     def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
         """Return the share of confident pixels, in 0..1, 0-dimensional.
 
-        `count` replaces the number of counted pixels.
+        `count` is the denominator, 0-dimensional. None uses the batch's own number of counted pixels.
         """
         confident, counted = self._consistency[0].confident_and_counted(batch)
         return divide(confident, counted if count is None else count.double()).to(wide(batch.student.logits).dtype)
