@@ -155,7 +155,7 @@ def main(args: Sequence[str] | None = None) -> None:
     The exit code is 0 for success, 1 if a check failed, 2 for wrong input, and 130 after Ctrl-C.
 
     Args:
-        args: the words after `kdcache`. None takes this process's words.
+        args: the words after `kdcache`. None takes `sys.argv[1:]`.
     """
     arguments = sys.argv[1:] if args is None else args
     # Allowed after the verb too, where people add them.
@@ -218,7 +218,10 @@ def _fault_of_theirs(error: Exception) -> KDCacheError | None:
 
 
 def show_error(error: Any) -> None:
-    """Print a panel with an error's problem, its fix and its rule."""
+    """Print an error in a panel, with its attributes `problem`, `fix` and `rule`, which are texts.
+
+    `fix` says what the user can do. `rule` says what must hold, and may be empty.
+    """
     lines = [("fix: ", error.fix), ("", Text(error.rule, "dim"))]
     parts = (part for name, text in lines if text for part in ("\n", (name, "dim"), text))
     body = Text.assemble((error.problem, "bold"), *parts)

@@ -19,14 +19,21 @@ _WIDEST = 1000
 class Terminal(Console):
     """A console that prints names, paths and errors as plain text, without control characters.
 
-    Lines of text may have rich's markup. Tables, panels and bars have none.
+    Strings may have rich's markup, such as [bold]. In tables, panels and bars, markup is printed as it is.
     """
 
     def __init__(self, **options: Any) -> None:
         super().__init__(markup=False, emoji=False, **options)
 
     def print(self, *objects: Any, markup: bool | None = None, soft_wrap: bool | None = None, **options: Any) -> None:
-        """Print as rich does. Markup is read in lines of text only, and lines that go to a file are not wrapped."""
+        """Print objects as rich does.
+
+        Args:
+            objects: strings, tables or other objects that rich can print.
+            markup: whether rich's markup is interpreted. None interprets it if all objects are strings.
+            soft_wrap: True does not wrap lines. None does not wrap strings that go to a file.
+            options: the other arguments of rich's `Console.print`.
+        """
         lines = all(isinstance(part, str) for part in objects)
         unwrapped = lines and not self.is_terminal if soft_wrap is None else soft_wrap
         with self._room_for(objects):
@@ -46,7 +53,7 @@ class Terminal(Console):
 
     @contextmanager
     def heard(self) -> Iterator[None]:
-        """Print in a with block although --quiet is given."""
+        """Let `print` work in a with block, even if --quiet is given."""
         quiet, self.quiet = self.quiet, False
         try:
             yield
@@ -97,7 +104,10 @@ ERRORS = Terminal(stderr=True)
 
 
 def figure_table(*header: str, title: str | None = None) -> Table:
-    """Return an empty table without borders. Its first column is for names, and the others are for numbers."""
+    """Return an empty table without borders, with the headings `header`.
+
+    Its first column is for names, and the others are for numbers.
+    """
     columns = [Column(name, justify="right" if place else "left") for place, name in enumerate(header)]
     above = None if title is None else f"\n{title}"
     return Table(*columns, title=above, title_style="bold", title_justify="left", box=None, header_style="dim")

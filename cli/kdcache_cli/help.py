@@ -12,9 +12,9 @@ _ALL = "--help-all"
 
 
 def common(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Return a decorator that names the parameters of a verb whose flags -h shows. --help-all shows all flags.
+    """Return a decorator that shortens a verb's help: -h shows only required flags and the flags of some parameters.
 
-    -h also shows required flags.
+    `names` are these parameters. --help-all shows all flags.
     """
 
     def decorate(verb: Callable[..., None]) -> Callable[..., None]:

@@ -48,7 +48,10 @@ def stages() -> Iterator[Callable[[str], None]]:
 
 
 def contestants(*columns: str, title: str) -> Table:
-    """Return an empty table of measurements, with a plain title. Its first column is for names."""
+    """Return an empty table of measurements, whose first column is for names.
+
+    `columns` are the headings of the other columns. The title is not bold.
+    """
     table = figure_table("", *columns)
     table.title, table.title_style = title, None
     return table
@@ -70,11 +73,11 @@ def _header(theme: str) -> dict[str, Any]:
 class GrowingResult:
     """A result file (JSON) that is valid after each new row, so that an interrupted benchmark keeps its results.
 
-    Its key `complete` is true once all rows are there.
+    The rows are under the key `rows`. The key `complete` is true once all rows are there.
 
     Args:
         path: the file. None writes nothing.
-        theme: the subject of the measurement, which is a key of the file.
+        theme: what is measured, such as "kernels". The file has it under the key `theme`.
         of: the number of rows of a complete file.
     """
 

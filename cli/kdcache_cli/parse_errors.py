@@ -26,7 +26,7 @@ def parse_errors(context: Any = None) -> Iterator[None]:
     """Turn parse errors of the command line into a RecipeError, in a with block.
 
     Args:
-        context: Typer's context of the verb. Errors that name no verb are about this one.
+        context: Typer's context. If an error does not know its verb, the message names the verb of this context.
     """
     try:
         yield

@@ -24,7 +24,7 @@ class RayRunner:
     """Runs the jobs of a sweep on a Ray cluster, when it is called with a job.
 
     Args:
-        ray: the module, from `kdcache.ray_cluster.cluster`.
+        ray: the module `ray`, as `kdcache.ray_cluster.cluster` yields it.
         sweep: the sweep, whose folder gets the logs.
         parallel: the number of jobs at the same time. Each gets an equal share of the cluster's CPUs, on one node.
         num_gpus: the GPUs of each job. With 0.5, two jobs share a GPU.

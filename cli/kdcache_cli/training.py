@@ -19,7 +19,7 @@ def run_training(settings: dict[str, Any], context: typer.Context, out: Path, re
     """Train with these settings, and show progress and result. On Ctrl-C, save the state and exit with code 130.
 
     Args:
-        settings: name with underscores -> value. `verb` is `train-teacher` or `train-student`.
+        settings: name with underscores -> value. The setting `verb` is `train-teacher` or `train-student`.
         context: Typer's context of the verb, which knows what the user typed.
         out: the run folder.
         resume: True continues the run in `out`.

@@ -125,7 +125,7 @@ def lr_scales(texts: tuple[str, ...]) -> dict[str, float]:
 
 
 def parse_task_weights(value: Any) -> Any:
-    """Check texts such as 'depth=0.7', and return them as a tuple: one text, or a list of them.
+    """Check one text such as 'depth=0.7', or a list of such texts, and return a tuple of the texts.
 
     Any other value is returned unchanged. Raises: ValueError if a text is not TASK=WEIGHT (see `task_weights`).
     """

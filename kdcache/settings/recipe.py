@@ -24,9 +24,9 @@ def to_recipe(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def settings_of(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of a recipe.toml without the key `format`.
+    """Return the settings of a recipe.toml as they are, but without the key `format`.
 
-    Settings that no longer exist are also left out, if they had their default.
+    Settings of earlier versions that no longer exist are also left out, if their value has no effect.
 
     Raises: RecipeError if a later version of kdcache wrote the recipe.
     """

@@ -85,7 +85,7 @@ def removal(name: str, *tables: Mapping[str, Removed]) -> RecipeError | None:
     """Return the error for a removed name, which says what replaces it, or None for any other name.
 
     Args:
-        name: a key of the tables, such as `evaluate of pseudo labels`. Or a flag such as `--opacity`.
+        name: a flag such as `--opacity`, or another key of the tables, such as `evaluate of pseudo labels`.
         tables: the tables of this module to search: removed name -> replacement.
     """
     key = name.removeprefix("--").replace("-", "_")

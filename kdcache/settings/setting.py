@@ -125,7 +125,10 @@ class Entry:
 
     @property
     def text(self) -> Any:
-        """The default as a user would type it, such as `288x384`. None if there is none to type."""
+        """The default as a user would type it, such as `288x384`.
+
+        None for settings that are required, repeated or automatic, and for a default None without a text.
+        """
         if self.setting.automatic or self.setting.repeated or self.required:
             return None
         if self.spelling is None:

@@ -33,7 +33,12 @@ _ADDED = {
 
 
 class Missing(NamedTuple):
-    """A need of a loss term that a cache lacks: in words (`what`), and the build flag that stores it."""
+    """Something that a loss term needs and a cache lacks.
+
+    Attributes:
+        what: what is missing, in words.
+        flag: the build flag that stores it, such as `--raw-logits`.
+    """
 
     what: str
     flag: str
@@ -42,7 +47,9 @@ class Missing(NamedTuple):
 @dataclass_transform(frozen_default=True, kw_only_default=True)
 @dataclass(frozen=True, kw_only=True)
 class LossTerm:
-    """The base class of all loss terms, as settings. Fields are options, as in `--term cosine,weight=0.1`.
+    """The base class of all loss terms, as settings.
+
+    A subclass sets `kind` and other class variables. Its fields are options, as in `--term cosine,weight=0.1`.
 
     Attributes:
         kind: the term's name, such as `cosine`.
@@ -190,7 +197,12 @@ class LossTerm:
         return False
 
     def check_unit(self, whose: str, head: Any) -> None:
-        """Check that the term can compare a head's unit. `whose` names its owner in errors. Raises: RecipeError."""
+        """Check that the term can compare values in the unit of a head. The default accepts every unit.
+
+        `head` has an attribute `unit`. `whose` names the head's owner in the error, such as "the student's".
+
+        Raises: RecipeError for another unit.
+        """
 
     def check_student(self, heads: Mapping[str, Any]) -> None:
         """Check that a student has the head that the term reads.
@@ -214,7 +226,11 @@ class LossTerm:
     ) -> Self:
         """Check that a cache has what the term needs, and return the term. `FeatureTerm.resolved` also chooses taps.
 
-        `manifest` is the cache's manifest, or None if labels replace the teacher. Raises: RecipeError.
+        Args:
+            manifest: the cache's manifest, or None if labels replace the teacher.
+            student_taps: names of the student's taps. Only terms that compare features read them.
+            grids: tap of the student -> its (h, w), only for terms that compare features.
+        Raises: RecipeError if the cache lacks something.
         """
         check_terms([self], manifest)
         return self
@@ -280,8 +296,14 @@ class FeatureTerm(LossTerm):
     ) -> Self:
         """Return a copy of the term with its taps chosen: the cache's last, and the student's with the nearest grid.
 
-        Taps that the user named are kept. `grids` has the (h, w) of each of the `student_taps` for a whole view. None
-        treats all as equal. Raises: RecipeError if the cache or the student lacks a tap.
+        Taps that the user named are kept.
+
+        Args:
+            manifest: the cache's manifest.
+            student_taps: names of the student's taps.
+            grids: name of a student's tap -> its (h, w) for a whole view. None chooses the student's tap of the same
+                name as the teacher's, or else the last.
+        Raises: RecipeError if the cache or the student lacks a tap.
         """
         check_terms([self], manifest)
         if not self.reads_taps:
@@ -351,9 +373,13 @@ def entries_of(term: type) -> dict[str, Entry]:
 
 
 def untaken(given: Mapping[str, Any], taken: Collection[str]) -> dict[str, Any]:
-    """Return those settings in `given` that have no effect: name with underscores -> value.
+    """Return the settings of loss terms that no term in use reads: name with underscores -> value.
 
-    `taken` are the names that the terms in use read. A weight of 0 never counts as without effect.
+    Weights of 0 are left out, because they only switch off a term.
+
+    Args:
+        given: name -> value of the settings that the user gave. Settings that belong to no loss term are ignored.
+        taken: names of the settings that the terms in use read.
     """
     named = {name.replace("-", "_"): value for name, value in given.items()}
     idle = {name: value for name, value in named.items() if name not in taken and _takers(name)}

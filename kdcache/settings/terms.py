@@ -75,7 +75,12 @@ class Depth(_OnLabels):
         return True
 
     def check_unit(self, whose: str, head: Any) -> None:
-        """Check that a head predicts metres. `whose` names its owner, for the error. Raises: RecipeError."""
+        """Check that a head predicts depth in metres.
+
+        `head` has an attribute `unit`. `whose` names the head's owner in the error, such as "the student's".
+
+        Raises: RecipeError for another unit.
+        """
         if head.unit != METRES:
             raise RecipeError(
                 f"{self.kind} needs depth in metres, but {whose} head {DEPTH} has unit {head.unit!r}",
@@ -418,7 +423,10 @@ def parse_method(text: str) -> tuple[LossTerm, ...]:
 
 
 def auto_method(*, parted: bool) -> str:
-    """Return the method of `--method auto`: `kl` if batches have pasted pixels or parts (`parted`), else `dist`."""
+    """Return the method that `--method auto` stands for: `kl` if `parted` is True, else `dist`.
+
+    `parted` is True if batches have pasted pixels (`--mix`) or are processed in parts (`--accumulate`).
+    """
     return "kl" if parted else "dist"
 
 

@@ -88,12 +88,12 @@ def open_data(data: Data, split: str | None) -> Split:
 
 
 def check_split(name: str, own: str, given: str | None) -> None:
-    """Check that the name `given` with a split is that split's name, or None.
+    """Check that a caller who gave a split and the name of a split gave the right name.
 
     Args:
         name: the argument that holds the split, such as "data", for the message.
-        own: the split's name.
-        given: the given name, or None.
+        own: the name of the split in this argument.
+        given: the name that the caller gave. None passes.
     Raises: RecipeError if the names differ.
     """
     if given not in (None, own):

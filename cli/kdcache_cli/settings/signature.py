@@ -66,7 +66,8 @@ def takes(
 def given(settings: Mapping[str, Any], context: typer.Context) -> dict[str, Any]:
     """Return the settings that the user typed in the command or in a recipe file: name -> value.
 
-    Defaults, presets and a run's own recipe do not count. `context` is Typer's context of the verb.
+    Defaults, presets and a run's own recipe do not count. `settings` are all settings of the verb, and `context` is
+    Typer's context of the verb.
     """
     untyped = context.meta.get(UNTYPED, frozenset())
     sources = {name: context.get_parameter_source(name) for name in settings}

@@ -56,8 +56,8 @@ def bench_kernels(
 ) -> None:
     """Measure time and memory of the loss kernels on this machine, and check their results.
 
-    Measures forward and backward of cross-entropy plus KL, or of the term dist. Other implementations run in the same
-    minutes on the same tensors. Each row is printed and written to --json at once, so Ctrl-C keeps the finished rows.
+    Measures forward and backward of cross-entropy plus KL, or of the term dist. Other implementations are timed
+    in turn, on the same tensors. Each row is printed and written to --json at once, so Ctrl-C keeps the finished rows.
     On a GPU, the first figure is the device time of a CUDA graph. [bold]host ms[/] is the CPU time to issue a step.
 
     [dim]kdcache bench-kernels --shapes camvid --against eager,compile --json kernels-cpu.json[/]

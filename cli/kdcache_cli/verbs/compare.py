@@ -37,7 +37,7 @@ def compare(
         Path | None, _Option("--text", help="Write the small table: mIoU, parameters, milliseconds.")
     ] = None,
 ) -> None:
-    """Compare runs: IoU per class, distance to the baseline and its noise, cost.
+    """Compare runs: IoU per class, difference from the baseline and how certain it is, cost.
 
     Runs that differ only in seed and fold make one row, with mean and standard
     deviation. The run folders keep the evaluations. kdcache uses them again while

@@ -37,7 +37,7 @@ def predict(
     Writes an overlay and a label PNG for every image. The label's pixels are class ids,
     and its palette shows the class colours. A model with a depth head also writes the
     depth, and a coloured depth map with a bar in metres. All files have the image's own
-    size and its upright orientation. The model sees the image at --size. The default is
+    size, after its EXIF rotation. The model sees the image at --size. The default is
     the training size.
 
     [dim]kdcache predict runs/student photos --out predicted[/]

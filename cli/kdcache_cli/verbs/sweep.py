@@ -188,7 +188,10 @@ def flags_of(group: Any) -> dict[str, set[str]]:
 
 
 class InProcess:
-    """Runs the jobs of a sweep in this process, when it is called with a job."""
+    """Runs a job of a sweep in this process, when it is called with the job.
+
+    `group` is the Typer group of all verbs.
+    """
 
     def __init__(self, group: Any) -> None:
         self._group = group
@@ -199,9 +202,9 @@ class InProcess:
 
 
 class Apart:
-    """Runs the jobs of a sweep, when it is called with a job: each in its own process, with a log.
+    """Runs a job of a sweep in a new process with a log, when it is called with the job.
 
-    Each process gets an equal share of the CPU cores, and one of the GPUs.
+    At most `parallel` jobs may run at the same time. Each process gets an equal share of the CPU cores, and one GPU.
     """
 
     def __init__(self, sweep: "Sweep", parallel: int) -> None:
