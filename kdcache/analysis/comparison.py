@@ -55,7 +55,10 @@ class RunScore:
         return None if metrics is None else metrics.images
 
     def value(self, task: str, name: str | None = None) -> float:
-        """Return a metric of a task, or NaN if the task is not evaluated. `name` None returns the task's score."""
+        """Return a metric of a task, or NaN if the task is not evaluated.
+
+        `name` is the metric's name, such as "miou". None returns the task's score.
+        """
         metrics = self.tasks.by_task.get(task)
         return math.nan if metrics is None else float(getattr(metrics, name or TASKS[task].score))
 
@@ -124,12 +127,15 @@ class Row:
     def spread(self, task: str, name: str | None = None) -> Spread:
         """Return mean and standard deviation of a metric over the runs, NaN if the task is not evaluated.
 
-        `name` None returns the task's score.
+        `name` is the metric's name, such as "miou". None returns the task's score.
         """
         return self.scores.get(task, {}).get(name or TASKS[task].score, Spread.of(()))
 
     def differences(self, task: str) -> tuple[Difference | None, Difference | None]:
-        """Return the differences of a task's score from the baseline and from the control, or None without one."""
+        """Return two differences of a task's score: from the baseline, and from the control.
+
+        Each is None if the row does not have a baseline or control.
+        """
         gaps = self.gaps.get(task, Gaps())
         return gaps.baseline, gaps.control
 
@@ -161,7 +167,10 @@ class Row:
         return tuple((score.run, why) for score in self.runs if (why := at_chance(score.metrics)) is not None)
 
     def to_json(self, class_names: Sequence[str]) -> dict[str, Any]:
-        """Return all scores and differences of the row as JSON values."""
+        """Return all scores and differences of the row as JSON values.
+
+        `class_names` are the names of the classes of `iou`.
+        """
         gaps = self.class_differences or (None,) * len(class_names)
         return {
             "name": self.name,

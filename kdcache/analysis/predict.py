@@ -243,7 +243,11 @@ def argmax_at(
 def overlay(pixels_HW3: Array, ids_HW: Array, classes: ClassList, opacity: float) -> Array:
     """Blend the colours of classes over an image. Return uint8 (H, W, 3).
 
-    `opacity` is from 0 (image only) to 1 (classes only).
+    Args:
+        pixels_HW3: the image, uint8 (H, W, 3).
+        ids_HW: class ids (H, W).
+        classes: the colours of the classes.
+        opacity: from 0 (image only) to 1 (classes only).
     """
     colours_HW3 = colour_ids(ids_HW, classes.colours).astype(np.float32)
     mixed = (1 - opacity) * pixels_HW3.astype(np.float32) + opacity * colours_HW3

@@ -21,7 +21,10 @@ _LISTED = 10
 
 
 def draw_distribution(scores: ImageScores, colours: Colours, title: str) -> "Figure":
-    """Return a figure of the distribution of mIoU over images, and of the quartiles of each class's IoU."""
+    """Return a figure of the distribution of mIoU over images, and of the quartiles of each class's IoU.
+
+    `colours` has the RGB colour of each class.
+    """
     names = scores.confusion.class_names
     figure = new_figure(13, max(4.8, 1.6 + 0.36 * len(names)), title)
     left, right = figure.subplots(1, 2)

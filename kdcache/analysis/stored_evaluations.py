@@ -102,7 +102,11 @@ class Evaluation:
 
 
 def data_digest(split: Split, threads: int = 2) -> str:
-    """Return the SHA-256 of a split: class names, ids, and all labelled images and labels. It reads every file."""
+    """Return the SHA-256 of a split: class names, ids, and all labelled images and labels.
+
+    Files that are unchanged since an earlier call are not read again. `threads` is the number of threads that read
+    files.
+    """
     digest = hashlib.sha256(split.digest().encode())
     with remembered_digests(split.data) as of_file:
         read = prefetch(
@@ -345,7 +349,13 @@ def weights_of(run: Run | str, which: str) -> tuple[str | None, Path | None]:
 def write_evaluation(record: Record, path: Path, run: str, metrics: TaskMetrics) -> None:
     """Write an evaluation as JSON, and the counts of its images next to it. Each file is complete or missing.
 
-    `run` is the run's name as the user wrote it. Raises: OSError.
+    Args:
+        record: the settings of the evaluation.
+        path: the JSON file.
+        run: the run's name as the user wrote it.
+        metrics: the result.
+
+    Raises: OSError.
     """
     images = None
     if arrays := _arrays_of_images(metrics):
@@ -366,7 +376,16 @@ def name_of_several(records: Sequence[Record], run: str, *, own_size: bool = Tru
 
 
 def write_evaluations(records: Sequence[Record], path: Path, run: str, results: Sequence[OnDataSet]) -> None:
-    """Write a run's evaluations on several data sets as one JSON file, completely or not at all. Raises: OSError."""
+    """Write a run's evaluations on several data sets as one JSON file, completely or not at all.
+
+    Args:
+        records: the settings of the evaluation on each data set.
+        path: the JSON file.
+        run: the run's name as the user wrote it.
+        results: the result on each data set, in the order of `records`.
+
+    Raises: OSError.
+    """
     content = {
         "run": public(run),
         "common_classes": list(common_classes(results)),
@@ -398,7 +417,7 @@ def _with_images(metrics: TaskMetrics, path: Path, sha256: str) -> TaskMetrics:
 def judged_range(heads: Mapping[str, RegressionHead], split: Split, settings: DepthSettings) -> DepthRange | None:
     """Return the depth labels that count for a model on a split, or None if its depth is not evaluated there.
 
-    `heads` are the model's numeric heads by name.
+    `heads` are the model's numeric heads by name. `settings` are the limits and the crop that the user chose.
     """
     tasks = [task for task in split.tasks if in_metres([task])]
     judged = [head for task in tasks if (head := metric_head(heads, task)) is not None]
@@ -420,7 +439,9 @@ def _evaluate(entry: Entry, split: Split, judging: EvalSettings, progress: Progr
 
 @contextmanager
 def memory_errors(device: str, batch_size: int) -> Iterator[None]:
-    """Convert an out-of-memory error in a with block to a ModelError that suggests a smaller `batch_size`.
+    """Convert an out-of-memory error in a with block to a ModelError that suggests a smaller batch.
+
+    `device` and `batch_size` are those of the model in the block, for the message.
 
     Raises: ModelError.
     """

@@ -99,7 +99,13 @@ class TaskView(ABC):
         return 1.0
 
     def overlay(self, pixels: Array, answer: Array, classes: ClassList) -> list[Panel]:
-        """Return panels of a prediction drawn over its image. Depth has none."""
+        """Return panels, pairs (title, picture), of a prediction drawn over its image. Depth has none, so it gives [].
+
+        Args:
+            pixels: the image, uint8 (H, W, 3).
+            answer: the prediction (H, W).
+            classes: names and colours of the classes.
+        """
         return []
 
     @abstractmethod
@@ -110,7 +116,7 @@ class TaskView(ABC):
     def error(
         self, pixels: Array, answer: Array, label: Array, classes: ClassList, scale: float | None = None
     ) -> Panel:
-        """Return a panel of a prediction's errors, with its title.
+        """Return a panel of a prediction's errors: a pair (title, picture).
 
         Args:
             pixels: the image, uint8 (H, W, 3).

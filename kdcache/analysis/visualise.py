@@ -117,9 +117,16 @@ def _earlier(out: Path, runs: Iterable[str]) -> Iterator[Path]:
 
 
 def score_run(run: Entry, name: str, split: Split, judging: EvalSettings, progress: Progress) -> Shown:
-    """Load a run and score every labelled image of a split with its model.
+    """Load a run and score every labelled image of a split with its model. Return the model with its scores.
 
-    `name` is the model's name in pictures. Raises: as `Entry.load`. ModelError if memory is too small.
+    Args:
+        run: the run.
+        name: the model's name in pictures.
+        split: the images.
+        judging: how to evaluate.
+        progress: called with (what is done, images done, images in total).
+
+    Raises: as `Entry.load`. ModelError if memory is too small.
     """
     model, description = judging.load(run, split.classes)
     framing = judging.framing(description.fit)

@@ -141,7 +141,10 @@ def strongest_baseline(comparison: Comparison) -> Row | None:
 
 
 def lost_classes(teacher_row: Row, rival: Row) -> list[int]:
-    """Return the ids of the classes in which the teacher's IoU is lower than another row's, the largest loss first."""
+    """Return the ids of the classes in which the teacher's IoU is lower than the IoU of the row `rival`.
+
+    The class with the largest loss comes first.
+    """
     gaps = [theirs.mean - taught.mean for taught, theirs in zip(teacher_row.iou, rival.iou, strict=True)]
     lost = [place for place, gap in enumerate(gaps) if gap > 5e-5]
     return sorted(lost, key=lambda place: -gaps[place])

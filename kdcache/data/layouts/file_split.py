@@ -192,7 +192,10 @@ def file_split(data: str, split: str, classes: ClassList, root: Path, scan: Scan
 
 
 def describe_ids(bad: dict[int, int]) -> str:
-    """Describe counts in words: {11: 250, 12: 3} becomes "id 11 in 250 pixels, id 12 in 3 pixels"."""
+    """Describe counts in words: {11: 250, 12: 3} becomes "id 11 in 250 pixels, id 12 in 3 pixels".
+
+    `bad` maps an id to the number of its pixels.
+    """
     return ", ".join(f"id {i} in {count} {'pixel' if count == 1 else 'pixels'}" for i, count in bad.items())
 
 
