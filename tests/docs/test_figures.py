@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Any
 
 import pytest
@@ -262,6 +262,36 @@ def small(case: str, digits: int) -> list[str]:
     return [f"{found['eager_over_after']:.{digits}f}"]
 
 
+def features_first() -> dict[tuple[str, str], dict[int, float]]:
+    """mIoU by arm and labels, then by seed."""
+    found: dict[tuple[str, str], dict[int, float]] = {}
+    for row in result("features-first-cpu.json")["rows"]:
+        if "miou" in row:
+            found.setdefault((row["arm"], row["labels"]), {})[row["seed"]] = row["miou"]
+    return found
+
+
+def mean_and_half(values: list[float]) -> tuple[float, float]:
+    """The mean of five values, and half of its 95 % interval: Student's t with 4 degrees of freedom."""
+    assert len(values) == 5
+    return fmean(values), 2.7764 * stdev(values) / math.sqrt(5)
+
+
+def first_scores(labels: str) -> list[str]:
+    arms = ("scratch", "scratch long", "fp16", "uint8", "similarity", "random")
+    found = [mean_and_half(list(features_first()[arm, labels].values())) for arm in arms]
+    return [f"{mean:.1f} ± {half:.1f}" for mean, half in found]
+
+
+def first_gains(arm: str, labels: str) -> list[str]:
+    scores, cells = features_first(), []
+    for baseline in ("scratch", "scratch long", "random"):
+        pairs = [score - scores[baseline, labels][seed] for seed, score in scores[arm, labels].items()]
+        mean, half = mean_and_half(pairs)
+        cells.append(f"{signed(mean)} ({signed(mean - half)} to {signed(mean + half)})")
+    return cells
+
+
 def codec_row(codec: dict[str, Any]) -> list[str]:
     exponent = math.floor(math.log10(kl := codec["fidelity"]["kl_t1"]))
     agreement = 100 * codec["fidelity"]["argmax_agreement"]
@@ -290,6 +320,8 @@ SMALL = {
     "`dist`, 1 x 3 x 32², 4": ("dist 1x3x32x32/4", 1),
     "`dist`, 1 x 11 x 96², 4": ("dist 1x11x96x96/4", 1),
 }
+FIRST = {"46": "46 frames, block b", "92": "92 frames, block b", "all": "all but 0006R0"}
+"""Labels of features-first-cpu.json, as the page names them."""
 TABLES: dict[tuple[str, str], dict[str, list[str]]] = {
     (STUDIES, "labels of"): {
         f"{count} frames, block {block}": compared("E4", f"{count}-{block}") for count in (46, 92) for block in "abc"
@@ -327,6 +359,12 @@ TABLES: dict[tuple[str, str], dict[str, list[str]]] = {
         "16 views, replayed (`live-replay-cpu.json`)": paired("live-replay-cpu.json"),
     },
     (STUDIES, "method"): {name: adapted(row) for name, row in ADAPT["summary"]["final"].items()},
+    (STUDIES, "labels of CamVid"): {name: first_scores(labels) for labels, name in FIRST.items()},
+    (STUDIES, "features first"): {
+        f"{kind}, {name}": first_gains(arm, labels)
+        for labels, name in FIRST.items()
+        for arm, kind in (("fp16", "float16"), ("uint8", "8 bits"), ("similarity", "similarities"))
+    },
     (STUDIES, "student"): {
         "one network for each task": task_row("segmentation", "depth"),
         "`kdcache:hydra` for both, from labels": task_row("both"),
