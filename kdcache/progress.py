@@ -64,7 +64,7 @@ class _Note(ProgressColumn):
 
 
 def seconds_left(task: Task) -> float | None:
-    """Return the estimated seconds until a task is complete, or None before its first update or without a total."""
+    """Return the estimated seconds until a progress bar's task ends, or None before an update or without a total."""
     if task.time_remaining is not None:
         return task.time_remaining
     done, remaining = task.completed - task.fields.get("begun", 0), task.remaining

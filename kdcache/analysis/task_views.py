@@ -110,7 +110,10 @@ class TaskView(ABC):
 
     @abstractmethod
     def picture(self, values: Array, classes: ClassList, scale: float) -> Picture:
-        """Return a map (H, W) of predictions or labels as a picture. `scale` is the end of its colour bar."""
+        """Return a map (H, W) of predictions or labels as a picture.
+
+        `classes` has the colours of the classes. `scale` is the end of the colour bar of depth.
+        """
 
     @abstractmethod
     def error(
@@ -128,7 +131,10 @@ class TaskView(ABC):
 
     @abstractmethod
     def legend(self, maps: Sequence[Array], classes: ClassList, *, errors: bool) -> Legend:
-        """Return names and colours for the values in maps (H, W). `errors` says whether errors are drawn too."""
+        """Return names and colours for the values in maps (H, W).
+
+        `classes` has the names and colours of the classes. `errors` says whether pictures of errors are also drawn.
+        """
 
 
 class _Segmentation(TaskView):

@@ -21,9 +21,9 @@ JOINT = " + "
 
 
 def parts_of(data: str) -> list[str]:
-    """Split a spec "DATA + DATA" into the specs of its data sets. A single data set gives a list of one.
+    """Split the name "DATA + DATA" into the names of its data sets. A single data set gives a list of one.
 
-    If the whole spec is the path of an existing folder, it is a single data set.
+    If the whole name is the path of an existing folder, it is a single data set.
     """
     return [data] if Path(data).exists() else [part.strip() for part in data.split(JOINT)]
 

@@ -52,7 +52,7 @@ class RowPrediction:
 
 @dataclass(frozen=True)
 class Sample:
-    """An image on the report page.
+    """An image on the report page, with the predictions of each row (not a sample of a data set).
 
     Attributes:
         sample: the image's id.

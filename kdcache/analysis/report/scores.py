@@ -19,7 +19,7 @@ from kdcache.tasks import SEGMENTATION
 
 @dataclass(frozen=True)
 class Cell:
-    """A number in a table of rows.
+    """A number in a table of rows (not a cell of a teacher's map).
 
     Attributes:
         value: the number, by which the column is sorted. NaN is unknown and stays last.
