@@ -182,9 +182,7 @@ class Gallery:
         for case in cases:
             images = [model.scores.images[case.position] for model in models]
             values = [case.score.of(image) for image in images]
-            figure = self.side_by_side(
-                models, images[0].number, f"{_rank(case)}: {shorten(images[0].sample)}", case.score
-            )
+            figure = self.side_by_side(models, images[0].number, f"{_rank(case)}: {shorten(images[0].sample)}")
             self._save(figure, folder / SIDE_BY_SIDE, case, images[0].sample, statistics.fmean(values))
 
     def one_model(self, shown: Shown, number: int) -> tuple[list[Panel], Legend]:
@@ -220,7 +218,7 @@ class Gallery:
                 panels.append(view.error(pixels, answer, label.numpy(), classes))
         return [(f"{view.prefix}{title}", picture) for title, picture in panels]
 
-    def side_by_side(self, models: Sequence[Shown], number: int, title: str, score: Score) -> "Figure":
+    def side_by_side(self, models: Sequence[Shown], number: int, title: str) -> "Figure":
         """Return a figure of an image, its labels, and the predictions of several models.
 
         A grid also has each model's errors. A row also has the teacher. All depths share one colour bar, and all errors
@@ -230,7 +228,6 @@ class Gallery:
             models: the models.
             number: the image's position in the split.
             title: the text above the figure.
-            score: not used. Each prediction's title has the score of its task.
         """
         pixels, in_row = self.split.image(number), self.layout == "row"
         predicted = [model.predict(self.split, number) for model in models]

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from kdcache.analysis.gallery import Gallery, Shown
-from kdcache.analysis.per_image import MIOU, score_images
+from kdcache.analysis.per_image import score_images
 from kdcache.data import open_split
 from kdcache.models import build_model
 
@@ -48,7 +48,7 @@ def test_the_error_is_that_of_the_prediction() -> None:
 def test_depth_without_a_label_has_no_error_and_no_bar_for_one() -> None:
     split = open_split("scenes:40x56,train=2,val=1", "val")
     models = [shown("kdcache:tiny+depth", split), shown("kdcache:hydra", split)]
-    figure = Gallery(split).side_by_side(models, 0, "title", MIOU)
+    figure = Gallery(split).side_by_side(models, 0, "title")
     names = [axes.get_title() for axes in figure.axes if axes.get_title()]
     assert names.count("no label of depth") == 2
     assert {"kdcache:tiny+depth: depth", "kdcache:hydra: depth"} <= set(names)
