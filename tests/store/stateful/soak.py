@@ -7,6 +7,7 @@ Exits with 1 if there is one.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import shlex
@@ -42,7 +43,8 @@ def main() -> None:
     life = CacheLifeWithFaults if options.faults else CacheLife
     began, now, violations = time.monotonic(), options.seed, list[dict[str, Any]]()
     life.server = ObjectStore()
-    with life.server.serving():
+    result = _result(options, life, now, began, violations)
+    with contextlib.suppress(KeyboardInterrupt), life.server.serving():
         while _more(options, now, began):
             violation = live(life, now)
             now += 1
@@ -50,9 +52,23 @@ def main() -> None:
                 violations.append(violation)
                 steps = "\n  ".join(violation["steps"])
                 print(f"seed {violation['seed']}: {violation['error']}\n  {steps}", flush=True)
+            result = _result(options, life, now, began, violations)
+            if options.out is not None:  # after each seed: a soak that is stopped has a result
+                write(options.out, result)
+    print(json.dumps({key: value for key, value in result.items() if key != "violations"}, indent=1))
+    print(
+        f"{result['seeds']} seeds, {result['steps']} steps, {result['repaired']} repairs, {len(violations)} violations"
+    )
+    sys.exit(1 if violations else 0)
+
+
+def _result(
+    options: argparse.Namespace, life: type[CacheLife], now: int, began: float, violations: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Return the result file's content after all seeds before `now`."""
     counts = Counter(sorted(life.total.elements()))
     kinds = ("disk ", "s3 ")
-    result = {
+    return {
         **header("a cache's life against a plain model"),
         "command": shlex.join(
             ["scripts/soak", *(os.path.basename(w) if os.path.isabs(w) else w for w in sys.argv[1:])]
@@ -65,13 +81,6 @@ def main() -> None:
         **{what: count for what, count in counts.items() if not what.startswith(kinds)},
         "violations": violations,
     }
-    print(json.dumps({key: value for key, value in result.items() if key != "violations"}, indent=1))
-    print(
-        f"{result['seeds']} seeds, {result['steps']} steps, {result['repaired']} repairs, {len(violations)} violations"
-    )
-    if options.out is not None:
-        write(options.out, result)
-    sys.exit(1 if violations else 0)
 
 
 def _more(options: argparse.Namespace, now: int, began: float) -> bool:
