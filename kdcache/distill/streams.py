@@ -88,7 +88,7 @@ class Criterion(nn.Module):
         return [f"{name}: {text}" if name else text for name, text in texts if text]
 
     def share(self, gather: Callable[[Tensor], Tensor]) -> None:
-        """Set the function that terms across samples, such as `queue`, use to get the rows of all processes.
+        """Set the function with which terms that compare samples, such as `queue`, collect the rows of all processes.
 
         `gather` takes a tensor (N, ...) and returns the concatenation over the processes, in order.
         """

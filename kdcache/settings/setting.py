@@ -47,7 +47,7 @@ def setting(default: T, help: str, **shown: Any) -> T:
     """Return a dataclass field that declares a setting, with its default and its help.
 
     Args:
-        default: the default, or REQUIRED.
+        default: the default, or REQUIRED for a setting without a default.
         help: the help text.
         shown: further attributes of `Setting`.
     """
@@ -61,7 +61,7 @@ class Spelling:
 
     Attributes:
         parse: returns the value of a text. It raises ValueError or RecipeError.
-        rule: describes the text in errors, such as "HEIGHTxWIDTH in pixels". None if the type or `parse` does.
+        rule: describes the text in errors, such as "HEIGHTxWIDTH in pixels". None if the type or `parse` describes it.
         example: a valid text.
         show: returns the text of a value for a recipe. None if a recipe holds the value itself.
         nothing: the text for the value None.

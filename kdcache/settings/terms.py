@@ -147,7 +147,10 @@ class Attention(FeatureTerm):
     weight: Weight | None = setting(None, "Factor on the term (default: h w / 2 of the teacher's cells).")
 
     def offered(self, manifest: Any) -> list[str]:
-        """Return the usable taps of a cache: with features, then with attention maps. The last is the default."""
+        """Return the usable taps of a cache: first those with features, then those with attention maps.
+
+        The last one is the default.
+        """
         return super().offered(manifest) + _made_of(manifest, "at")
 
     def arrays(self, manifest: Any) -> tuple[str, ...]:
@@ -175,7 +178,10 @@ class TokenSimilarity(FeatureTerm):
     temperature: Positive = setting(0.07, "Temperature of both softmaxes.")
 
     def offered(self, manifest: Any) -> list[str]:
-        """Return the usable taps of a cache: with maps of features, then with similarities. The last is the default."""
+        """Return the usable taps of a cache: first those with maps of features, then those with similarities.
+
+        The last one is the default.
+        """
         maps = [tap for tap in super().offered(manifest) if not is_summary(manifest.features[tap])]
         return maps + _made_of(manifest, "similarity")
 
@@ -186,7 +192,10 @@ class TokenSimilarity(FeatureTerm):
 
 
 class Queue(FeatureTerm):
-    """The loss term `queue`: it compares which recent images an image resembles, by taps with one vector per view."""
+    """The loss term `queue`: it compares which recent images an image resembles, for student and teacher.
+
+    The teacher's tap must have one vector per view.
+    """
 
     kind = "queue"
     compares = "similarity"
@@ -361,7 +370,7 @@ class DepthSsi(Depth):
 
 
 class DepthGradient(Depth):
-    """The loss term `depth-gradient`: it compares the edges of depth at four scales."""
+    """The loss term `depth-gradient`: it compares the edges of depth with the reference's, at four scales."""
 
     kind = "depth-gradient"
     weight: Weight | None = setting(0.5, "Factor on the term.")

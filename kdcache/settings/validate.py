@@ -18,7 +18,9 @@ ALL_FLAGS = "--help-all lists all flags."
 
 @dataclass(frozen=True)
 class Wording:
-    """How errors write a setting, as patterns. `{flag}` is replaced by `--batch-size`, `{name}` by `batch_size`.
+    """How errors write a setting, as patterns. For the setting `batch_size`, `{flag}` is replaced by `--batch-size`.
+
+    `{name}` is replaced by `batch_size`.
 
     Attributes:
         name: the pattern for the setting.

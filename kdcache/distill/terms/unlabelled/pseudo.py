@@ -191,9 +191,9 @@ class Consistency(Pseudo):
         self.by = spec.by
 
     def labellers(self) -> tuple[str, ...]:
-        """Return the network that predicts the weak view, `student` or `ema`.
+        """Return a tuple with the network that predicts the weak view: `student` or `ema`.
 
-        The tuple is empty for a cached teacher.
+        The tuple is empty if the cached teacher predicts it.
         """
         return () if self.by == "store" else (self.by,)
 
