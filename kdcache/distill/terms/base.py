@@ -144,7 +144,7 @@ class Term(nn.Module):
 
     @property
     def head(self) -> str | None:
-        """The name of the head, other than segmentation, whose output the term compares. None for segmentation."""
+        """The name of the head whose output the term compares, such as `depth`. None for the segmentation head."""
         return None if self.spec.head == SEGMENTATION else self.spec.head
 
     @property
