@@ -123,7 +123,7 @@ class Lock:
 
 
 def is_lock(path: Path, name: str) -> bool:
-    """Return True if `path` is a file of a Lock whose file is called `name`. A killed process may have left it."""
+    """Return True if `path` is the file `name` of a Lock, or a temporary file that a killed process left next to it."""
     return path.name == name or path.name.startswith(f"{name}{_OWNER}")
 
 

@@ -99,7 +99,7 @@ class NumericEvaluator(Evaluator[Of]):
 
     @abstractmethod
     def merged(self, parts: Sequence[Any]) -> Of:
-        """Return the metrics over the accumulators of several processes, or NaN in all metrics if no pixel counts."""
+        """Return the metrics over several processes, or NaN if no pixel counts. `parts` are their accumulators."""
 
 
 class ClassCounts:

@@ -150,9 +150,10 @@ class Attention(Term):
     teacher's cells. Each cell is weighted by its share of counted pixels, in the norm and in the mean. In the mean, the
     gate also weighs it.
 
-    The default weight is h w / 2 for a teacher's map of h x w cells. Then the term is at most 1, because the mean of
-    two maps with norm 1 is at most 2 / (h w). At 72 x 72 cells it is 2592 (published: 1000 to 10000). Its gradient is
-    0.6 times the cross-entropy's for a decoder's map, and 2 to 4 times for a deep map.
+    The default weight is h w / 2 for a teacher's map of h x w cells. Then the term is at most 1, because the
+    mean squared difference of two maps with norm 1 is at most 2 / (h w). At 72 x 72 cells the default weight is 2592
+    (published: 1000 to 10000). The weighted term's gradient is 0.6 times the cross-entropy's for a decoder's
+    map, and 2 to 4 times for a deep map.
     Source: Zagoruyko and Komodakis 2017, arXiv 1612.03928, section 3.1.
     """
 

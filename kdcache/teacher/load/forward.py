@@ -74,7 +74,7 @@ def coarser(logits_BChw: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def area_mean(x_BChw: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Average values over the cells of a coarser grid, weighted by how much the cells overlap.
+    """Average a map over each cell of a coarser grid. Each element is weighted by the part of its area in the cell.
 
     Args:
         x_BChw: (B, C, h, w).

@@ -117,7 +117,7 @@ class DrawnDataset(Dataset[Batch], ABC):
 
     @property
     def labelled(self) -> Sequence[int]:
-        """Numbers of the drawn samples that have a label, of any task that the dataset uses."""
+        """Indices of the dataset's samples that have a label for at least one of its tasks."""
         return [number for number in self.indices if self._has_label(number)]
 
     @property

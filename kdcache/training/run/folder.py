@@ -172,14 +172,14 @@ def _near(run: Path) -> str:
 
 
 def hold_folder(config: TrainConfig, run: Path, resume: bool, identity: str, lock: RunLock | None) -> None:
-    """Create and lock the folder, and check it again in case another command began there.
+    """Create the folder and take its lock. Then check that no other command has begun a run there.
 
     Args:
         config: the training's settings.
         run: the folder.
         resume: True to resume the folder's run.
-        identity: the `identity_of` the training's samples.
-        lock: the folder's lock, which is taken. None takes no lock.
+        identity: the result of `identity_of` for the training's samples.
+        lock: the lock that this call takes, or None for no lock.
     Raises: RecipeError if the folder is in use or holds another run.
     """
     with disk_space_errors(run):

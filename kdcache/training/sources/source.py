@@ -218,7 +218,7 @@ def _by_shapes(splits: Sequence[Split], size: tuple[int, int] | None, note: Call
 
 
 def check_pasting(sources: Sequence[Source]) -> None:
-    """Check for every stream with pasted samples that they have class labels, and targets of the same meaning.
+    """Check each stream with pasted samples: they need class labels, and targets that mean the same as the stream's.
 
     Raises: RecipeError with the name of the stream.
     """
