@@ -264,7 +264,7 @@ def differences(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def shares(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the CPU seconds of each arm with all that it depends on, divided by those of the online teachers."""
+    """Return each arm's CPU seconds, with all that it depends on, over the CPU seconds of the online teachers."""
     chains = summary(rows)["final"]
     return {
         f"{arm} over {rival}": round(chain["chain_seconds"] / chains[rival]["chain_seconds"], 2)

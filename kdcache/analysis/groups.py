@@ -75,15 +75,15 @@ class Group:
 
     @property
     def taught(self) -> bool:
-        """Whether it learnt by more than cross-entropy and depth terms on labels. Such a row cannot be a baseline.
+        """True if it learnt by more than cross-entropy and depth terms on labels. Such a row cannot be a baseline.
 
-        True also if its recipe is unknown.
+        It is also True if the recipe is unknown.
         """
         return not self.settings or any(map(_is_taught, stream_settings(self.settings)))
 
     @property
     def distilled(self) -> bool:
-        """Whether any of its streams learnt from a teacher's targets. True also if its recipe is unknown."""
+        """True if any of its streams learnt from a teacher's targets, or if its recipe is unknown."""
         return not self.settings or any(map(_is_distilled, stream_settings(self.settings)))
 
     @property
@@ -96,7 +96,7 @@ class Group:
 
     @property
     def control(self) -> bool:
-        """Whether it is a control: its loss had labels in the teacher's place."""
+        """True for a control: its loss had labels in the teacher's place."""
         return is_control(self.settings)
 
     def likeness(self, other: "Group") -> float:

@@ -441,7 +441,7 @@ def _evaluate(entry: Entry, split: Split, judging: EvalSettings, progress: Progr
 def memory_errors(device: str, batch_size: int) -> Iterator[None]:
     """Convert an out-of-memory error in a with block to a ModelError that suggests a smaller batch.
 
-    `device` and `batch_size` are those of the model in the block, for the message.
+    The message names the model's `device` and `batch_size`.
 
     Raises: ModelError.
     """

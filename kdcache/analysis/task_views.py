@@ -65,7 +65,7 @@ class TaskView(ABC):
 
     @property
     def less(self) -> bool:
-        """Whether a smaller score is better."""
+        """True if a smaller score is better."""
         return TASKS[self.task].less
 
     @property

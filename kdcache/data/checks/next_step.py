@@ -19,7 +19,7 @@ def next_step(report: CheckReport) -> str:
     data = shlex.quote(report.data)
     if report.problems:
         return (
-            f"mend the {'problem' if len(report.problems) == 1 else 'problems'} above, then: kdcache data check {data}"
+            f"fix the {'problem' if len(report.problems) == 1 else 'problems'} above, then: kdcache data check {data}"
         )
     labelled = {name for name, split in report.splits.items() if split.labelled or split.depth.labelled}
     if not labelled:

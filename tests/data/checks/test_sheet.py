@@ -75,7 +75,7 @@ def test_a_check_ends_with_the_command_to_run_next(builder, tiny, tmp_path) -> N
         (root / f"{name}.txt").unlink()
     assert "--fold 0/5 --val-split train --val-fold 0/5" in next_step(check(root))
     builder.image("x.png")
-    assert "mend the problem above, then: kdcache data check" in next_step(check(builder.root))
+    assert "fix the problem above, then: kdcache data check" in next_step(check(builder.root))
     assert next_step(check(tiny.write("coco", tmp_path / "coco"))) == (
         f"kdcache data convert {tmp_path}/coco coco-folder"
     )
