@@ -40,8 +40,9 @@ class Calibration:
     """How well a model's confidence matches its accuracy, over the labelled pixels.
 
     Attributes:
-        ece: the expected calibration error, 0 to 1: the mean over pixels of |confidence - accuracy| of their bin.
-        bins: the pixels by confidence, in order.
+        ece: the expected calibration error, 0 to 1: the mean of |confidence - accuracy| over the bins, weighted by
+            their shares.
+        bins: one entry for each interval of confidence, from low to high.
         confidence: for each class, the mean confidence of the pixels predicted as this class, or NaN if there are none.
         precision: for each class, the share of these pixels that are correct, or NaN if there are none.
     """
@@ -54,15 +55,15 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Coverage:
-    """The pixels whose confidence reaches the threshold of their predicted class.
+    """Counts of the selected pixels: those whose confidence reaches the threshold of their predicted class.
 
     Attributes:
-        thresholds: for each class, the smallest confidence of a selected pixel.
+        thresholds: for each class, the confidence that a pixel must reach.
         predicted: for each class, the number of pixels predicted as this class.
         selected: for each class, the number of these pixels at or above the threshold.
         precision: for each class, the share of the selected, labelled pixels that are correct, or NaN if there are
             none.
-        total_precision: the same share over all classes.
+        total_precision: the share of correct pixels among the selected, labelled pixels of all classes.
     """
 
     thresholds: tuple[float, ...]
@@ -83,7 +84,12 @@ class Coverage:
 
 
 class ConfidenceCounts:
-    """Counts of pixels by predicted class (C) and confidence (V: the 15,361 float16 values from 0 to 1), int64 (C, V).
+    """Counts of pixels by predicted class and confidence, int64 (C, V).
+
+    V is 15,361, the number of float16 values from 0 to 1.
+
+    Args:
+        classes: the number of classes, C.
 
     Attributes:
         predicted_CV: counts of all pixels.
@@ -142,7 +148,10 @@ class ConfidenceCounts:
         )
 
     def coverage(self, threshold: float | Sequence[float]) -> Coverage:
-        """Count the pixels at or above a confidence threshold: one threshold for all classes, or one for each class."""
+        """Return the counts of pixels at or above a confidence threshold.
+
+        `threshold` is one number for all classes, or one for each class.
+        """
         thresholds_C = np.broadcast_to(np.asarray(threshold, np.float64), len(self.predicted_CV))
         first_C = np.searchsorted(VALUES_V, thresholds_C, side="left")
         selected_C, labelled_C, right_C = (

@@ -19,14 +19,14 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class ImageCounts:
-    """The numbers of pixels from which the IoU of any selection of N images can be computed, for each of C classes.
+    """Pixel counts of N images and C classes, from which the IoU over any subset of the images follows.
 
-    It is the sum of their `hits`, divided by the sum of their `unions`.
+    The IoU of a class over some images is the sum of its `hits` divided by the sum of its `unions`.
 
     Attributes:
         ids: the ids of the images.
         hits: number of pixels that have the class in label and prediction, (N, C).
-        unions: number of pixels that have it in label, prediction or both, without void, (N, C).
+        unions: number of pixels that have the class in label, prediction or both, without void, (N, C).
     """
 
     ids: tuple[str, ...]
@@ -42,7 +42,7 @@ class ImageCounts:
 
     @classmethod
     def of_arrays(cls, arrays: Mapping[str, Any]) -> "ImageCounts":
-        """Return the counts from the arrays of an .npz file, as `arrays` gives them.
+        """Return the counts from the arrays of an .npz file by name: `ids`, `hits` and `unions`.
 
         Raises: KeyError for a missing array.
         """
@@ -51,7 +51,7 @@ class ImageCounts:
 
     @property
     def arrays(self) -> dict[str, npt.NDArray[Any]]:
-        """The counts as arrays to store in an .npz file: `ids`, `hits` and `unions` (uint32)."""
+        """The arrays to store in an .npz file, by name: `ids` (N,), and `hits` and `unions`, uint32 (N, C)."""
         hits, unions = (counts.astype(np.uint32) for counts in (self.hits, self.unions))
         return {"ids": np.array(self.ids), "hits": hits, "unions": unions}
 
@@ -141,7 +141,10 @@ class Metrics:
 
 
 class ConfusionMatrix:
-    """Counts of pixels by label (rows) and prediction (columns): `counts`, int64 (C, C)."""
+    """Counts of pixels by label (rows) and prediction (columns): `counts`, int64 (C, C).
+
+    Pixels labelled `ignore_index` do not count.
+    """
 
     def __init__(self, class_names: Sequence[str], ignore_index: int = 255) -> None:
         self.class_names = tuple(class_names)

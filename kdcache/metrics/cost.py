@@ -93,7 +93,7 @@ class Cost:
 def measure_cost(
     model: SegmentationModel, size: tuple[int, int], *, device: torch.device | str = "cpu", repeats: int = REPEATS
 ) -> Cost:
-    """Count a model's parameters and operations, and time it.
+    """Return a model's cost for one image: its parameters, operations and time.
 
     The model moves to `device`. It is measured in eval mode, and then returns to the mode that it had.
 
@@ -142,7 +142,7 @@ def measure_latency(model: SegmentationModel, size: tuple[int, int], *, repeats:
 
 
 def hardware_name(device: torch.device) -> str:
-    """Return the name of a device's GPU, or of the processor for "cpu"."""
+    """Return the GPU's name for a CUDA device, or the processor's name for any other device."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
 
 
@@ -188,7 +188,10 @@ class CostKey:
 
     @classmethod
     def of(cls, spec: str, classes: int, size: tuple[int, int], device: str) -> "CostKey":
-        """Return the key of a model on a device of this machine ("cpu", "cuda"), with torch's current threads."""
+        """Return the key for a model on a device of this machine ("cpu", "cuda").
+
+        The number of threads and torch's version are the current ones.
+        """
         return cls(spec, classes, size, hardware_name(torch.device(device)), torch.get_num_threads(), torch.__version__)
 
     def path(self, folder: Path) -> Path:
@@ -200,7 +203,8 @@ class CostKey:
 def kept_cost(folder: Path, key: CostKey, repeats: int) -> Cost | None:
     """Read the cost that an earlier comparison stored in a run's folder.
 
-    Return None if there is none for `key`, if the file is damaged, or if it was timed with fewer than `repeats` calls.
+    Return None if no cost is stored for `key`, if the file is damaged, or if fewer than `repeats` timed calls were
+    asked for.
     """
     content = read_object(key.path(folder))
     try:
@@ -215,8 +219,8 @@ def kept_cost(folder: Path, key: CostKey, repeats: int) -> Cost | None:
 def keep_cost(folder: Path, key: CostKey, cost: Cost, repeats: int) -> str | None:
     """Store a cost in a run's folder, completely or not at all. A cost without a latency is not stored.
 
-    `repeats` is the number of timed calls that was asked for. Return a warning if the file cannot be written, else
-    None.
+    `repeats` is the number of timed calls that was asked for, even if fewer were made. Return a warning if the file
+    cannot be written, else None.
     """
     if cost.latency is None:
         return None

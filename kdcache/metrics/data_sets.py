@@ -33,7 +33,10 @@ class OnDataSet:
 
     @classmethod
     def of(cls, split: Split, metrics: TaskMetrics) -> "OnDataSet":
-        """Return the metrics of an evaluation on `split`, without the classes that the data do not have."""
+        """Return the result of an evaluation on `split`, without the classes that the data do not have.
+
+        `metrics` are the metrics over all of the model's classes.
+        """
         if (match := split.match) is None:
             return cls(split.data, split.split, metrics)
         if metrics.segmentation is not None:
@@ -53,7 +56,7 @@ class OnDataSet:
 
 
 def common_classes(results: Sequence[OnDataSet]) -> tuple[str, ...]:
-    """Return the classes that have an IoU on every data set with segmentation labels."""
+    """Return the names of the classes that have an IoU on every data set with segmentation labels."""
     ious = [_ious(metrics) for _, metrics in _segmented(results)]
     first = ious[0] if ious else {}
     return tuple(name for name in first if not any(math.isnan(iou.get(name, math.nan)) for iou in ious))
@@ -62,7 +65,7 @@ def common_classes(results: Sequence[OnDataSet]) -> tuple[str, ...]:
 def common_mious(results: Sequence[OnDataSet]) -> dict[int, float]:
     """Return the mIoU (0 to 1) over the common classes, by the index of the data set in `results`.
 
-    Data sets with different classes can be compared by it. Data sets without segmentation labels are left out.
+    This mIoU compares data sets with different classes. Data sets without segmentation labels are left out.
     """
     names = common_classes(results)
     return {number: mean_of([_ious(metrics)[name] for name in names]) for number, metrics in _segmented(results)}
@@ -87,9 +90,9 @@ def class_table(results: Sequence[OnDataSet], class_names: Sequence[str]) -> Tab
 
 
 def figure_table(results: Sequence[OnDataSet], task: str) -> Table:
-    """Return a table of a task's metrics: a row for each metric, and a column for each data set with such labels.
+    """Return a table of a numeric task's metrics: a row for each metric, a column for each data set with its labels.
 
-    `task` is a numeric task, such as `depth`.
+    `task` is the task's name, such as `depth`.
     """
     found = {
         number: metrics
@@ -105,7 +108,10 @@ def figure_table(results: Sequence[OnDataSet], task: str) -> Table:
 
 
 def tables(results: Sequence[OnDataSet], class_names: Sequence[str]) -> list[Table]:
-    """Return the table of classes, then the table of each other task. A table without data sets is left out."""
+    """Return the table of `class_table`, then a table of `figure_table` for each numeric task.
+
+    A table without data sets is left out.
+    """
     others = (figure_table(results, task) for task in EVALUATORS if task != SEGMENTATION)
     return [table for table in (class_table(results, class_names), *others) if len(table[0]) > 1]
 

@@ -55,7 +55,7 @@ class DepthImages:
 
     @classmethod
     def of_arrays(cls, arrays: Mapping[str, Any]) -> "DepthImages":
-        """Return the metrics from the arrays of an .npz file, as `arrays` gives them.
+        """Return the metrics from the arrays of an .npz file by name: `depth_ids` and `depth`.
 
         Raises: KeyError for a missing array.
         """
@@ -63,7 +63,7 @@ class DepthImages:
 
     @property
     def arrays(self) -> dict[str, npt.NDArray[Any]]:
-        """The metrics as arrays to store in an .npz file: `depth_ids` and `depth`."""
+        """The arrays to store in an .npz file, by name: `depth_ids` (N,) and `depth`, float64 (N, 8)."""
         return {"depth_ids": np.array(self.ids), "depth": self.values}
 
     @property
@@ -143,7 +143,7 @@ class DepthRange:
     def of(cls, head: RegressionHead | None, settings: DepthSettings | None = None) -> "DepthRange":
         """Return the range of depth labels that count, from settings. None takes the default settings.
 
-        If the settings have no maximum, it is the head's `max_depth`, or 80 m if the head has no maximum.
+        If the settings have no maximum, it is the head's `max_depth`, or 80 m if `head` is None or has no maximum.
         """
         used = settings or DepthSettings()
         most = MAX_DEPTH if head is None or head.max_depth is None else head.max_depth
@@ -167,7 +167,7 @@ class DepthRange:
 
 
 class DepthErrors:
-    """Collects the depth metrics of images one by one. Several processes can share the images, and `merged` joins them.
+    """The depth metrics of images, collected image by image. Several processes can share the images (see `merged`).
 
     Args:
         depth_range: the labels that count. None takes the default range.
@@ -195,7 +195,7 @@ class DepthErrors:
 
     @classmethod
     def merged(cls, parts: Iterable["DepthErrors"]) -> "DepthErrors":
-        """Return the errors of all `parts` together. Each part measured different images with the same depth range.
+        """Return the metrics of all `parts` together. Each part measured different images with the same depth range.
 
         Raises: DataError if the ranges differ.
         """

@@ -104,7 +104,8 @@ def evaluate_model(
         batch_size: images per forward pass.
         at_size: resize labels to `size` instead, which is faster. Scores then differ from published ones.
         threads: threads that decode images.
-        framing: how the model sees an image of another shape, or in windows. None squashes the image to `size`.
+        framing: how images of another aspect ratio fit into `size`, or the windows that the model sees. None squashes
+            images to `size`.
         progress: called after each batch with (images done, images in total).
     Raises: DataError if nothing is labelled or an image cannot be read. RecipeError for an unknown device.
     """
@@ -130,8 +131,12 @@ def count_pixels(
 ) -> ConfusionMatrix:
     """Return the confusion matrix of a model on the labelled samples of a split.
 
-    `part` (i, n) takes every n-th labelled sample, starting at the i-th, so n processes can share them.
-
+    Args:
+        model: the model, on the device of `inference`.
+        split: the samples.
+        inference: how the model runs.
+        part: (i, n) takes every n-th labelled sample from number i (0 to n - 1), so n processes can share the work.
+        progress: called after each batch with (images done, images in total).
     Raises: DataError for a split without segmentation labels.
     """
     mine = labelled_images(split, (SEGMENTATION,))[part[0] :: part[1]]

@@ -44,13 +44,13 @@ class Figure:
 
 
 class Accumulator(Protocol):
-    """Collects predictions and labels of a task, image by image."""
+    """An object that collects a task's predictions and labels, image by image, and computes its metrics."""
 
     def update(self, predicted: Tensor, label: Tensor, sample_id: str = "") -> object:
         """Add an image's prediction and label, (H, W) each. `sample_id` names the image in the results."""
 
     def result(self) -> TaskMetric | None:
-        """Return the metrics of all images added, or None if there are none. Raises: DataError if no pixel counts."""
+        """Return the metrics of all images added, or None without images. Raises: DataError if no pixel counts."""
 
 
 class Evaluator(ABC, Generic[Of]):
@@ -74,7 +74,7 @@ class Evaluator(ABC, Generic[Of]):
     def answer(self, model: SegmentationModel, output_CHW: Tensor) -> Tensor:
         """Return the prediction (H, W) from a head's output (C, H, W).
 
-        It has class ids, uint8, or numbers in the head's unit, such as metres.
+        The prediction has class ids, uint8, or numbers in the head's unit, such as metres.
         """
 
     @abstractmethod

@@ -54,7 +54,7 @@ class Inference:
         batch_size: images per forward pass.
         at_size: whether labels are resized to `size`. If not, predictions are resized to the labels' size.
         threads: threads that decode images.
-        framing: how the model sees an image of another shape, or in windows.
+        framing: how images of another aspect ratio fit into `size`, or the windows that the model sees.
     """
 
     size: tuple[int, int]
@@ -75,14 +75,14 @@ class _Sample:
 
 
 def predicted_tasks(model: SegmentationModel) -> tuple[str, ...]:
-    """Return the tasks that a model has learnt and predicts in the unit of labels, such as depth in metres."""
+    """Return the tasks with a trained head that predicts in the unit of the labels, such as depth in metres."""
     return tuple(
         task for task, judge in EVALUATORS.items() if judge.predicted_by(model) and task not in model.untrained
     )
 
 
 def judged_tasks(model: SegmentationModel, split: Split) -> tuple[str, ...]:
-    """Return the tasks that a model predicts and that at least one sample of the split has a label for."""
+    """Return the tasks of `predicted_tasks` that at least one sample of the split has a label for."""
     return tuple(task for task in predicted_tasks(model) if task in split.tasks)
 
 
@@ -176,9 +176,9 @@ def answer_of(
     view: Window | None = None,
     seen: tuple[int, int] | None = None,
 ) -> Tensor:
-    """Return the prediction (H, W) for a task at `size`, from a head's output.
+    """Return the prediction (H, W) for a task, from a head's output resized to `size`.
 
-    It has class ids, uint8, or numbers in the head's unit.
+    The prediction has class ids, uint8, or numbers in the head's unit.
 
     Args:
         model: the model.

@@ -29,8 +29,8 @@ class Framing:
     """How a model sees an image: resized to its input size, or cut into overlapping windows.
 
     Args:
-        fit: how an image of another shape is fitted into the input size: "squash", "pad", or "crop", which cuts it into
-            windows of that size.
+        fit: how an image of another aspect ratio is fitted into the input size: "squash", "pad", or "crop", which cuts
+            the image into windows of that size.
         window: (H, W) of windows in pixels. None cuts windows only for "crop".
         stride: (H, W) from one window to the next, in pixels. None takes two thirds of the window.
         whole: (H, W) that the image is resized to, by `fit`, before windows are cut. None keeps the image's size.
@@ -45,7 +45,9 @@ class Framing:
 
     @classmethod
     def of(cls, settings: ImageSettings, judge: JudgeSettings, trained: Fit = "squash") -> Framing:
-        """Return the framing that settings describe. If their fit is "auto", it is `trained`, the fit of the training.
+        """Return the framing from `settings` (fit and size) and `judge` (window and stride).
+
+        The fit "auto" becomes `trained`, the fit of the model's training.
 
         Raises: RecipeError for a stride without windows, or larger than the window.
         """
@@ -75,7 +77,10 @@ class Framing:
         return self.stride or _two_thirds(self.window)
 
     def view(self, image_size: Size, size: Size) -> Window:
-        """Return the part of an image, in its pixels, that a model with input `size` (H, W) sees without windows."""
+        """Return the part of an image that a model sees without windows, in pixels of the image.
+
+        `image_size` is (H, W) of the image, and `size` is (H, W) of the model's input.
+        """
         return whole_window(self.fit, image_size, size)
 
     def scaled(self, image_size: Size, size: Size) -> Size:
@@ -161,7 +166,7 @@ def at_image(
     """Resize a head's output (C, h, w) bilinearly to an image's size. Return (C, H, W).
 
     Args:
-        model: the model, which says how its head resizes.
+        model: the model, whose `align_corners` the resize uses.
         output_Chw: the head's output.
         image_size: (H, W) of the image.
         view: the part of the image that the model saw, in pixels of the image. None is the whole image.

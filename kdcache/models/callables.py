@@ -36,8 +36,8 @@ def build(spec: str, num_classes: int | None) -> SegmentationModel:
     Args:
         spec: the name of the function.
         num_classes: passed to the function if it has this parameter. If None, the function needs a default.
-    Raises: ModelError if the import or the call fails, if the result is no `torch.nn.Module`, if it fails on an image,
-    or if it has another number of classes.
+    Raises: ModelError if the import or the call fails, or if the function returns no `torch.nn.Module`. Also if the
+    module fails on an image or has another number of classes.
     """
     place, _, name = spec.rpartition(":")
     with _working_folder_on_path():

@@ -88,8 +88,8 @@ def class_map_text(theirs: Sequence[str], ours: Sequence[str], default: Sequence
     Args:
         theirs: the class names of the weights.
         ours: the class names of the data.
-        default: names by class id, for classes of the weights whose name the data does not have. Without such a name,
-            "?" is written. But if one class alone is left over on each side, it is mapped to the other.
+        default: names by class id, for classes of the weights whose name the data does not have. Other such classes
+            get "?". But if only one class of the weights and one of the data remain, they are mapped to each other.
     """
     by_key = {key: name for key, name in zip(_keys(ours), ours, strict=True) if key}
     keys = _keys(theirs)

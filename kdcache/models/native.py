@@ -175,7 +175,7 @@ class SegmentationModel(nn.Module):
 
     @property
     def probed_taps(self) -> tuple[str, ...]:
-        """The taps whose features identify a teacher without heads (see its fingerprint). () for a model with heads."""
+        """The taps whose features are in the fingerprint of a teacher without heads. () for a model with heads."""
         return () if self.head_kinds else self.taps[-1:]
 
     def see_as(self, *models: "SegmentationModel") -> None:

@@ -39,9 +39,9 @@ def is_trusting() -> bool:
 
 @contextmanager
 def named_by(where: str) -> Iterator[None]:
-    """Add the file's name `where` to the ModelErrors of a with block, in which a model spec from this file is used.
+    """Prefix the ModelErrors of a with block with `where`, the name of a file whose model spec the block uses.
 
-    Their fix then is to name a listed model in the file, or to restore the file.
+    The fix of such an error becomes: name a listed model in the file, or restore the file.
     """
     try:
         yield

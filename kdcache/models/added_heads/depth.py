@@ -39,7 +39,7 @@ class DepthSpec:
     Attributes:
         added: True if the head is added to the model (`+depth`). False if the model itself has a depth head.
         tap: the tap that an added head reads. None for the model's last tap.
-        head: its parameterisation and largest depth.
+        head: the function from raw output to depth (`as`), and the largest depth (`max`).
     """
 
     added: bool
@@ -94,7 +94,8 @@ class DepthDecoder(nn.Sequential):
 
     Args:
         channels: channels of the feature, c.
-        head: the parameterisation, and the largest depth, which sets the depth that is predicted before training.
+        head: the function from raw output to depth, and the largest depth, from which the first predictions follow
+            (see `start_at_one_depth`).
         width: channels between the two convolutions.
     """
 
@@ -118,12 +119,19 @@ def start_at_one_depth(last: nn.Conv2d, head: RegressionHead) -> None:
 
 
 class OwnDepth(SegmentationModel):
-    """A model of kdcache that was built with a depth head. The head's last convolution is `depth_output`."""
+    """A base class of kdcache's models that have a depth head without `+depth`.
+
+    Attributes:
+        depth_output: the head's last convolution.
+    """
 
     depth_output: nn.Conv2d
 
     def set_depth(self, head: RegressionHead) -> None:
-        """Set the parameterisation of the depth head, and initialise its last layer (see `start_at_one_depth`)."""
+        """Set the kind of the depth head: the function from raw output to depth, and the largest depth.
+
+        The head's last layer is initialised again (see `start_at_one_depth`).
+        """
         self.head_kinds[DEPTH] = head
         start_at_one_depth(self.depth_output, head)
 

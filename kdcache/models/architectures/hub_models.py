@@ -53,9 +53,10 @@ def build_hub(spec: str, hub: HubSpec, num_classes: int | None, *, pretrained: b
     Args:
         spec: the spec as the user gave it.
         hub: the parsed spec.
-        num_classes: the classes of a new head to train. None keeps the network's own head.
+        num_classes: the number of classes. None takes the number in the published model.
         pretrained: True loads the published weights. False starts from random ones.
-        strict: True if the network must have its own head, with this number of classes.
+        strict: True keeps the published head, which must have `num_classes` classes. False allows a new head with
+            random weights.
     Raises: ModelError if files are missing or do not fit, if the network needs code and `--trust` is missing, or if
     kdcache does not know how to read its output.
     """

@@ -71,13 +71,13 @@ class _About:
 class YoloModel(WrappedModel):
     """A network of Ultralytics as a model of kdcache, without its auxiliary head.
 
-    Its head returns the same output in training mode as in eval mode: logits, or depth in metres. The taps are the
-    layers that other layers read. The layers that the head reads come last.
+    The network's head returns the same output in training mode as in eval mode: logits, or depth in metres. The taps
+    are the layers whose outputs Ultralytics keeps for skip connections and for the head. The head's inputs come last.
 
     Args:
         spec: the name of the model.
         network: the network of Ultralytics.
-        about: its task, layers, class names and image size.
+        about: the network's task, layers, class names and image size.
     """
 
     network: Any
@@ -182,7 +182,7 @@ def default_state(name: str, whole: bool = True) -> dict[str, Tensor]:
 
     Published weights are downloaded once. There is only the whole model, so `whole` changes nothing.
 
-    Raises: ModelError without `--trust`, for a file that the package cannot read, and for models of other tasks.
+    Raises: ModelError without `--trust`, for a file that Ultralytics cannot read, and for models of other tasks.
     """
     state: dict[str, Tensor] = _load(_file(name))[0].state_dict()
     return state
@@ -191,7 +191,7 @@ def default_state(name: str, whole: bool = True) -> dict[str, Tensor]:
 def default_names(name: str) -> tuple[str, ...]:
     """Return the class names of the weights of `default_state`, in the order of the class ids.
 
-    Raises: ModelError without `--trust`, for a file that the package cannot read, and for models of other tasks.
+    Raises: ModelError without `--trust`, for a file that Ultralytics cannot read, and for models of other tasks.
     """
     return _about(str(_file(name))).names
 
@@ -226,9 +226,10 @@ def write_checkpoint(model: SegmentationModel, description: RunModel, path: Path
 
 
 def reader(path: Path, mean: tuple[float, float, float]) -> Callable[[Tensor], Tensor]:
-    """Return the network in a checkpoint that kdcache wrote, as a function of images (B, 3, H, W), RGB in 0 to 1.
+    """Return a function that runs the network in a checkpoint that kdcache wrote, to compare it with the model.
 
-    The function pads images with `mean`, as in training. Ultralytics itself pads them with black.
+    The function takes images (B, 3, H, W), RGB in 0 to 1, and returns the network's output. It pads images with
+    `mean`, as in training. Ultralytics itself pads them with black.
     """
     with TemporaryDirectory() as folder, _quiet():
         named = Path(folder, f"model{CHECKPOINT_SUFFIX}")  # the package goes by the suffix

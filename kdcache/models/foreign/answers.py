@@ -15,11 +15,11 @@ DECLARED = "kdcache_heads"
 
 
 class Reading:
-    """An adapter that calls a foreign network and finds heads and features in its return value.
+    """An adapter that calls a network from outside kdcache, and finds heads and features in its return value.
 
     Args:
-        declared: the heads that the network's attribute `kdcache_heads` declares: name -> kind. {} declares a backbone
-            without heads. None means that the network returns logits only.
+        declared: the heads that the network's attribute `kdcache_heads` declares: name -> kind, such as "categorical".
+            {} declares a backbone without heads. None means that the network returns logits only.
 
     Attributes:
         lists_modules: True if the network's direct children are listed as taps.
@@ -45,7 +45,7 @@ class Reading:
         return _heads(spec, self.declared, answer)
 
     def kinds(self, spec: str, heads: Mapping[str, Tensor]) -> dict[str, HeadKind]:
-        """Return the heads: name -> kind.
+        """Return the kind of each head, by name: `CategoricalHead` or `RegressionHead`.
 
         Args:
             spec: the network's name, for messages.

@@ -32,9 +32,9 @@ class HubSpec:
     Attributes:
         library: `hf` or `timm`.
         place: a folder, a Hugging Face repository, or the name of a timm model.
-        task: the option `task`: what the network predicts. None derives it from the architecture.
-        revision: the option `revision` of a repository.
-        weights: the option `weights`: a file.
+        task: the option `task`: `semantic`, `universal`, `depth` or `features`. None derives it from the architecture.
+        revision: the option `revision`: a branch, tag or commit of the repository. None for the latest.
+        weights: the option `weights`: a file. None for the published weights.
     """
 
     library: str

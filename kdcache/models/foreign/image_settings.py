@@ -25,10 +25,10 @@ class ImageSettings:
     """How images were prepared when a network was trained.
 
     Attributes:
-        mean, std: normalisation of RGB in 0 to 1. It includes the rescaling of the network's image processor.
+        mean, std: to normalise RGB in 0 to 1. They include the rescaling of the network's image processor.
         multiple: height and width are multiples of this number of pixels.
-        native_size: the (height, width) of the training images, if known.
-        pads: True if training images were padded to that size.
+        native_size: the (height, width) of the training images, or None if unknown.
+        pads: True if training images were padded to `native_size`.
         channels: the order of colours that the first layer reads: `rgb` or `bgr`.
     """
 

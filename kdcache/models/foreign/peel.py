@@ -22,8 +22,8 @@ class Resize(NamedTuple):
     """A bilinear resize that a network ended with.
 
     Attributes:
-        native: its input (B, C, h, w).
-        align_corners: its flag of this name.
+        native: the tensor (B, C, h, w) before the resize.
+        align_corners: the resize's argument `align_corners`.
     """
 
     native: Tensor
@@ -57,7 +57,7 @@ def is_exact(answer_BCHW: Tensor, resize: Resize) -> bool:
 
 
 def peels() -> bool:
-    """Return True if models now leave out a last bilinear resize: in eager mode, outside `whole_answers`."""
+    """Return True in eager mode outside `whole_answers`, where models leave out a last bilinear resize."""
     return not torch.compiler.is_compiling() and not _WHOLE.get()
 
 

@@ -18,11 +18,12 @@ class Processor:
     Attributes:
         multiple: height and width must be multiples of this number of pixels.
         fixed_size: the only (height, width) that the network takes, or None.
-        native_size: the (height, width) of its training images, or None if unknown.
-        pads: True if training images were padded to that size, not squashed.
+        native_size: the (height, width) of the network's training images, or None if unknown.
+        pads: True if training images were padded to `native_size`, not squashed.
         channels: the order of colours that the first layer reads: `rgb` or `bgr`.
-        positions: True if it has position embeddings. Then a mirrored image does not give mirrored features.
-        revision: the commit of its Hugging Face repository, or None.
+        positions: True if the network has position embeddings. Mirroring an image then does not just mirror its
+            features.
+        revision: the commit of the network's Hugging Face repository, or None.
     """
 
     multiple: int = 1

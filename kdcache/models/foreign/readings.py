@@ -21,8 +21,8 @@ _IN_METRES = ("glpn", "zoedepth")
 class Universal(Reading):
     """An adapter that turns the queries of a mask transformer into the log of each class's score at each position.
 
-    A mask transformer (MaskFormer, Mask2Former, OneFormer) returns queries, each with class logits and a mask. A
-    class's score is the sum over queries of its probability times the mask's.
+    A mask transformer (MaskFormer, Mask2Former, OneFormer) returns queries, each with class logits and a mask. The
+    score is the sum over queries of the class's probability times the mask's probability at the position.
 
     Args:
         task: the tokens (1, N) of the sentence that names the task. Only OneFormer reads them.

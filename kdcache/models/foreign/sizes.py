@@ -27,7 +27,7 @@ class Probe:
     Attributes:
         size: (height, width) of the image.
         processor: the sizes that the network takes, as far as a few images show them.
-        patch: the side in pixels of its patches, if the first layer cuts the image into patches. Otherwise None.
+        patch: the side in pixels of a patch, if the network's first layer cuts the image into patches. Otherwise None.
     """
 
     size: Size

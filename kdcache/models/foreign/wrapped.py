@@ -34,19 +34,20 @@ class WrappedModel(SegmentationModel):
     Any submodule can be a tap, by its dotted name, if its output is (B, c, h, w) or a transformer's tokens (B, N, c).
     `taps` lists the network's direct children and the features in its return value.
 
-    If the network ends with a bilinear resize, the resize is left out and tells `align_corners`. Otherwise the
-    network's attribute `align_corners` is used, or False. `mean` and `std` are also read from attributes.
+    If the network ends with a bilinear resize, the model leaves it out and takes over its `align_corners`. Otherwise
+    `align_corners` is the network's attribute of this name, or False. `mean` and `std` come from the
+    network if it has them, else from ImageNet.
 
     Args:
         spec: the name of the model.
         network: the network.
         num_classes: the expected number of classes. None accepts any.
-        declared: the network's heads: name -> kind. None reads them from its attribute `kdcache_heads`, if it has one.
+        declared: the network's heads: name -> kind. None reads the network's attribute `kdcache_heads`, if it exists.
         reading: the adapter that calls the network. None chooses one.
 
     Attributes:
         peeled: the names of heads whose last resize is left out.
-        patch: the side in pixels of its patches, if the first layer cuts the image into patches. Otherwise None.
+        patch: the side in pixels of a patch, if the network's first layer cuts the image into patches. Otherwise None.
     Raises: ModelError if the network fails on an image, or has another number of classes or other heads than declared.
     """
 
@@ -152,11 +153,11 @@ class WrappedModel(SegmentationModel):
 
     @property
     def probed_taps(self) -> tuple[str, ...]:
-        """The taps whose features identify a teacher without heads (see its fingerprint). () for a model with heads."""
+        """The taps whose features are in the fingerprint of a teacher without heads. () for a model with heads."""
         return super().probed_taps if self._reading.lists_modules else self._named
 
     def check_taps(self, taps: Iterable[str]) -> None:
-        """Check that each tap is a listed one or the name of a submodule. Raises: ModelError."""
+        """Check that each tap is a listed one or the name of a submodule. Raises: ModelError for any other."""
         modules = {name for name, _ in self.network.named_modules() if name}
         super().check_taps(tap for tap in taps if tap not in modules)
 
