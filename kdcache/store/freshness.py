@@ -99,8 +99,8 @@ def data_changes(
     Args:
         source: the cache, or what it records about its data set.
         split: the current data set.
-        indexed: whether files with unchanged size and time may be skipped, by an index of digests. False reads every
-            file.
+        indexed: True takes the digests of files with unchanged size and time from an index, without reading them. False
+            reads every file.
         progress: called with (samples read, total samples).
     Returns: ids of the samples that were added, removed or changed.
     Raises: DataError for a file that cannot be read; CorruptError for a damaged cache.

@@ -164,9 +164,9 @@ def open_caches(
 
 
 def seal_of(cache: Cache) -> str:
-    """Return the digest of a cache's ledger, which identifies the cache's content.
+    """Return the ledger's digest from a cache's seal. It identifies the cache's content.
 
-    Return '' if the cache is not sealed. For joined caches, the digests are joined by "+", in order.
+    Return '' for a cache without a seal. For joined caches, the digests are joined by "+", in order.
     """
     return "+".join(part.ledger.completion.ledger_sha256 for part in cache.parts if part.ledger is not None)
 

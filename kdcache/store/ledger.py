@@ -36,8 +36,8 @@ class FileRecord(Part):
     Attributes:
         bytes: the file's size in bytes.
         sha256: the file's SHA-256 as 64 hexadecimal digits.
-        crc32c: the last 4 bytes of each of its chunks, as 8 hexadecimal digits each. They identify a chunk without
-            reading the whole file.
+        crc32c: the last 4 bytes of each chunk in the file, as 8 hexadecimal digits each. They show whether a chunk was
+            changed, without reading the whole file.
     """
 
     bytes: Annotated[int, Field(ge=0)]
@@ -52,7 +52,7 @@ class ShardRecord(Part):
         noun: name of this object in error messages.
         shard: the shard's number.
         records: (first, end): the shard holds the records from `first` up to, but not including, `end`.
-        files: key of each of the shard's files, one for each array -> its size and checksums.
+        files: key -> size and checksums of each file of the shard. A shard has one file for each array.
     """
 
     noun: ClassVar = "the ledger record"
@@ -266,8 +266,9 @@ def examine(
     Args:
         place: the cache's location.
         records: the ledger entries.
-        chunks: array -> number of chunks in a full shard, for each array whose chunk checksums are compared.
-        digests: False compares only file sizes.
+        chunks: array -> number of chunks in a full shard. The chunk checksums of these arrays are read again for the
+            result's `record`.
+        digests: False compares only file sizes, and reads no checksums.
     """
     sizes = place.sizes([key for record in records for key in record.files])
     for record in records:
@@ -296,7 +297,8 @@ def _checksums(content: bytes, chunks: int) -> str:
 def read_or_none(place: Place, key: str, most: int, sha256: str | None = None) -> bytes | None:
     """Return the content of the file `key`, or None if it is missing, damaged, not a file, or longer than `most` bytes.
 
-    `sha256` is the digest that a download should have, or None if unknown.
+    `sha256` is the file's expected digest, or None if unknown. A download with another digest counts as damaged. For a
+    local file, `sha256` is ignored.
 
     Raises: StoreError if this process may not read the file.
     """

@@ -47,7 +47,7 @@ class Cache:
     Attributes:
         place: the location of its files.
         manifest: its description: teacher, data set, views and arrays.
-        ledger: sizes and checksums of its files, or None for a cache that is not sealed.
+        ledger: sizes and checksums of its files. If it is None, files are read without comparing them with the ledger.
         specs: path -> shape and dtype of one record, for each array.
     """
 
@@ -216,6 +216,8 @@ class Cache:
 
     def fetch(self, shard: int, path: str) -> None:
         """Download shard number `shard` of the array `path`, so that later reads are fast.
+
+        For a local cache, this only checks that the file has the size in the ledger.
 
         Raises: CorruptError for a damaged file; StoreError for one that cannot be read.
         """

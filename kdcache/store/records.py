@@ -103,10 +103,10 @@ class Records:
         return self._checked_view(record)[1]
 
     def target(self, record: int, head: str = SEGMENTATION) -> dict[str, Array]:
-        """Return the stored target of the head `head` for record number `record`, by name of its part.
+        """Return the arrays that store the target of the head `head` for record number `record`.
 
-        Returns: for segmentation `values` float16 (k, h, w), and for top-k also `indices` (k, h, w) and `tail` (h, w).
-            For a numeric head `values` (c, h, w) in the head's unit, float16 or float32.
+        Returns: array name -> array. For segmentation `values`, float16 (k, h, w), and for top-k also `indices`
+            (k, h, w) and `tail` (h, w). For a numeric head `values` (c, h, w) in the head's unit, float16 or float32.
         Raises: CorruptError for a damaged cache; StoreError for a head that the cache does not have.
         """
         if head not in self.cache.manifest.heads:
@@ -126,7 +126,7 @@ class Records:
         return Window(*self._windows[record].tolist()), bool(self._flips[record])
 
     def render(self, record: int, size: tuple[int, int] | None = None) -> tuple[Array, Array]:
-        """Render the view's pixels and segmentation label from the data set, without comparing them with the cache.
+        """Render a record's pixels and segmentation label from the data set, without comparing them with the cache.
 
         Args:
             record: number of the record.

@@ -25,9 +25,9 @@ SPARE = "manifest.json"
 
 
 def spare_of(root: bytes) -> bytes:
-    """Return the content of the spare copy, `manifest.json`.
+    """Return the content that the spare copy, `manifest.json`, must have for a cache's top-level zarr.json.
 
-    `root` is the content of the cache's top-level zarr.json.
+    `root` is the content of that zarr.json.
     """
     content = {"sha256": hashlib.sha256(root).hexdigest(), ROOT: root.decode()}
     return (json.dumps(content, indent=1, sort_keys=True) + "\n").encode()
@@ -79,10 +79,9 @@ def check_metadata(place: Place, completion: Completion, keys: Iterable[str]) ->
 
 
 def is_intact(place: Place, completion: Completion | None) -> bool:
-    """Return True if the top-level zarr.json of the cache at `place` can be trusted.
+    """Return False if the top-level zarr.json of the cache at `place` is damaged and has no intact spare copy.
 
-    It is trusted if its spare copy is intact, if the seal `completion` has the digest of zarr.json, or if `completion`
-    is None.
+    It is damaged if the seal `completion` lists another digest for it. If `completion` is None, return True.
     """
     root = read_or_none(place, ROOT, MAX_JSON_BYTES) or b""
     sealed = None if completion is None else completion.metadata.get(ROOT)
@@ -175,9 +174,10 @@ class State:
 
 
 def examine_shards(place: Place, manifest: Manifest, shards: Sequence[int], completion: Completion | None) -> State:
-    """Check the files of some shards against the ledger, and write damaged ledger entries again.
+    """Compare the files of some shards with their ledger entries.
 
-    For a remote cache only file sizes are compared.
+    If the files are intact but the ledger entry's own file is damaged, that file is written again. For a remote cache,
+    only file sizes are compared.
 
     Args:
         place: the cache's location.

@@ -102,12 +102,13 @@ def view_windows(windows: Any, flips: Any, shown_B4: Array, view_size: tuple[int
 
 
 def view_zooms(window_B4: Array, view_size: tuple[int, int], depth_zoom: str | None) -> Array | None:
-    """Return how much each window enlarges its view, float64 (B,), as the divisor of targets in metres.
+    """Return the zoom of each window, float64 (B,), by which targets in metres are divided.
 
     Args:
         window_B4: (B, 4) edges (y0, x0, y1, x1) in pixels of the view.
         view_size: (H, W) of the view in pixels.
-        depth_zoom: "divide", or "keep", which returns None. With None the result is also None, but no window may zoom.
+        depth_zoom: "divide" returns the zooms. "keep" leaves metres unchanged, so the result is None. With None the
+            result is also None, but no window may zoom.
     Raises: RecipeError if a window zooms and `depth_zoom` is None, or if `depth_zoom` is another text.
     """
     if depth_zoom not in (None, "divide", "keep"):

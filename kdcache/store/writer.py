@@ -55,7 +55,8 @@ class StoreWriter:
 
     Attributes:
         finished: numbers of the shards that are finished on disk.
-        repaired: the manifest's note on shards that this build writes again with other library versions, or None.
+        repaired: the manifest's entry on shards that this build writes again with other library versions, or None if
+            there are none.
     """
 
     def __init__(self, place: Place, manifest: Manifest, worker: Worker) -> None:
@@ -79,8 +80,8 @@ class StoreWriter:
     def passes(self) -> Iterator[Iterator[int]]:
         """Yield iterators over the numbers of the missing shards, until no shard is missing.
 
-        Each iterator is a call of `claimed`. More than one pass is needed if another process stops before it finishes
-        its shards.
+        Each iterator comes from a new call of `claimed`. A second one is needed if another process stops before it
+        finishes the shards that it claimed.
         """
         while self.missing:
             yield self.claimed()
@@ -106,7 +107,7 @@ class StoreWriter:
     def write_shard(self, shard: int, arrays: Mapping[str, Array | bytes]) -> None:
         """Write all files of shard number `shard`, then its ledger entry, so that the shard counts as finished.
 
-        `arrays` maps each array's path to its records of the shard, or to the bytes of its shard file.
+        `arrays` maps each array's path to this shard's rows of the array, or to the finished bytes of its shard file.
 
         Raises: StoreError for a full disk.
         """
@@ -117,7 +118,8 @@ class StoreWriter:
 
         Args:
             shard: the shard's number.
-            arrays: path of each array -> its records of the shard, (records, ...), or the bytes of its shard file.
+            arrays: path of each array -> this shard's rows of the array, (records, ...), or the finished bytes of its
+                shard file.
         Returns: the ledger entry, for `finish`.
         Raises: StoreError for a full disk.
         """
@@ -158,9 +160,9 @@ class StoreWriter:
         return ledger.seal(self.place, self.manifest.shards, keys)
 
     def repair(self, now: Manifest, doubtful: Mapping[int, ShardRecord | None], data: BuiltFrom | None) -> None:
-        """Prepare the shards that were finished once but are damaged, so that they are written again.
+        """Make finished but damaged shards count as unfinished, so that they are written again.
 
-        Nothing is removed unless all checks succeed.
+        This deletes the seal, and the ledger entries of the shards `doubtful`. If a check fails, nothing is deleted.
 
         Args:
             now: the manifest that a new build would write, with the current library versions and device.

@@ -23,7 +23,7 @@ Points = list[tuple[float, float, float]]
 def has_curve(recipe: "Recipe") -> bool:
     """Return True if a sweep has a curve to draw.
 
-    At least two of its arms must differ only in the value of the key that its [show] table names as `curve`.
+    The recipe's [show] table must name a key as `curve`. At least two arms must differ only in the value of that key.
     """
     rows: list[Mapping[str, Any]] = [{"name": arm.name, "runs": [{"miou": 0.0}]} for arm in recipe.arms]
     lines = read_lines(recipe.arms, str(recipe.show.get("curve", "")), rows)

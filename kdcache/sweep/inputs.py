@@ -68,7 +68,7 @@ class Inputs:
         return hashlib.sha256(json.dumps([without_folders(job.words), data, before]).encode()).hexdigest()
 
     def record(self, job: Job, digest: str) -> None:
-        """Record that a job was done with the inputs that `digest` identifies."""
+        """Write into the sweep's inputs.json that a job was done with the inputs that `digest` identifies."""
         with self._lock:
             self._done[job.name] = digest
             self._write()
@@ -115,9 +115,9 @@ def _digest(content: Mapping[str, Any]) -> str:
 
 
 def is_done(job: Job) -> bool:
-    """Return True if the file that shows a job's end exists and holds JSON.
+    """Return True if a job's file `done` exists and holds JSON.
 
-    For a training, model.json must also exist.
+    For a training, model.json must also exist. If `done` is None, return False.
     """
     if job.done is None or not read_object(job.done):
         return False

@@ -96,7 +96,8 @@ class Recipe:
         student: flags of train-student that all arms share.
         arms: the arms. If a flag has a list of values, each value has its own arm.
         seeds: the seeds with which each arm is trained.
-        show: keys of the table [show]: num, baseline, curve.
+        show: keys of the table [show]. `num` is how many of the best and worst images of each arm are shown. `baseline`
+            names the arm to compare with. `curve` is the key over which scores are drawn.
         teachers: name of each further teacher -> flags that differ from `teacher`.
         stores: name of each further cache -> flags that differ from `store`.
         stream: settings of each stream that the arms share.

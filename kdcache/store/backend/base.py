@@ -38,10 +38,10 @@ class Place(ABC):
         return f"{str(self).rstrip('/')}/{key}"
 
     def at(self, version: str) -> "Place":
-        """Return this location, restricted to the cache whose ledger has the digest `version`.
+        """Return this location for reading the cache whose ledger has the digest `version`.
 
-        A cache in an object store may have been replaced by another one. Local copies of the former are then not used.
-        A local folder returns itself.
+        In an object store, local copies of an earlier cache at the same address are then not used. A local folder
+        returns itself.
         """
         return self
 

@@ -194,9 +194,9 @@ class Folder(Place):
             sync_path((self.folder / key).parent)
 
     def claim(self, shard: int, keys: Iterable[str]) -> Release | None:
-        """Claim a shard with a lock file, and delete what earlier writers left behind.
+        """Claim a shard with a lock file, and delete partial files that interrupted writers left behind.
 
-        `keys` are the shard's files, whose partial files are deleted.
+        `keys` are the keys of the shard's files. Only partial files with their names are deleted.
 
         Returns: a function that releases the claim, or None if another process has claimed the shard.
         """

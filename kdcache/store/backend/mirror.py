@@ -82,7 +82,10 @@ class Mirror:
         return True
 
     def most(self) -> int:
-        """Return the maximum size of all copies in bytes: `most_bytes`, or half of the free disk space."""
+        """Return the maximum size of all copies in bytes.
+
+        This is `most_bytes`. If it is None, it is half of the disk space that would be free without the copies.
+        """
         self._begin()
         return self._most(self._held())
 

@@ -89,9 +89,9 @@ class Bucket(Place):
         return Bucket, (self._address, self._mirror, self._version)
 
     def at(self, version: str) -> "Bucket":
-        """Return this address, restricted to the cache whose ledger has the digest `version`.
+        """Return this address for reading the cache whose ledger has the digest `version`.
 
-        The cache may have replaced another one at this address. Local copies of the former are then not used.
+        Local copies of an earlier cache at the same address are then not used.
         """
         return Bucket(self._address, self._mirror, version)
 

@@ -68,12 +68,12 @@ def unreadable(
 ) -> KDCacheError:
     """Return the error for a file that could not be read.
 
-    It is a StoreError if this process may not open the file or has too many open files. Otherwise the file counts as
-    damaged.
+    The result is a StoreError if this process may not open the file or has too many open files. Otherwise it is the
+    CorruptError that `damage` returns.
 
     Args:
         file: path or address of the file.
-        what: what is wrong with it, such as "the shard cannot be opened".
+        what: what is wrong with the file, such as "the shard cannot be opened".
         error: the exception that was raised.
         damage: a function that returns the error for a damaged file. It is called with `file` and `what`.
     """
@@ -88,8 +88,8 @@ def unreadable(
 def unreadable_metadata(file: object, error: Exception, what: str = "it was changed or removed") -> KDCacheError:
     """Return the error for a manifest, id file, ledger or seal that could not be read.
 
-    It is a StoreError if this process may not open the file or has too many open files. Otherwise the file counts as
-    damaged.
+    The result is a StoreError if this process may not open the file or has too many open files. Otherwise it is a
+    CorruptError.
 
     Args:
         file: path or address of the file.

@@ -163,9 +163,9 @@ class Manifest(parts.Part):
         return last - first
 
     def differences(self, other: "Manifest") -> list[str]:
-        """Return one text for each difference that prevents `other` from continuing this build.
+        """Return one text for each difference that prevents a build with the manifest `other` from continuing this one.
 
-        Empty if it can continue. Times, measured losses and repairs are not compared.
+        Empty if it can continue. Times, measured errors and repairs are not compared.
         """
         differences = [f"teacher.{text}" for text in self.teacher.differences(other.teacher)]
         if self.depth != other.depth:

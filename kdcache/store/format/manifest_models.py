@@ -92,8 +92,9 @@ class Drawn(Part):
 
     Attributes:
         seed: the random seed.
-        scale: range of the zoom s, drawn uniformly. A view shows 1/s of the image's height and width. With s below 1 it
-            shows the whole image, surrounded by grey.
+        scale: range of the zoom s, drawn uniformly. At zoom 1, a crop shows the whole image, or the part of it that
+            `View.share` gives. At zoom s, it shows 1/s of that height and width. Grey surrounds the image if a crop
+            reaches beyond it.
         flip: True if half of the crops are mirrored left to right.
     """
 

@@ -130,7 +130,7 @@ def record_arrays(manifest: Manifest) -> list[ArraySpec]:
 def chunk_records(spec: ArraySpec, manifest: Manifest) -> int:
     """Return the number of records in one chunk of the array `spec`.
 
-    This is a full shard for small records, otherwise 1.
+    If a record has at most 1024 bytes, one chunk holds all records of a shard. Otherwise each record has its own chunk.
     """
     return manifest.build.shard_records if spec.record_bytes <= SMALL_BYTES else 1
 

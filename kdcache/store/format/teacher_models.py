@@ -41,8 +41,8 @@ class Training(Part):
     Attributes:
         ids_digest: digest of the sample ids and class names of the training split.
         fold: (i, K) if the training left out fold i of K, otherwise None.
-        folds_by: regular expression whose match in a sample id names its sequence. A sequence is never divided between
-            folds. None makes folds by id.
+        folds_by: regular expression whose match in a sample id names the sample's sequence. A sequence is never divided
+            between folds. None divides samples by a hash of their ids.
         labels: which samples of that split had labels in the training, as text of `pack_flags`. None if unknown.
     """
 
@@ -60,10 +60,10 @@ class Training(Part):
         return self
 
     def left_out(self, fold: int, folds: int, by: str | None = None) -> bool:
-        """Return True if the training left out all samples of fold `fold` of `folds`.
+        """Return True if the training left out all samples of fold number `fold` of `folds` folds.
 
-        `by` is the regular expression that names sequences, None for folds by id. The result is False if it is not
-        `folds_by`. Folds by id are nested: fold 1 of 2 consists of folds 1 and 3 of 4.
+        `by` is the regular expression that names sequences, or None for folds by a hash of each id. If `by` differs
+        from the field `folds_by`, the result is False. Folds by hash are nested: fold 1 of 2 is folds 1 and 3 of 4.
         """
         if self.fold is None or self.folds_by != by:
             return False
@@ -90,11 +90,12 @@ class Processor(Part):
     Attributes:
         multiple: height and width must be multiples of this number of pixels.
         fixed_size: the only accepted (H, W), or None.
-        native_size: (H, W) of its training images, or None if unknown.
-        pads: True if its training images were padded to that size.
+        native_size: (H, W) of the teacher's training images, or None if unknown.
+        pads: True if these training images were padded to `native_size`.
         channels: order of the colour channels.
-        positions: True if it has position embeddings. Features of a mirrored image are then not the mirrored features.
-        revision: commit of its files on the Hugging Face Hub, or None for a local folder.
+        positions: True if the teacher has position embeddings. Features of a mirrored image are then not the mirrored
+            features.
+        revision: commit of the teacher's files on the Hugging Face Hub, or None for a local folder.
     """
 
     multiple: Annotated[int, Field(ge=1, le=MOST_SIDE)] = 1
@@ -121,8 +122,8 @@ class Fingerprint(Part):
         tta: test-time augmentation, or None.
         folds: number of folds. Member i then predicted the samples of fold i, which it was not trained on. With None,
             the members' probabilities were averaged.
-        folds_by: regular expression whose match in a sample id names its sequence. A sequence is never divided between
-            folds. None makes folds by id.
+        folds_by: regular expression whose match in a sample id names the sample's sequence. A sequence is never divided
+            between folds. None divides samples by a hash of their ids.
         trainings: what the teacher or each member was trained on, one entry per data set. None stands for an unknown
             data set. `differences` ignores this field.
         parents: digests of the seals of the caches that the teacher itself was distilled from. `differences` ignores

@@ -25,14 +25,14 @@ Progress = Callable[[int, int], None]
 class Whole:
     """The teacher's prediction for one whole image at view size.
 
-    If a cache has only crops, it is the image's first crop.
+    If a cache has only crops, the prediction is for the image's first crop.
 
     Attributes:
         record: number of the record.
         sample: the sample's id.
         target: the stored target.
         argmax: (H, W), the most likely class of every pixel.
-        confidence: float16 (H, W), its probability at temperature 1.
+        confidence: float16 (H, W), the probability of the class in `argmax` at temperature 1.
         inside: bool (H, W), False where the view shows grey outside its image. None if there is no such grey.
         label: uint8 (H, W) with 255 for void, or None if it is missing or was not read.
     """
@@ -46,7 +46,7 @@ class Whole:
     label: Array | None
 
     def of_image(self, array_HW: Array) -> Array:
-        """Crop (H, W) or (H, W, 3) to the part of the view that shows the image, without the grey around it."""
+        """Return the part of an array (H, W) or (H, W, 3) that shows the image, without the view's grey around it."""
         if self.inside is None or not self.inside.any():
             return array_HW
         rows, columns = np.flatnonzero(self.inside.any(1)), np.flatnonzero(self.inside.any(0))

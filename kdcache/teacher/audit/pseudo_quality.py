@@ -48,7 +48,8 @@ class PseudoCounts:
         thresholds: the smallest confidences, ascending, at which a prediction becomes a pseudo label.
 
     Attributes:
-        counts_NLP: int64 counts by number of reached thresholds (from 0), label and predicted class.
+        counts_NLP: int64 (thresholds + 1, C, C), number of pixels by how many thresholds their confidence reaches, by
+            label, and by predicted class.
     """
 
     def __init__(self, class_names: Sequence[str], thresholds: Sequence[float]) -> None:
@@ -61,7 +62,7 @@ class PseudoCounts:
 
         Args:
             argmax_HW: the predicted class of each pixel.
-            confidence_HW: its probability, 0 to 1.
+            confidence_HW: the probability of that class, 0 to 1.
             label_HW: the label, 255 for void.
             counted_HW: bool, the pixels to count. None counts all.
         """

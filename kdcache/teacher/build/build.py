@@ -90,7 +90,8 @@ class BuildResult:
         complete: False if other workers have not finished their shards yet.
         reused: number of records whose targets were copied from an earlier cache. If new taps were added, the teacher
             predicted these records too, and `records` includes them.
-        repair: the manifest's note if damaged shards were computed again with other library versions, otherwise None.
+        repair: the manifest's entry on damaged shards that were computed again with other library versions, or None if
+            there are none.
         damaged: number of records that could not be read in the earlier cache and were predicted again.
         out: folder or address of the cache.
     """

@@ -99,7 +99,7 @@ def _features(probe: TeacherProbe, output: Outputs) -> tuple[dict[str, Feature],
 
 
 def libraries() -> dict[str, str]:
-    """Return library name -> version, for the libraries that affect a record's bytes, and Python."""
+    """Return the versions of Python and of the libraries that affect a record's bytes, by name."""
     python = ".".join(map(str, sys.version_info[:3]))
     return {"python": python, **{name: version_of(name) for name in ("torch", "pillow", "zarr", "numcodecs")}}
 

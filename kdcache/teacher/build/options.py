@@ -62,9 +62,10 @@ ZOOM = (1.0, 2.0)
 
 
 def with_zoom(options: BuildOptions, *, metres: bool) -> BuildOptions:
-    """Return the options with `view_scale` filled in.
+    """Return the options, with the default range of the zoom as `view_scale` if it is None.
 
-    `metres` says whether the cache has depth in metres, as labels or as a head.
+    The default is (1.0, 2.0), or (1.0, 1.0) if there are metres and `depth_zoom` is `none`. `metres` says whether the
+    cache has depth in metres, as labels or as a head.
 
     Raises: RecipeError if views zoom and `depth_zoom` does not say what happens to metres, or if `depth_zoom` is set
         without metres.

@@ -92,7 +92,7 @@ class Trial:
     def sizes(
         self, k: int | None, codec: Codec, views: int, features: Sequence[str], dtype: StoredAs = "fp16"
     ) -> Sizes:
-        """Return path of each array -> mean bytes on disk per record, if these settings were used.
+        """Return the mean bytes on disk per record of each array, by path, as a cache with these settings would have.
 
         Args:
             k: number of stored classes, or None without a segmentation head.

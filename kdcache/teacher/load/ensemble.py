@@ -39,8 +39,8 @@ def load_teachers(
         weights: weight of each teacher's probabilities. Default: equal.
         tta: test-time augmentation, or None.
         folds: number of folds. Teacher i then predicts the samples of fold i, instead of averaging. None averages.
-        folds_by: regular expression whose match in a sample id names its sequence. A sequence is never divided between
-            folds. None makes folds by id.
+        folds_by: regular expression whose match in a sample id names the sample's sequence. A sequence is never divided
+            between folds. None divides samples by a hash of their ids.
         class_map: file that names the data class for each class of a teacher.
         mean: RGB mean of the normalisation, for pixels from 0 to 1. Default: each teacher's own.
         std: RGB standard deviation of the normalisation, for pixels from 0 to 1. Default: each teacher's own.
@@ -145,7 +145,8 @@ def check_cross_fit(origins: Sequence[str], split: Split, by: str | None = None)
     Args:
         origins: run folder of each teacher. Teacher i predicts fold i.
         split: the data set. All its labels are read.
-        by: regular expression whose match in a sample id names its sequence, or None for folds by id.
+        by: regular expression whose match in a sample id names the sample's sequence. None for folds by a hash of each
+            id.
     Raises: MismatchError if a teacher has seen its fold, or was trained on other data; RecipeError for a run without a
         recipe, or if a class has labels in one fold only.
     """

@@ -47,8 +47,8 @@ class Teacher:
             None if no class map was used.
         notes: texts that the user should see, such as auxiliary heads that were left out.
         folds: number of folds. Ensemble member i then predicts the samples of fold i. None averages the members.
-        folds_by: regular expression whose match in a sample id names its sequence. A sequence is never divided between
-            folds. None makes folds by id.
+        folds_by: regular expression whose match in a sample id names the sample's sequence. A sequence is never divided
+            between folds. None divides samples by a hash of their ids.
         trainings: what it was trained on, one entry per data set. None stands for an unknown one.
         parents: digests of the seals of the caches that it was distilled from.
         fit: how images of another shape were fitted into `size` in its training: `squash`, `crop` or `pad`.
