@@ -216,7 +216,7 @@ def panels(
         title: text above the pictures. It is not drawn in the layout "row".
         pictures: pairs of a title and a picture, an array uint8 (H, W, 3) or a `Drawn`.
         legend: pairs of a name and an RGB colour.
-        layout: "grid": two pictures in each line, and more columns if there are more than 24. The legend is at the
+        layout: "grid": two pictures in each line, and more if there are more than 24 pictures. The legend is at the
             side. "row": all side by side, with the legend below, as in a paper.
     """
     from matplotlib.patches import Patch

@@ -31,7 +31,7 @@ class AsLogits(Wrapper):
         model: the wrapped model.
         outputs: what the wrapped model returns: `probabilities` that sum to 1, `sigmoid` (a probability of each class
             alone), or `logits`. None is logits.
-        two: True if its single output channel becomes two classes.
+        two: True if the wrapped model's single output channel becomes two classes.
     """
 
     def __init__(self, spec: str, model: SegmentationModel, outputs: str | None = None, *, two: bool = False) -> None:

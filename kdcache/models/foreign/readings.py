@@ -94,7 +94,7 @@ class Maps(Reading):
     """An adapter for a backbone, which returns features and has no heads.
 
     Args:
-        stages: the names of the backbone's stages, which its features get. Without names, features are numbered.
+        stages: names for the features, one for each stage of the backbone. Without names, features are numbered.
         hidden: True asks the network for the output of every block (`output_hidden_states`).
     """
 
