@@ -61,9 +61,9 @@ class Changes:
         return ", ".join(parts)
 
     def notes(self) -> list[str]:
-        """Return notes to show if nothing changed, for example that labels were not recorded.
+        """Return sentences about the comparison itself, often none.
 
-        The list is often empty.
+        They say that labels were not recorded, or how many samples have changed files with the same content.
         """
         if not self.recorded:
             return [UNRECORDED]

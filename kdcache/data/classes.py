@@ -119,9 +119,10 @@ def says_numbers(folder: Path) -> bool:
 
 
 def read_colour_codes(folder: Path) -> ColourCodes | None:
-    """Return the map from colours in RGB labels to the numbers of classes that `classes.txt` of a data folder defines.
+    """Return the map from colours in RGB labels to classes, which `classes.txt` of a data folder defines.
 
-    Lines without numbers give class ids. Return None if the file does not exist, or if a class has no unique colour.
+    A class is given by its number if the file has numbers, and by its class id if not. Return None if the file does
+    not exist, or if a class has no unique colour.
 
     Raises: DataError for an invalid file, like `read_classes`.
     """

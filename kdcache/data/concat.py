@@ -48,7 +48,7 @@ def one_task(split: Split, task: str) -> Split:
 def join(data: str, parts: Sequence[Split]) -> Split:
     """Return one split with the samples of several splits, sorted by id.
 
-    If two parts have a sample with the same id, all ids get their part's number as a prefix: `2/000001`.
+    If two parts have a sample with the same id, all ids get a prefix, the part's number from 1: `2/000001`.
 
     Args:
         data: the spec as the user gave it.

@@ -56,7 +56,7 @@ def read_image(path: Path, bits: int | None = None) -> Pixels:
 
     Raises:
         DataError: a file that cannot be read, or an image with too many bits.
-        RecipeError: a level that needs more than `bits` bits.
+        RecipeError: a pixel value that needs more than `bits` bits.
     """
     stored, plain = _header_bits(path)
     if stored > 8:
@@ -173,7 +173,7 @@ def image_size(path: Path, *, header_only: bool = False) -> tuple[int, int]:
 def read_label(path: Path, colours: ColourCodes | None = None) -> Pixels:
     """Return a label file (PNG or TIFF) as ids, uint8 (H, W).
 
-    One channel holds ids up to 255, and a palette image holds indices.
+    The ids are the values of an image with one channel, the indices of a palette image, or the colours' ids.
 
     Args:
         path: the label file.

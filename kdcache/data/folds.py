@@ -109,7 +109,7 @@ def check_fold_labels(
 
     Args:
         rounds: the labels in several rounds, each an iterable of (fold number, label). A label is uint8 (H, W) or None.
-            The check ends after the first round with which all labels so far pass.
+            The check ends early after a round if every class found so far occurs in at least two folds.
         folds: the number of folds.
         class_names: the classes in the order of their ids.
 

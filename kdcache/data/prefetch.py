@@ -18,8 +18,8 @@ R = TypeVar("R")
 def prefetch(function: Callable[[T], R], items: Iterable[T], *, threads: int, ahead: int) -> Iterator[R]:
     """Yield `function(item)` for each item, in order. Threads compute up to `ahead` results in advance.
 
-    If an item raises an exception, the iterator raises it after the results of earlier items, and starts no further
-    item. When the iteration ends for any reason, waiting items are cancelled and all threads have ended.
+    If the call for an item raises an exception, the iterator raises it after the results of earlier items. It then
+    starts no further calls. When the iteration ends for any reason, waiting calls are cancelled and all threads end.
 
     Args:
         function: called with each item.

@@ -139,12 +139,12 @@ def shared_sequences(
     """Return the sequences that have samples in both the training data and the validation data.
 
     With `by`, a regular expression names each id's sequence, and ids without a match have none. Without `by`, ids that
-    differ only in their last number form a sequence if these numbers look like frame numbers:
+    differ only in their last number form a sequence if all of these are true:
 
-    - The training data or the validation data have at least four of them, and at least half of the steps between them
-      are equal. Photographs from a larger collection have irregular numbers.
-    - They are not a plain count that rises by 1 through all training data.
-    - No id is in both training and validation. Otherwise the count probably restarts in every split.
+    - The training data or the validation data have at least four of these ids, and at least half of the steps between
+      their numbers are equal. Photographs from a larger collection have irregular numbers.
+    - The numbers are not just a count of all training samples, one number after the other.
+    - None of the ids is in both training and validation. Otherwise the count probably restarts in every split.
 
     Args:
         data: all ids of the training data.

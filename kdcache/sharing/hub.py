@@ -127,7 +127,7 @@ class PushResult:
     Attributes:
         files: number of the cache's files.
         sent: number of files that this call sent.
-        seal: the digest (hex) of the cache's seal.
+        seal: the SHA-256 (hex) of the cache's seal, which identifies the cache with all its files.
     """
 
     files: int
@@ -155,12 +155,12 @@ def push_store(
         source: the cache.
         address: the repository's address.
         changes: what the copy changes, as in `copy_store`. None means no changes.
-        licence: a licence's name on the Hub, such as "cc-by-4.0".
+        licence: a licence's name on the Hub, such as "cc-by-4.0". None is an error.
         private: whether a new repository is private. A public repository is then an error.
         fidelity: how much accuracy rounding loses, as in `copy_store`, or None.
         cache_dir: folder for the copy, which is removed after the push. None means the user's cache folder.
         progress: whether to show huggingface_hub's progress bars on a terminal.
-    Raises: StoreError if the Hub refuses the push, or if the repository has files of another cache.
+    Raises: StoreError if the Hub refuses the push, if the repository has files of another cache, or without a licence.
     """
     _check(address, licence)
     changes = changes or CopyChanges()

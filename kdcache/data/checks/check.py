@@ -51,7 +51,7 @@ class CheckReport:
         problems: sentences about defects that must be fixed before training. Empty without defects.
         warnings: sentences about things that are valid, but rarely intended.
         why: what identified the layout, and where its classes come from, in words.
-        numbers: number in the labels -> class id, or 255, by `classes.txt`. Empty if the numbers are class ids.
+        numbers: number in the labels -> class id or 255 (void), from `classes.txt`. Empty if the numbers are class ids.
     """
 
     data: str

@@ -33,7 +33,7 @@ class DepthReport:
         most: the largest depth in metres, or None if no depth is known.
         edges: lower edges of the histogram's bins in metres. The last bin is open.
         histogram: number of known pixels in each bin.
-        max_depth: the largest depth in metres that counts as possible, or None.
+        max_depth: the largest depth in metres that counts as possible. None allows any depth.
         impossible: sample id -> why its depths cannot be in metres, for example because they are negative.
         beyond: sample id -> number of pixels beyond `max_depth`.
         mismatched: sample id -> both sizes in words, if label and image differ in size.

@@ -40,8 +40,8 @@ def next_step(report: CheckReport) -> str:
 def suggested_size(report: CheckReport) -> str:
     """Return a training size as text, such as "288x384" (height x width), or "HxW" if no image of train could be read.
 
-    It is the most frequent size in the most frequent aspect ratio of split "train", with a shorter side of at most 384.
-    Both sides are rounded to multiples of 32.
+    It is the most frequent image size among the images of split "train" with the most frequent aspect ratio. A size
+    with a shorter side above 384 is scaled down to 384. Both sides are then rounded to multiples of 32.
     """
     shapes: dict[float, Counter[tuple[int, int]]] = {}
     for size, images in report.splits["train"].sizes.items():

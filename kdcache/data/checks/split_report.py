@@ -26,11 +26,11 @@ class SplitReport:
         out_of_range: sample id -> {id without a class, as text -> number of pixels}.
         without_label: ids of samples without a segmentation label, which is not a defect.
         without_image: label files without an image, or with an unsuitable file type.
-        clashes: image files, or lines of a list, whose id another image has.
+        clashes: image files with the id of another image, or lines of a list that repeat an id.
         missing: files that do not exist, although a list or another file of the sample needs them.
         unreadable: sample id -> why its image or label could not be read, and the fix.
         mismatched: sample id -> both sizes in words, if label and image differ in size.
-        palettes: sample id -> how its palette's colours contradict the class colours.
+        palettes: sample id -> how the colours in its label's palette contradict the class colours, in words.
         digest: SHA-256 (hex) of class names, ids and file contents, or None if not all files could be read.
         depth: the report about depth labels.
     """
@@ -55,7 +55,10 @@ class SplitReport:
     depth: DepthReport = field(default_factory=DepthReport)
 
     def shares(self) -> tuple[list[float], float]:
-        """Return the share of labelled pixels of each class, and of void, 0 to 1. All are 0 without labelled pixels."""
+        """Return each class's share of the pixels of all labels, in the order of ids, and the share of void.
+
+        Shares are 0 to 1, and add up to 1 in total. Without label pixels, all are 0.
+        """
         total = max(sum(self.class_pixels) + self.void_pixels, 1)
         return [count / total for count in self.class_pixels], self.void_pixels / total
 

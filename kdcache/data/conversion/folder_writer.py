@@ -51,7 +51,10 @@ class FolderWriter:
             write_whole(self.out / DEPTH_FILE, unit)
 
     def image_file(self, index: int, suffix: str = ".png") -> Path:
-        """Return the path for a sample's image. It lies in a hidden folder until `publish` renames that folder."""
+        """Return the path for the image of the sample at position `index` in the split.
+
+        It lies in a hidden folder until `publish` renames that folder.
+        """
         folder = self.out / IMAGES / self.source.split
         if not folder.exists():
             folder = folder.with_name(f".{folder.name}.unfinished")
@@ -126,9 +129,9 @@ def save_png(pixels: Pixels, path: Path) -> None:
 
 
 def link_file(file: Path, path: Path) -> Link:
-    """Link `path` to `file`, and create the folder of `path`. Return "hard link", "link" (symbolic) or "copy".
+    """Make `path` a link to the existing `file`, and return its kind. The folder of `path` is created.
 
-    A hard link is tried first, then a symbolic link, then a copy.
+    A "hard link" is tried first, then a symbolic "link", then a "copy".
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     path.unlink(missing_ok=True)  # a link to what is no longer there

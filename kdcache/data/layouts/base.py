@@ -126,7 +126,7 @@ class Layout(ABC):
             return True
 
     def why(self, root: Path) -> str:
-        """Describe for messages what identifies a folder as this layout, and which file its classes come from.
+        """Return a phrase for messages: what identifies a folder as this layout, and where its classes come from.
 
         Raises: DataError for a malformed class file.
         """
@@ -145,7 +145,7 @@ class Layout(ABC):
     def colour_codes(self, root: Path) -> ColourCodes | None:
         """Return the map from label colours to class ids that `classes.txt` defines.
 
-        Return None if a class has no unique colour there. Then labels cannot be RGB images.
+        Return None if that file is missing, or if a class has no unique colour in it. Then labels cannot be RGB images.
 
         Raises: DataError for an invalid `classes.txt`.
         """

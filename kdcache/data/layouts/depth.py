@@ -111,9 +111,10 @@ def read_unit(root: Path) -> DepthUnit:
 
 
 def read_disparity(path: Path) -> Depth:
-    """Return the depth for a Cityscapes disparity file in metres, float32 (H, W), NaN for the numbers 0 and 1.
+    """Return the depth in metres from a Cityscapes disparity file, float32 (H, W), NaN where unknown.
 
-    Depth is baseline * fx / ((number - 1) / 256). The sample's camera file has baseline (metres) and fx (pixels).
+    With a pixel's number in the file, depth is baseline * fx / ((number - 1) / 256). Numbers 0 and 1 mean unknown. The
+    sample's camera file has baseline (metres) and fx (pixels).
     Source: the README of cityscapesScripts.
 
     Raises: DataError for a file that cannot be read, or a camera file without baseline and fx.

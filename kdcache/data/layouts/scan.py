@@ -23,7 +23,10 @@ Line = tuple[int, list[str]]
 
 
 class DrawnLabels(Protocol):
-    """The interface of objects that draw segmentation labels from annotations. `sample` is a sample's id."""
+    """The interface of objects that draw segmentation labels from annotations.
+
+    In its methods, `sample` is a sample's id.
+    """
 
     def label(self, sample: str) -> Pixels:
         """Return a sample's label, uint8 (H, W). Raises: DataError for annotations that cannot be drawn."""
@@ -42,8 +45,9 @@ class Scan:
         label_ids: how to map the numbers in labels to class ids.
         image_place: the folder that was searched for images, below the data set's folder.
         label_place: the folder that was searched for labels, below the data set's folder.
-        orphans: labels without an image, below `label_place`.
-        foreign: pictures below `label_place` that are neither PNG nor TIFF. If no label was found, also other files.
+        orphans: labels without an image, below `label_place`, and further labels of an image that has one.
+        foreign: pictures below `label_place` that are neither PNG nor TIFF. If no label was found, also files such as
+            .npy that may be labels.
         clashes: (id, first file, second file) of images with the same id. The first one is in `images`.
         missing: files that do not exist, although a list or another file of the sample needs them.
         depth: the depth files, or None if there are none.
@@ -182,15 +186,15 @@ def keep_listed(scan: Scan, root: Path, listing: str) -> Scan:
 def scan_whole(root: Path, split: str, images: str, labels: str, label_ids: LabelIds, lists: Sequence[str]) -> Scan:
     """Return the files of one split, for a data set that keeps all images in one folder.
 
-    The split's list names its images. If `root` has no list at all, return all images.
+    SPLIT.txt in `root` lists the split's images. If `root` has none of the `lists`, all images are in the split.
 
     Args:
         root: the data set's folder.
-        split: the split's name. Its list is SPLIT.txt.
+        split: the split's name.
         images: the folder of images, below `root`.
         labels: the folder of labels, below `root`.
         label_ids: how to map the numbers in labels to class ids.
-        lists: names of the splits that may have a list.
+        lists: the possible lists' names without .txt, such as "train".
 
     Raises: DataError for a list that cannot be read.
     """

@@ -34,7 +34,7 @@ class Items:
         void: the number in labels that means no class.
 
     Attributes:
-        place: " of DATA" for messages, or '' until the data set has a name.
+        place: the data set in messages, such as " of memory:NAME@DIGEST". It is '' until the data set has a name.
         tasks: the tasks for which items may have a label: "segmentation", "depth" or both.
     """
 
@@ -188,7 +188,10 @@ def from_dataset(
 
 
 def read_item(dataset: Any, number: int, where: str) -> Any:
-    """Return `dataset[number]`. Raises: DataError if the data set raises an error. `where` names the item in it."""
+    """Return `dataset[number]`. Raises: DataError if the data set raises an error.
+
+    `where` names the item in the error's message.
+    """
     with naming_item(where):
         return dataset[number]
 

@@ -71,8 +71,8 @@ RENDERERS: Mapping[str, Callable[..., Depth]] = {DEPTH: render_depth}
 def zoom_of(window: Window, image_size: tuple[int, int], share: tuple[float, float] = (1.0, 1.0)) -> float:
     """Return how many times larger things look in a view of a window than in a view of the whole image.
 
-    If the window's aspect ratio differs from the image's, this is the geometric mean of both axes. If the window is cut
-    from a view instead of the image, multiply the result by the view's zoom.
+    If the window's aspect ratio differs from the image's, this is the geometric mean of the factors along both axes. If
+    the window is cut from a view instead of the image, multiply the result by the view's zoom.
 
     Args:
         window: in pixels of the image, or of the view from which it is cut.

@@ -20,10 +20,11 @@ _IN_PLACE = (
 
 
 class TracedCompose:
-    """An albumentations composition that also returns the window of the image that its result shows, and the flip.
+    """An albumentations composition that also returns the window and the flip of its result.
 
-    Call it like the composition, with `image=`. The result has two more keys, "window" and "flip" (see `traced`). It is
-    picklable if the composition is.
+    The window is the part of the given image that the result shows. The flip tells whether the result is mirrored. Call
+    the object like the composition, with `image=`. The returned dict has two more keys, "window" and "flip" (see
+    `traced`). The object is picklable if the composition is.
 
     Args:
         transform: an `albumentations.Compose`.

@@ -39,10 +39,14 @@ def footprint_of(tensor: torch.Tensor) -> Footprint:
 
 
 class TracedTransform:
-    """A torchvision v2 transform that also returns the window of the image that its result shows, and the flip.
+    """A torchvision v2 transform that also returns the window and the flip of its result.
 
-    Call it like the transform. It returns the transform's results, then the window and the flip (see `traced`). It is
-    picklable if the transform is.
+    The window is the part of the given image that the result shows. The flip tells whether the result is mirrored. Call
+    the object like the transform. It returns the transform's results, then the window and the flip (see `traced`). The
+    object is picklable if the transform is.
+
+    Args:
+        transform: the transform, often a `v2.Compose`.
 
     Raises: DataError if `ToPureTensor` comes before another transform.
     """

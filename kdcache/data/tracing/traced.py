@@ -9,7 +9,9 @@ from kdcache.errors import DataError
 
 
 def traced(transform: Any) -> Callable[..., Any]:
-    """Wrap a transform so that it also returns the window and the flip that its pixels show, for `Cache.targets_for`.
+    """Wrap a transform so that it also returns the window and the flip of its result, for `Cache.targets_for`.
+
+    The window is the part of the given image that the result shows. The flip tells whether the result is mirrored.
 
     >>> import kdcache
     >>> from torchvision.transforms import v2

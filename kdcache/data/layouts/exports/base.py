@@ -77,9 +77,9 @@ class Export(Layout):
         return sorted(self.items(root))
 
     def why(self, root: Path) -> str:
-        """Describe for messages which file identifies the export, and where its classes come from.
+        """Return a phrase for messages: the file that identifies the export, and where its classes come from.
 
-        The text also says which of several overlapping shapes counts.
+        The phrase also says which of several overlapping shapes counts.
         """
         classes = f"the classes of {CLASSES_FILE}" if self.lists_classes(root) else f"{BACKGROUND} and its classes"
         return f"{self.found(root)}; {classes}; {self.overlap}"

@@ -294,8 +294,9 @@ def _is_polygon(polygon: Any) -> bool:
 def decompressed(counts: str) -> list[int]:
     """Return the run lengths of COCO's compressed RLE text, or [-1] for invalid text.
 
-    Each character's code minus 48 has five bits of a number, and a sixth bit if the number continues. From the fourth
-    number on, each is stored as the difference to the number two positions before. Source: rleFrString of the COCO API.
+    A number is a signed integer in groups of five bits, the lowest first. A character's code minus 48 is one group,
+    plus 32 if the number continues. From the fourth number on, the text has the difference to the run length two
+    positions before. Source: rleFrString of the COCO API.
     """
     runs, value, shift = list[int](), 0, 0
     for character in counts:

@@ -89,7 +89,7 @@ class CvatMasks(Layout):
         return sorted(_split(name) for name in lists_in(root / LISTS)) or [WHOLE]
 
     def why(self, root: Path) -> str:
-        """Describe for messages that labelmap.txt identifies the folder and lists its classes."""
+        """Return a phrase for messages: labelmap.txt identifies the folder as this layout, and lists its classes."""
         return f"{LABELMAP} next to {LABELS}/; its classes"
 
     def colour_codes(self, root: Path) -> ColourCodes | None:

@@ -65,7 +65,10 @@ class Kaggle(Layout):
         return (lists_in(root, SPLITS) or [WHOLE]) if list(places) == [""] else sorted(places)
 
     def why(self, root: Path) -> str:
-        """Describe for messages the folders of images and masks, the lists of each split, and the file of classes."""
+        """Return a phrase for messages: what identifies a folder as this layout.
+
+        It names the folders of images and masks, the lists of the splits, and the file of classes.
+        """
         places, splits = self._places(root), self.splits(root)
         found = [f"{image}/ with {mask}/" if image != mask else f"pairs in {image}/" for image, mask in places.values()]
         lists = ", divided by " + ", ".join(f"{name}.txt" for name in lists_in(root, SPLITS)) if "" in places else ""

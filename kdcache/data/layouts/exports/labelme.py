@@ -97,7 +97,7 @@ class LabelMeVoc(Layout):
         return False
 
     def why(self, root: Path) -> str:
-        """Describe for messages that class_names.txt identifies the folder and lists its classes."""
+        """Return a phrase for messages: class_names.txt identifies the folder as this layout, and lists its classes."""
         return f"{NAMES} next to {IMAGES}/; its classes"
 
     def _classes(self, root: Path) -> ClassList:

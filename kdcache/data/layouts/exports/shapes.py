@@ -61,9 +61,9 @@ class Item:
         file: the annotation file, below the data set's folder.
         shapes: the shapes in drawing order, or None if nobody labelled the image.
         size: (height, width) in pixels that the export states, or None.
-        folders: folders below the data set's folder in which the image may lie.
-        place: the folder of images, below the data set's folder, which sample ids leave out. None searches all folders,
-            and ids are as in `sample_id`.
+        folders: folders below the data set's folder in which the image is searched first.
+        place: a folder below the data set's folder, in which the image is searched next. It is not part of sample ids.
+            None searches the whole data set, and `sample_id` makes the ids.
     """
 
     image: str
@@ -93,7 +93,7 @@ class ShapeLabels:
     def label(self, sample: str) -> Pixels:
         """Return a sample's label, uint8 (H, W), drawn from its shapes.
 
-        Raises: DataError naming the file and the shape.
+        Raises: DataError for a shape that cannot be drawn, or an image whose size differs from the annotated size.
         """
         item, size = self.items[sample], image_size(self.images[sample])
         if item.size not in (None, size):

@@ -71,7 +71,7 @@ class DataYaml(Layout):
         return False
 
     def why(self, root: Path) -> str:
-        """Describe the YAML file in words: its name and its splits."""
+        """Return a phrase for messages: the name of the YAML file, its splits, and that it lists the classes."""
         return f"{root.name} with {', '.join(self.splits(root))}; its names"
 
     def _classes(self, root: Path) -> ClassList:

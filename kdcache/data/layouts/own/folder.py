@@ -80,9 +80,9 @@ class Folder(Layout):
         return folders_in(root / IMAGES) or lists_in(root, SPLITS) or [WHOLE]
 
     def why(self, root: Path) -> str:
-        """Describe for messages what identifies the layout, and how the images in `root` are divided into splits.
+        """Return a phrase for messages: what identifies a folder as this layout.
 
-        The text names the folders or lists of the splits, `classes.txt` or depth/, and the ending of label names.
+        It names the folders or lists of the splits, `classes.txt` or depth/, and the ending of label names.
         """
         folders, lists = folders_in(root / IMAGES), lists_in(root, SPLITS)
         folders_text = ", ".join(f"{IMAGES}/{name}/" for name in folders[:4]) or f"pictures right in {IMAGES}/"

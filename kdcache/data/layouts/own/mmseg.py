@@ -38,7 +38,10 @@ class Mmseg(Layout):
         return folders_in(root / IMAGES)
 
     def why(self, root: Path) -> str:
-        """Return a phrase for messages: the folders of images and labels, and the file of classes, that were found."""
+        """Return a phrase for messages: what identifies a folder as this layout.
+
+        It names the folders of images and labels, and the file of classes.
+        """
         splits = self.splits(root)
         folders = ", ".join(f"{IMAGES}/{split}/ with {LABELS}/{split}/" for split in splits[:4])
         return f"{folders}{described(self._scan(root, splits[0]))}; the classes of {CLASSES_FILE}"

@@ -60,9 +60,10 @@ def scan_pairs(root: Path, image_place: str, label_place: str, label_ids: LabelI
 
 
 def ends_of(images: Iterable[str], labels: Iterable[str], *, together: bool = False) -> Ends:
-    """Return the ending of image names and the ending of label names that pair most labels with images.
+    """Return (ending of image names, ending of label names) that pairs the largest number of labels with images.
 
-    For example, images `a_img` with labels `a_mask` give ("_img", "_mask"). If no names pair, the result is ("", "").
+    A label belongs to an image if the names without these endings are equal. For example, images `a_img` with labels
+    `a_mask` give ("_img", "_mask"). If no names pair, the result is ("", "").
 
     Args:
         images: names of image files without suffix.
@@ -85,7 +86,7 @@ def ends_of(images: Iterable[str], labels: Iterable[str], *, together: bool = Fa
 
 
 def described(scan: Scan) -> str:
-    """Describe for messages the ending of the label names, as in ", labels end with _mask".
+    """Return the end of a sentence for messages that names the ending of label names: ", labels end with _mask".
 
     Return '' if labels have the same names as their images.
     """
