@@ -63,7 +63,7 @@ def peels() -> bool:
 
 @contextmanager
 def whole_answers() -> Iterator[None]:
-    """Keep the last bilinear resize of foreign networks, in a with block."""
+    """Keep the last bilinear resize of wrapped networks (see `WrappedModel`), in a with block."""
     token = _WHOLE.set(True)
     try:
         yield
