@@ -21,7 +21,7 @@ Parameterisation = Literal["softplus", "exp", "identity"]
 
 @dataclass(frozen=True)
 class CategoricalHead:
-    """A head that returns logits (B, classes, h, w). Its prediction is their softmax."""
+    """A head that returns logits (B, classes, h, w). The softmax of the logits gives the class probabilities."""
 
     classes: int
     kind: Literal["categorical"] = "categorical"

@@ -123,7 +123,10 @@ class Lock:
 
 
 def is_lock(path: Path, name: str) -> bool:
-    """Return True if `path` is the file `name` of a Lock, or a temporary file that a killed process left next to it."""
+    """Return True if `path` is a lock file of the name `name`, or a temporary file of this lock.
+
+    A killed process may leave the temporary file next to the lock file.
+    """
     return path.name == name or path.name.startswith(f"{name}{_OWNER}")
 
 

@@ -36,9 +36,9 @@ class ModelInfo:
 
     Attributes:
         spec: the name to build it by, such as `torchvision:fcn_resnet50`.
-        parameters: their number, with 21 classes.
+        parameters: the number of parameters, with 21 classes.
         stride: the native stride in pixels.
-        align_corners: the flag of its last bilinear resize.
+        align_corners: the flag `align_corners` of the model's last bilinear resize.
         taps: the layers whose features can be stored: name -> channels and stride.
         heads: the names of its heads, such as `segmentation`.
     """

@@ -139,9 +139,12 @@ def compare(
 def one_range(judging: EvalSettings, members: Sequence[Entry], split: Split) -> tuple[EvalSettings, DepthRange | None]:
     """Return evaluation settings with one depth range for all models, and this range.
 
-    The range is None if depth is not evaluated. It ends at the largest depth that any of the models predicts. `members`
-    are the models to compare.
+    The range is None if depth is not evaluated. Its end is the largest that any model alone would have.
 
+    Args:
+        judging: the settings of the evaluation.
+        members: the models to compare.
+        split: the data.
     Raises: DataError if `judging` has depth settings, but depth is not evaluated.
     """
     heads = [regressions_of(entry, split.classes, judging.which) for entry in members if in_metres(split.tasks)]

@@ -79,7 +79,7 @@ class Shown:
         return tuple(task for task in learnt if task in FURTHER or task in self.scores.tasks)
 
     def predict(self, split: Split, number: int) -> Predicted:
-        """Return the predictions for one image of a split, at the size of its labels.
+        """Return the predictions and labels of one image of a split by task, at the size of the labels.
 
         `number` is the image's position in the split.
         """
@@ -323,7 +323,7 @@ def folder_names(paths: Sequence[str]) -> list[str]:
 
 
 def shorten(text: str, most: int = 60) -> str:
-    """Return the last `most` characters of an id or path, with "..." in front if it is longer."""
+    """Shorten an id or path to at most `most` characters: "..." and its end. Shorter texts stay unchanged."""
     return text if len(text) <= most else "..." + text[3 - most :]
 
 
@@ -336,7 +336,7 @@ def _rank(case: Case) -> str:
 
 
 def earlier_pictures(out: Path, runs: Iterable[str]) -> Iterator[Path]:
-    """Yield the pictures that an earlier call drew into `out`, of these runs and of several runs side by side.
+    """Yield the paths of pictures that an earlier call drew into `out`, of these runs and of several runs side by side.
 
     `runs` are the names of the runs' folders in `out`.
     """
@@ -352,9 +352,9 @@ def _pictures(folder: Path) -> Iterator[Path]:
 
 
 def summary_json(shown: Mapping[str, Shown]) -> dict[str, object]:
-    """Return each model's name, tasks and scores as JSON values, with the keys of `shown`.
+    """Return a dict for JSON: folder name -> the name, tasks and scores of the model whose pictures are in that folder.
 
-    `shown` maps the name of the folder of a model's pictures to the model.
+    `shown` is folder name -> model.
     """
     return {
         name: {"run": model.name, "heads": list(model.heads), **model.scores.to_json()} for name, model in shown.items()

@@ -189,8 +189,8 @@ def shared_score(scores: Sequence[ImageScores]) -> Score | None:
 def ranked(scores: Sequence[ImageScores], score: Score = MIOU) -> list[tuple[int, float]]:
     """Return pairs (position in `ImageScores.images`, score), the best image first.
 
-    With several models, the score is the mean over them. Images without a score in any model are left out. Equal scores
-    keep the order of the split.
+    With several models, the score is the mean over them. An image is left out if any model has no score for it. Images
+    with equal scores keep the order of the split.
     """
     rows = zip(*([score.of(image) for image in of_model.images] for of_model in scores), strict=True)
     means = [(position, statistics.fmean(row)) for position, row in enumerate(rows)]

@@ -21,7 +21,7 @@ _LISTED = 10
 
 
 def draw_distribution(scores: ImageScores, colours: Colours, title: str) -> "Figure":
-    """Return a figure of the distribution of mIoU over images, and of the quartiles of each class's IoU.
+    """Return a figure of two charts: a histogram of the images' mIoU, and the quartiles of IoU for each class.
 
     `colours` has the RGB colour of each class.
     """

@@ -121,10 +121,10 @@ class Blocks:
         return len(set(self.number_of.values()))
 
     def totals(self, images: Images) -> npt.NDArray[np.float64]:
-        """Return the sums of per-image counts over each block, float64 (2, blocks, C).
+        """Return the sums of per-image counts over the images of each block, float64 (2, blocks, C).
 
-        The first axis has the two arrays of `images.parts`: hits and unions of each class. For depth, they are the rmse
-        and a count of images, and C is 1.
+        Index 0 of the first axis is the hits of each class, and index 1 is the unions. For depth, index 0 is the sum of
+        the images' rmse, index 1 is the number of images, and C is 1.
         """
         parts = images.parts
         totals = np.zeros((2, self.count, parts[0].shape[1]))
@@ -249,8 +249,8 @@ def difference(ours: Mapping[Key, float], theirs: Mapping[Key, float], baseline:
 def resample(ours: Sequence[Images], theirs: Sequence[Images], blocks: Blocks) -> Resampled:
     """Return the bootstrap interval of the difference of two rows' scores, over blocks of images.
 
-    Each row has the per-image counts of its runs, and its score is the mean over its runs. The random numbers are
-    always the same. A class that is missing from a draw is left out of its mIoU.
+    `ours` and `theirs` have the per-image counts of each run of a row. A row's score is the mean over its runs. The
+    random numbers are always the same. If no image of a resample has a class, the mIoU of this resample leaves it out.
     """
     if blocks.count < 2 or not ours or not theirs:
         return Resampled(blocks.over, blocks.count, math.nan, math.nan)

@@ -249,9 +249,10 @@ class Record:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The part of `to_json` that decides whether stored metrics can be reused: they can if it is equal.
+        """The part of `to_json` that decides whether stored metrics can be reused.
 
-        It has no "weights", "data", "place", "split" and "fold". These only name what the digests identify.
+        They can if this part is equal in both records. "weights", "data", "place", "split" and "fold" are left out,
+        because digests identify the same things.
         """
         return {key: value for key, value in self.to_json().items() if key not in _NAMES}
 
@@ -293,7 +294,7 @@ def keep(record: Record, folder: Path, run: str, metrics: TaskMetrics, *, own_si
 
     Args:
         record: the settings of the evaluation.
-        folder: the folder.
+        folder: the run's folder.
         run: the run's name as the user wrote it.
         metrics: the result.
         own_size: whether the model sees images at the size of its training.
@@ -331,8 +332,8 @@ def file_name(record: Record, folder: Path, run: str, *, own_size: bool = True) 
 def weights_of(run: Run | str, which: str) -> tuple[str | None, Path | None]:
     """Return the name and the file of the weights to evaluate.
 
-    A run's weights have the name `which`. If `run` is RUN@WEIGHTS, it is WEIGHTS instead. For SPEC@FILE, the name is
-    None, and the file is None if the weights come from a library.
+    The name is `which`, or WEIGHTS if `run` is RUN@WEIGHTS. For SPEC@FILE, the name is None. The file is None if the
+    weights come from a library.
 
     Args:
         run: a run, or its folder, RUN@WEIGHTS or SPEC@FILE as text.

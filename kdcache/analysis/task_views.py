@@ -30,16 +30,20 @@ class TaskView(ABC):
 
     Attributes:
         task: the task's name.
-        score: the name of its score. called: the same, with an article.
+        score: the name of the task's score, such as "mIoU".
+        called: the same name with an article.
         unit: the unit of the score as text.
-        stem: the score in file names.
+        stem: the name of the score in file names.
         columns: names of the metrics in a table of scores, the score first.
         times: the factor from a score to the number that tables show: 100 for percent.
         short: the score's header in a small table, and the digits of its values there.
-        distance: the unit of differences between scores. digits: the digits of differences as text.
+        distance: the unit of differences between scores.
+        digits: the number of decimals of differences as text.
         headline: the first words of a title over a table of differences.
-        prefix: text before the titles of panels. before: text before a column's title.
-        no_label: the title of a panel of errors for an image without a label. no_score: the text instead of its score.
+        no_label: the title of the panel of errors, if an image has no label.
+        no_score: the text in place of the score, if an image has no label.
+        prefix: text before the titles of panels.
+        before: text before the titles of columns.
     """
 
     task: str
@@ -91,11 +95,14 @@ class TaskView(ABC):
         return f"{self.times * gap:+.{self.digits}f}"
 
     def scale(self, maps: Iterable[Array]) -> float:
-        """Return the end of the colour bar that several maps (H, W) share."""
+        """Return the largest value on the colour bar that several maps (H, W) share. Classes have no bar: 1."""
         return 1.0
 
     def error_scale(self, pairs: Iterable[tuple[Array, Array]]) -> float:
-        """Return the end of the colour bar that the errors of several pairs (prediction, label) share."""
+        """Return the largest value on the colour bar that the errors of pairs (prediction, label) share.
+
+        Classes have no bar: 1.
+        """
         return 1.0
 
     def overlay(self, pixels: Array, answer: Array, classes: ClassList) -> list[Panel]:

@@ -119,7 +119,7 @@ def make_trainer(
         world: the processes that train together.
         observer: is told notes for the user.
         resume: True continues from the last checkpoint in `run`.
-        lock: the lock of `run`, taken before anything is written. None takes no lock.
+        lock: the lock of `run`. This call takes it, before it writes anything. None takes no lock.
     Raises: KDCacheError for wrong settings or data.
     """
     with world.together():
@@ -414,15 +414,15 @@ def _feature_judge(
 
 
 def make_validator(val: Split, config: TrainConfig, device: torch.device, observer: Observer, world: World) -> Any:
-    """Return a function that scores a model's classes on the validation data: model -> `Score`.
+    """Return a function that validates a model's segmentation: model -> `Score`.
 
-    Each process validates a part of the samples, and the pixel counts are summed over the processes. As many images go
-    through the model at once as in training. The function raises ModelError, with the batch sizes that fit, if memory
-    runs out.
+    Each process validates a part of the samples, and the pixel counts are summed over the processes. Batches are as
+    large as those that go through the model in training. If memory runs out, the function raises ModelError with the
+    batch sizes that fit.
 
     Args:
         val: the validation data.
-        config: settings with batch size and image size.
+        config: the training's settings, with the image size filled in.
         device: where the model is.
         observer: is told how many images were validated.
         world: the processes that train together.

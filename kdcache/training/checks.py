@@ -14,16 +14,15 @@ from kdcache.training.streams import flag_of
 
 
 def check_flip(config: TrainConfig, processor: Processor | None = None) -> None:
-    """Check that features from a cache are mirrored only if the user gave `--flip`.
+    """Check whether `--augment warp` may mirror features from a cache.
 
-    Pixels are mirrored by default. Features of a mirrored image are not mirrored features. With position embeddings,
-    features must never be mirrored.
+    Mirrored features are only roughly the features of a mirrored image. So, unlike for pixels, the user must allow it
+    with `--flip`. If the teacher has position embeddings, features must never be mirrored.
 
     Args:
         config: settings whose `augment` is not `auto`.
         processor: how the cache's teacher prepares images. None if unknown.
-    Raises: RecipeError if stored features would be mirrored without `--flip`, or if the teacher has position
-        embeddings.
+    Raises: RecipeError if stored features would be mirrored, but may not be. `--no-flip` avoids the error.
     """
     stored = [term.kind for term in config.terms if term.reads_taps]
     augmentation = config.augmentation
@@ -59,7 +58,7 @@ def check_whole_views(config: TrainConfig) -> None:
 
 
 def check_replays(config: TrainConfig) -> None:
-    """Raise RecipeError if `--limit-views` is given without `--augment replay`, which alone shows several views.
+    """Raise RecipeError if `--limit-views` is given without `--augment replay`. Only a replay shows several views.
 
     The `augment` setting must not be `auto`.
     """
@@ -87,7 +86,10 @@ def check_supervised(config: TrainConfig) -> None:
 
 
 def check_processes(config: TrainConfig, processes: int) -> None:
-    """Raise RecipeError for settings that do not work in several processes: pseudo labels by quantile."""
+    """Raise RecipeError if there are several processes and pseudo labels by quantile, which need the whole batch.
+
+    `processes` is the number of processes.
+    """
     quantiles = [term.kind for term in config.terms if isinstance(term, PseudoLabels) and term.quantile is not None]
     if processes > 1 and quantiles:
         raise RecipeError(

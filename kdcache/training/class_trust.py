@@ -72,7 +72,7 @@ def trust_from_run(
 
     Args:
         records: the cache, with its data set if it stores no pixels.
-        run: the folder of a train-student --method none or a train-teacher, with --fold.
+        run: the run on labels only: a run folder of `train-student --method none` or `train-teacher`, with `--fold`.
         device: where the run's model is evaluated.
         note: is called with warnings, for example that the teacher may have seen the fold.
     Raises: RecipeError for a cache of crops, a run with a teacher or without a fold, or a fold without labels.

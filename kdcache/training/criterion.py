@@ -40,8 +40,14 @@ _COUNTED: "WeakKeyDictionary[DrawnDataset, tuple[npt.NDArray[np.int64], npt.NDAr
 
 
 def needed_arrays(config: TrainConfig, cache: Cache | None, model: SegmentationModel) -> tuple[str, ...]:
-    """Return the paths of the cache's arrays, other than targets, that the loss terms read: `features/stage4`.
+    """Return the paths of the cache's arrays, other than targets, that the loss terms read, such as `features/stage4`.
 
+    Without a cache, and with labels in the teacher's place, there are none.
+
+    Args:
+        config: the stream's settings.
+        cache: the stream's open cache. None for a data folder.
+        model: the student, whose taps choose the features.
     Raises: RecipeError if the cache lacks some.
     """
     if cache is None or config.loss.teacher == "labels":
@@ -65,7 +71,7 @@ def make_criterion(
         config: the stream's settings.
         model: the student.
         dataset: the stream's samples.
-        device: where the run is evaluated that `--class-trust auto` compares the teacher with.
+        device: where `--class-trust auto` evaluates a run, to compare the teacher with it.
         note: is called with notes for the user, such as the trust in each class.
         pasted: the samples that are pasted into this stream's samples, or None.
     Raises: RecipeError for a model without the heads that the loss compares.
@@ -104,9 +110,9 @@ def make_criterion(
 
 
 def stored_targets(cache: Cache, dataset: DrawnDataset) -> Cache | MergedTargets:
-    """Return what turns a stream's stored targets into logits of the training's classes.
+    """Return the object that turns a stream's stored targets into logits of the training's classes.
 
-    That is the cache itself, or with a class map `MergedTargets`, which merge the teacher's classes.
+    Without a class map, this is the cache itself. With one, it is `MergedTargets`, which merges the teacher's classes.
     """
     if dataset.mapped is None or SEGMENTATION not in dataset.heads:
         return cache

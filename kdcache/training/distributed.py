@@ -32,7 +32,7 @@ _POLL_S = 0.02
 
 @dataclass
 class Agreement:
-    """What a with block of `World.together` gets, to learn whether to stop.
+    """The answer that `World.together` gives to its with block: whether to stop.
 
     Attributes:
         stop: True if any process was asked to stop. It is set at the end of the with block.
@@ -105,10 +105,10 @@ class World:
 
     @contextmanager
     def together(self, *, stop: bool = False) -> Iterator[Agreement]:
-        """Run a with block in all processes. If it fails in one of them, raise its error in all.
+        """Run a with block that all processes enter. If it fails in one process, raise that error in all of them.
 
-        `stop` is True if this process was asked to stop. The block gets an `Agreement`. After the block, its `stop` is
-        True if any process was asked to stop.
+        `stop` is True if this process was asked to stop. The block gets an `Agreement`. After the block, `stop` of the
+        agreement is True if any process was asked to stop.
 
         Raises: a KDCacheError with the first failed process's error. Process 0 raises its own error unchanged.
         """
@@ -284,6 +284,9 @@ def pick_device(name: str, world: World | None = None) -> torch.device:
 
 
 def default_workers(device: torch.device) -> int:
-    """Return the number of loader workers for this process: 0 on a CPU, and with a GPU 1 to 8, by the CPU's cores."""
+    """Return the default number of loader workers for this process.
+
+    It is 0 if the training runs on a CPU. With a GPU, it is 1 to 8, depending on the number of CPU cores per process.
+    """
     cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return min(8, max(1, cores - 1)) if device.type == "cuda" else 0

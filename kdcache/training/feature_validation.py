@@ -42,7 +42,7 @@ class FeatureJudge:
     """Computes the feature loss of a model on held-out samples, as a validation without labels (`--val-share`).
 
     Every process computes all samples, in one order and in batches of one size. So the loss does not depend on the
-    number of processes.
+    number of processes. Calling the object with a model returns the `FeatureScore`.
 
     Args:
         dataset: the training's samples. Its held-out samples are used.

@@ -36,7 +36,7 @@ _WITHOUT_BALANCE = {"balance": "fixed", "task_weight": ()}
 
 
 def flag_of(name: str) -> str:
-    """Return the name of a setting as its flag and its recipe key: `val_every` becomes `val-every`."""
+    """Return the flag of a setting, without dashes in front. It is also the recipe key: `val_every` -> `val-every`."""
     return name.replace("_", "-")
 
 
@@ -51,7 +51,7 @@ class Stream(Generic[Config]):
         class_map: a file that maps each class of its labels to a class of the training, or None.
         paste: how another stream's samples are pasted into its samples, such as `classmix`, or None.
         paste_from: the name of that other stream, or None.
-        config: the training's settings, with the stream's own settings in their place.
+        config: all settings of the stream: its own, and the training's settings where it has none.
         table: the stream's table in a recipe: key -> value.
     """
 

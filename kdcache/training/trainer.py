@@ -47,8 +47,8 @@ class Trainer:
         config: resolved settings.
         run: an existing folder, for checkpoint.pt, best/last[-ema].safetensors, metrics.jsonl and result.json.
         device: where the model is trained.
-        validate: task, or `FEATURES` -> a function that returns a model's score. The first score chooses the best
-            weights.
+        validate: task, or `FEATURES` -> a function that returns a model's score. The score of the first entry chooses
+            the best weights.
         observer: is told of the training's progress.
         world: the processes that train together, each with its part of every batch. Process 0 writes the run.
 

@@ -31,12 +31,13 @@ class TeacherAudit:
         images, labelled: the number of images, and of those with a label.
         class_names: names of the classes.
         ece: expected calibration error, 0 to 1, or NaN without labels.
-        bins: (low, high, share, confidence, accuracy) of pixels by confidence.
+        bins: for each range of confidence: (low end, high end, share of all labelled pixels, their mean confidence,
+            share of these pixels that is correct).
         sure: for each predicted class, the mean confidence of its pixels.
         right: for each predicted class, the share of its pixels that is correct.
         confused: (label, prediction, share of the label's pixels, pixels), the largest share first.
-        kept: for each threshold on pseudo labels: (threshold, share of pixels kept, share of these correct, their
-            mIoU).
+        kept: for each threshold on pseudo labels: (threshold, share of pixels kept, share of kept pixels that is
+            correct, mIoU of kept pixels).
         miou: the teacher's mIoU, or NaN without labels.
         tables: tables of numeric heads, such as depth.
     """
@@ -55,7 +56,7 @@ class TeacherAudit:
     tables: tuple[Table, ...] = ()
 
     def check_classes(self, names: tuple[str, ...]) -> None:
-        """Check that the audit has the classes `names`, if both have classes. Raises: MismatchError."""
+        """Raise MismatchError if the audit has other classes than `names`. No classes on either side pass."""
         if names and self.class_names and names != self.class_names:
             raise MismatchError(
                 f"{self.path} has other classes ({', '.join(self.class_names)}) than the data ({', '.join(names)})",

@@ -85,7 +85,11 @@ def line_chart(title: str, lines: Sequence[Line], x_name: str, unit: str = "", d
 
 
 def thin(points: Points) -> list[tuple[float, float]]:
-    """Return at most 240 points of a curve. A longer curve is averaged over equal parts, each at its last step."""
+    """Return at most 240 points (step, value) of a curve.
+
+    A longer curve is divided into parts with equally many points. Each part becomes one point: its last step and its
+    mean value.
+    """
     if len(points) <= _MOST_POINTS:
         return list(points)
     size = math.ceil(len(points) / _MOST_POINTS)

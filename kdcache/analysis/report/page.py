@@ -54,7 +54,10 @@ def write_report(comparison: Comparison, runs: Sequence[Entry], out: str | Path,
 
 
 def check_out(out: Path) -> Path:
-    """Return the path of a page. Raises: RecipeError if it is a folder or does not end with .html."""
+    """Check that `out` can be the path of a page, and return it.
+
+    Raises: RecipeError if it is a folder or does not end with .html.
+    """
     if out.suffix.lower() in SUFFIXES and not out.is_dir():
         return out
     raise RecipeError(
@@ -96,7 +99,7 @@ def page(
         title: the page's title. None makes one from the data's name.
         samples: images to show (see `choose_samples`), or None for a page without images.
         matrices: pairs of an index into `comparison.rows` and the confusion matrix of that row's first run.
-        size_of_cache: function from a cache's place to its `CacheSize`, or to None if it cannot be read.
+        size_of_cache: function from a cache's path to its `CacheSize`, or to None if it cannot be read.
         audits: audits of the teachers.
         figure: a PNG of scores, such as the curve of a sweep.
         pictures: a folder of further pictures to mention.

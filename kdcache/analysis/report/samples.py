@@ -125,8 +125,8 @@ def score_first_runs(
 def choose_samples(comparison: Comparison, first: FirstRuns, count: int, progress: Progress) -> tuple[Sample, ...]:
     """Return the images to show: the best and the worst, then an image for each class that is not yet shown.
 
-    Images are ranked by the mean score of all rows. If all rows predict another task, and no image so far has a label
-    for it, its best and worst images follow.
+    Images are ranked by the mean score of all rows except the teacher's. If all these rows also predict depth, and no
+    image so far has a depth label, the best and worst images for depth follow.
 
     Args:
         comparison: the comparison.

@@ -53,13 +53,14 @@ class CacheDataset(DrawnDataset):
     (8, torch.Size([48, 64, 3]))
 
     Args:
-        source: an open cache, or the `Records` of a cache without pixels and its data set. Each image is then compared
-            with the cache's checksum when this process first reads it, also in a resumed run.
+        source: an open cache. For a cache without pixels, `Records`, which join it to its data set. Each image is then
+            compared with the cache's checksum when this process first reads it, also in a resumed run.
         augment: `warp` draws a window of the stored whole image and moves the target with it. `replay` gives the views
             as the teacher saw them, another one in every epoch, with colour jitter. `none` gives the whole image
             without jitter. `auto` replays a cache of several views or of crops, and warps others.
         size: (H, W) of the pixels. None is the view's size.
-        targets: the heads whose targets are read. True is all, False none (with the same draws).
+        targets: the heads whose targets are read. True is all heads. False is none, and pixels and labels stay the
+            same.
         augmentation: scale, flip and colour jitter. None is the default `Augmentation()`.
         extras: paths of further arrays that a sample has, such as `features/stage4`.
         part: which samples, labels and views are used. None is all.
@@ -173,7 +174,7 @@ class CacheDataset(DrawnDataset):
     def record(self, index: int, epoch: int) -> int:
         """Return the number of the record that is read for a sample in an epoch.
 
-        Replay takes another view in each epoch.
+        `index` is the sample's index in this dataset. Replay takes another view in each epoch.
         """
         view = 0 if self._turns is None else (epoch + self._turns[index]) % self._views
         return self.cache.manifest.record(self.indices[index], view)

@@ -60,7 +60,8 @@ class DrawnDataset(Dataset[Batch], ABC):
         split: the data set that pixels and labels come from. None for a cache that stores pixels.
         indices: numbers of the samples, in the cache or the data set, that are drawn.
         extras: paths of further arrays that a sample has. They may change before the first draw.
-        records: reads the cache's records: the cache, or memory that keeps them. None without a cache.
+        records: the object that reads the cache's records. This is the cache, or memory that keeps its records. None
+            without a cache.
         shard_records: number of samples in a shard, for orders that read one shard after another. None without a cache.
         remote: True if shards are downloaded.
         heads: names of the cache's heads whose targets a sample has. `target_paths` are the paths of their arrays.
@@ -117,7 +118,7 @@ class DrawnDataset(Dataset[Batch], ABC):
 
     @property
     def labelled(self) -> Sequence[int]:
-        """Indices of the dataset's samples that have a label for at least one of its tasks."""
+        """Those numbers in `indices` whose samples have a label that is used, for at least one task."""
         return [number for number in self.indices if self._has_label(number)]
 
     @property
@@ -170,10 +171,10 @@ class DrawnDataset(Dataset[Batch], ABC):
         return self.indices[index]
 
     def labels(self) -> Iterator[npt.NDArray[np.uint8]]:
-        """Yield the segmentation label of each sample in `labelled`, uint8 (H, W).
+        """Yield the segmentation labels, uint8 (H, W), that are used, in the order of the samples.
 
-        (H, W) is the size of the label file, or of the sample's first view if the cache stores labels. A class map is
-        applied.
+        Samples without such a label are skipped. (H, W) is the size of the label file, or of the sample's first view if
+        the cache stores labels. A class map is applied.
 
         Raises: KDCacheError for a label that cannot be read.
         """

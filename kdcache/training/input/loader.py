@@ -36,7 +36,8 @@ class Draws(Dataset[Batch | KDCacheError]):
         seed: seed of order and augmentation.
         shuffle: `full` shuffles all samples, `window` shuffles within a few shards, `auto` takes `window` for remote
             caches.
-        labelled_share: share of every batch that has labels, if only some samples have one. None ignores labels.
+        labelled_share: share of every batch that has labels, if only some samples have one. With None, samples are
+            drawn equally often, with or without a label.
         rare: an order that prefers samples with rare classes. None draws in shuffled epochs.
     """
 
@@ -70,9 +71,12 @@ class Draws(Dataset[Batch | KDCacheError]):
         return self.dataset.empty(*leading, pin_memory=pin_memory)
 
     def draw_into(self, draw: int, out: Row) -> KDCacheError | None:
-        """Write the augmented sample of a draw into the arrays of `out`, as `row_of` returns them.
+        """Augment the sample of a draw, and write the result into arrays.
 
-        Return the error of a sample that cannot be read, or None. It is not raised, because threads draw ahead.
+        Args:
+            draw: the number of the draw.
+            out: name -> the array to fill. `row_of` returns such a dict.
+        Returns: None, or the error of a sample that cannot be read. It is not raised, because threads draw ahead.
         """
         # The third word keeps these generators apart from those of the permutations.
         rng = np.random.default_rng((self.seed, draw, 1))
@@ -111,8 +115,7 @@ def make_loader(
         first: the first step.
         last: the step after the last one.
         batch_size: samples of all processes in a batch, a multiple of `world`.
-        workers: how many threads draw ahead from a cache, or how many processes from image files. 0 draws between
-            steps.
+        workers: number of threads (for a cache) or processes (for image files) that draw ahead. 0 draws between steps.
         pin_memory: True uses pinned memory, for copies to a GPU.
         rank: which of the `world` equal parts of each batch this process takes.
         world: the number of processes.

@@ -34,6 +34,8 @@ NUMBERS = {"cutmix": 4, "classmix": 1 + CLASSES}
 class Mix:
     """Pastes parts of one sample of a batch into another: pixels and labels.
 
+    Calling it with the batches of all streams pastes between neighbouring samples of each stream.
+
     Args:
         text: `cutmix` pastes a box, `classmix` the pixels of half of the classes. The share of samples that get a
             paste may follow: `cutmix:0.5`. Its default is 1.
@@ -43,7 +45,7 @@ class Mix:
         kind: `cutmix` or `classmix`.
         dice: number of random numbers that a sample needs.
 
-    Raises: RecipeError for another text.
+    Raises: RecipeError for an invalid text.
     """
 
     def __init__(self, text: str, flag: str = "--mix ") -> None:
@@ -70,10 +72,10 @@ class Mix:
 
     @torch.no_grad()
     def paste(self, batch: Batch, other: Batch) -> Batch:
-        """Return `batch` with pixels and labels of `other` pasted in, row by row.
+        """Return `batch` with pixels and labels of `other` pasted in: from each sample into the sample of equal index.
 
-        `own` of the result is False for pasted pixels. Both batches have equally many rows. The method never waits for
-        the device.
+        `own` of the result is False for pasted pixels. Both batches have equally many samples. The method never waits
+        for the device.
         """
         dice_BN = batch.dice
         assert batch.pixels is not None
@@ -132,9 +134,9 @@ class Paste:
 
 
 class Pastes:
-    """Applies several pastes between the streams of a batch.
+    """Applies several pastes between the streams of a batch. Calling it with the streams returns the pasted streams.
 
-    The order does not matter: all read the original pixels.
+    The order of the pastes does not matter, because all of them read the original pixels.
     """
 
     def __init__(self, pastes: Sequence[Paste]) -> None:

@@ -70,7 +70,7 @@ class RamRecords:
 class DeviceTargets:
     """The targets of all R records on a device. Each batch gathers its targets there by record number.
 
-    A pickled copy is empty, because worker processes only draw numbers.
+    A pickled copy is empty. Worker processes do not need it, because their batches have record numbers, not targets.
 
     Args:
         targets: head -> the target of all records (R, ...). None is empty.

@@ -63,7 +63,10 @@ class Order:
         self._orders: tuple[tuple[int, Records], ...] = ()
 
     def visit(self, draw: int) -> tuple[int, int]:
-        """Return the record of a draw, and its epoch. Many threads may call it at once."""
+        """Return the number of the record that a draw takes, and the epoch of this draw.
+
+        Many threads may call it at once.
+        """
         epoch, position = divmod(draw, self._records)
         for stored_epoch, order in self._orders:  # replaced as one, never changed
             if stored_epoch == epoch:
@@ -90,7 +93,10 @@ class Interleaved:
         self._orders = tuple(Order(len(records), seed, shard_records) for records in self._records)
 
     def visit(self, draw: int) -> tuple[int, int]:
-        """Return the record of a draw, and its epoch. Labelled and other records have separate epochs."""
+        """Return the number of the record that a draw takes, and the epoch of this draw.
+
+        Labelled and other records have separate epochs.
+        """
         parts, of = self._share.numerator, self._share.denominator
         before = draw * parts // of  # draws of labelled records so far
         stream, stream_draw = (0, before) if (draw + 1) * parts // of > before else (1, draw - before)
@@ -133,7 +139,10 @@ class Rare:
         ]
 
     def visit(self, draw: int) -> tuple[int, int]:
-        """Return the record of a draw, and a random number instead of an epoch, so that any of its views can come."""
+        """Return the number of the record that a draw takes, and a random number in place of an epoch.
+
+        The random number chooses a view at random.
+        """
         # The third word keeps these generators apart from those of the augmentation.
         rng = np.random.default_rng((self._seed, draw, 2))
         place = np.searchsorted(self._upto_C, rng.random() * self._upto_C[-1], side="right")

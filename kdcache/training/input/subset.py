@@ -34,8 +34,9 @@ class Part:
     """The settings that restrict a training to a part of its samples and labels.
 
     Attributes:
-        samples: number of samples to use, or a share if below 1. None is all.
-        labels: number of samples whose labels are used, or a share if below 1. 0 uses no label, None all.
+        samples: number of samples to use, or their share of all available samples if below 1. None is all.
+        labels: number of samples whose labels are used, or their share of the used samples if below 1. 0 uses no
+            label, None all.
         labels_from: a file with the ids of the samples whose labels are used, one id a line. None uses `labels`.
         without: the fold that is left out, or None.
         held_out: the share of the samples that is held out for validation, in 0..1. None holds out nothing.
@@ -86,8 +87,12 @@ class Part:
 def held_out(ids: Sequence[str], share: float) -> list[bool]:
     """Return for each sample whether it is held out for validation, as a list of bools.
 
-    The samples with the largest hashes of their ids are held out, at least one. `share` is in 0..1. `--limit-samples`
-    takes the samples with the smallest hashes.
+    The samples with the largest hashes of their ids are held out, at least one. `--limit-samples` uses the samples with
+    the smallest hashes, so both settings work together.
+
+    Args:
+        ids: the ids of the samples.
+        share: the share to hold out, in 0..1.
     """
     hashes = [id_hash(sample) for sample in ids]
     least = min((1 - share) * 2**64, max(hashes, default=0))

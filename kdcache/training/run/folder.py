@@ -51,7 +51,10 @@ FREE_ON_RESUME = PLACES | EXECUTION
 
 
 def identity_of(datasets: Sequence[DrawnDataset]) -> str:
-    """Return text that identifies the samples of a training: of its data set or cache, or of all streams in order."""
+    """Return text that identifies a training's samples: the `identity` of its dataset, or a digest of several.
+
+    `datasets` has the samples of each stream, in order.
+    """
     identities = [dataset.identity for dataset in datasets]
     if len(identities) == 1:
         return identities[0]
@@ -75,9 +78,9 @@ def check_folder(
         config: the training's settings.
         run: the folder.
         resume: True to resume the folder's run.
-        identity: the `identity_of` the training's samples.
+        identity: the result of `identity_of` for the training's samples.
         samples: digests of the samples, which a resumed run must match. None skips this check.
-        labels: the `labels_of` the training, which a resumed run must match. None skips this check.
+        labels: the result of `labels_of`, which a resumed run must match. None skips this check.
     Raises: RecipeError for any other folder. MismatchError if the data changed.
     """
     if resume and not run.exists() and not _torchrun_restarts():
@@ -258,7 +261,10 @@ def write_beginning(
 
 
 def labels_of(datasets: Sequence[DrawnDataset]) -> str | None:
-    """Return which samples' labels a training uses, packed into text. None if it has several streams."""
+    """Return which samples' labels a training uses: a flag for each sample, packed into text.
+
+    `datasets` has the samples of each stream. The result is None for several streams.
+    """
     return pack_flags(datasets[0].labels_used) if len(datasets) == 1 else None
 
 

@@ -68,7 +68,10 @@ def check_logits(cache: Cache, *, needed: bool = True) -> None:
 
 
 def outcome(metrics: Metrics) -> str | None:
-    """Return a note if the last validation is no better than chance, else None."""
+    """Return a note if the last validation of a training was no better than chance, else None.
+
+    `metrics` are the segmentation metrics of this validation.
+    """
     nothing = at_chance(metrics)
     if nothing is None:
         return None

@@ -108,10 +108,10 @@ def _zoom_of_depth(config: TrainConfig, cache: Cache) -> DepthZoom:
 
 
 def drawn_scale(config: TrainConfig) -> tuple[float, float]:
-    """Return the smallest and the largest zoom to draw.
+    """Return the smallest and the largest zoom to draw: the user's range, or a default range.
 
-    The default is no zoom if the training compares depth in metres and `--depth-zoom` does not say how a zoom changes
-    it.
+    The default is no zoom (1 to 1) if the training compares depth in metres, and `--depth-zoom` does not say how a zoom
+    changes depth.
     """
     still = config.compares_metres and config.augmentation.depth_zoom == "none"
     return config.augmentation.scale or ((1.0, 1.0) if still else Augmentation.scale)

@@ -148,9 +148,10 @@ def _shows_classes(source: Source) -> bool:
 
 
 def taught_tasks(sources: Sequence[Source]) -> tuple[str, ...]:
-    """Return the tasks, `segmentation` or `depth`, that any stream of weight above 0 really learns.
+    """Return the tasks, `segmentation` or `depth`, that at least one stream of weight above 0 learns.
 
-    A task is learnt from a teacher's head, from labels that exist, or by a term on predictions.
+    A stream learns the tasks of its loss terms of weight above 0. Terms on features do not count. Terms on labels count
+    only if the stream, or the samples pasted into it, have labels.
     """
     learnt = {
         term.task
@@ -218,9 +219,12 @@ def _by_shapes(splits: Sequence[Split], size: tuple[int, int] | None, note: Call
 
 
 def check_pasting(sources: Sequence[Source]) -> None:
-    """Check each stream with pasted samples: they need class labels, and targets that mean the same as the stream's.
+    """Check the samples that are pasted into a stream, for every stream with pasted samples.
 
-    Raises: RecipeError with the name of the stream.
+    The pasted samples must have class labels. If both have targets, the targets must have the same meaning as the
+    stream's targets, for example the same unit of depth.
+
+    Raises: RecipeError that names the stream.
     """
     for source in sources:
         if source.pasted is not None:

@@ -26,11 +26,12 @@ from kdcache.training.step.gradient_norms import Norms, add_gradients
 class AccumulatedStep(EagerStep):
     """An eager step that learns from its batches in equal parts, to need less memory.
 
-    The loss equals the whole batch's.
+    The loss equals the loss of the whole batch.
 
     Args:
         others, named: the arguments of `EagerStep`.
-        parts: number of parts. It must divide every batch, into pairs if samples are mixed.
+        parts: number of parts. It must divide every batch evenly. If samples are mixed in pairs, every part must have
+            whole pairs.
     """
 
     def __init__(self, *others: Any, parts: int, **named: Any) -> None:
@@ -42,7 +43,10 @@ class AccumulatedStep(EagerStep):
         return self._learn_parts(batch, None)
 
     def with_norms(self, batch: Streams) -> tuple[Tensor, Norms]:
-        """Learn from a batch in parts. Return its losses as `row` does, and the norms of the summed gradients."""
+        """Learn from a batch in parts. Return the batch's losses, in the form of `row`, and the gradient norms.
+
+        The norms are of the gradients of the whole batch.
+        """
         total: dict[str, list[Tensor | None]] = {}
         weights = {} if self.criterion.balance is None else self.criterion.balance.weights()
         losses = self._learn_parts(batch, total)

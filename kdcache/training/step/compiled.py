@@ -95,15 +95,15 @@ class CompiledStep:
 
 
 def make_step(kind: str, eager: EagerStep, batch: Streams, note: Callable[[str], None]) -> Step:
-    """Return the function that runs steps in the way of `kind`, or in the next simpler way if that fails.
+    """Return a step of the given kind, or of the next simpler kind if that one fails.
 
-    It is tried before it is returned. The trial changes neither model nor optimizer.
+    A compiled or graphed step is tried before it is returned. The trial changes neither model nor optimizer.
 
     Args:
-        kind: `eager`, `compiled` or `graphed`.
+        kind: `eager`, `compiled` or `graphed`, from simple to fast.
         eager: the eager step.
         batch: the first batch. All batches have its shapes.
-        note: is called with the time that this took, or why a way failed.
+        note: is called with the seconds of preparation, and with the reason if a kind failed.
     Raises: KDCacheError or KernelError for a wrong batch.
     """
     if kind == "eager":

@@ -26,6 +26,8 @@ WARM_UP = 3
 class GraphedStep:
     """A step that is recorded as a CUDA graph for the shapes of `batch`. Batches of other shapes run eagerly.
 
+    Calling it with a batch learns from the batch and returns its losses, as `row` does.
+
     Args:
         eager: the step, whose optimizer is capturable.
         forward: the step's forward, eager or compiled.

@@ -35,6 +35,8 @@ class LossInputs(NamedTuple):
 class EagerStep:
     """A training step (forward, loss, backward, optimizer), run by PyTorch one operation at a time.
 
+    Calling it with a batch learns from the batch and returns its losses, as `row` does.
+
     Args:
         model: the model, on `device`.
         criterion: the loss, on `device`. It may have parameters.
@@ -79,9 +81,9 @@ class EagerStep:
         return self.learn(self.forward(self.to_device(batch)))
 
     def with_norms(self, batch: Streams) -> tuple[Tensor, Norms]:
-        """Learn from a batch.
+        """Learn from a batch. Return the batch's losses, in the form of `row`, and the gradient norms.
 
-        Return its losses as `row` does, and the gradient norms of its weighted terms and tasks.
+        The norms are those of the weighted loss terms, and of the tasks.
         """
         inputs = self.loss_inputs(self.to_device(batch))
         norms = self._norms(self._term_gradients(inputs))

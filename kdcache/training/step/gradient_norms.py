@@ -52,10 +52,10 @@ class TaskGradients:
             self._sums[task] = list(gradient) if before is None else _sum(before, gradient)
 
     def norms(self, terms: dict[str, float], norm: Callable[[Gradient], float]) -> Norms:
-        """Return the norms of a step.
+        """Return the norms of a step, with those of the gradients that `add` summed for each task.
 
         Args:
-            terms: name of a loss term -> the norm of its gradient.
+            terms: name of a loss term -> the norm of its gradient, copied into the result.
             norm: returns the L2 norm of a gradient.
         """
         if self._balance is None:

@@ -115,8 +115,9 @@ def distill_weight_scale(schedule: str, step: int, iterations: int) -> float:
     """Return the factor, in 0..1, on the weights of the teacher's terms at a step.
 
     Args:
-        schedule: `constant` is always 1. `fade` falls linearly from 1 to 0 (teacher annealing, Clark et al. 2019, arXiv
-            1907.04829, section 3.3). `warmup:N` rises linearly to 1 in the Nth step.
+        schedule: `constant` is always 1. `fade` falls linearly from 1 at step 0 towards 0, which it would reach one
+            step after the last (teacher annealing, Clark et al. 2019, arXiv 1907.04829, section 3.3). `warmup:N` rises
+            linearly from 1/N at step 0 to 1 at step N - 1, and stays there.
         step: number of the step, from 0.
         iterations: number of steps of the training.
     """

@@ -25,7 +25,9 @@ from kdcache.training.step.ema import ModelEma
 
 
 class WeakView:
-    """Predicts the weak views of a batch, and puts the resulting pseudo labels into the batch.
+    """Predicts pseudo labels on the weak views of a batch.
+
+    Calling it with the batches of all streams returns them on the device, with pseudo labels and without weak views.
 
     Args:
         model: the student.
