@@ -47,7 +47,7 @@ class Cache:
     Attributes:
         place: the location of its files.
         manifest: its description: teacher, data set, views and arrays.
-        ledger: sizes and checksums of its files. If it is None, files are read without comparing them with the ledger.
+        ledger: sizes and checksums of its files, which are checked in reading. None skips these checks.
         specs: path -> shape and dtype of one record, for each array.
     """
 

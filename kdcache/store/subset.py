@@ -12,7 +12,7 @@ SAMPLE_RECORDS = 16
 def evenly_spread(total: int, most: int) -> list[int]:
     """Return up to `most` different integers from 0 to `total` - 1, evenly spread and ascending.
 
-    With `most` of at least 2 they include the first and the last.
+    If `most` is at least 2, they include 0 and `total` - 1.
     """
     return sorted({int(number) for number in np.linspace(0, total - 1, min(most, total)).round()})
 

@@ -50,8 +50,8 @@ class ShardArray:
     Args:
         path: the array's folder.
         open_shard: a function of a shard's number and its file's path below `path`. It returns a file descriptor, and
-            the expected checksums of the chunks, which are their last 4 bytes, or b'' if they are unknown. Default:
-            open the file in `path`.
+            the last 4 bytes that each chunk must have (its checksum), or b'' if they are unknown. Default: open the
+            file in `path`.
         name: the array's name in error messages. Default: `path`.
 
     Attributes:

@@ -73,7 +73,8 @@ class Audit:
         calibration: how well the teacher's confidence matches its accuracy, or None without labels.
         confused: the 10 most confused pairs of classes, the largest share first.
         coverage: for each confidence in THRESHOLDS (0.5 to 0.99), the number of pixels with at least that confidence.
-        quality: the same pixels as pseudo labels, compared with labels, for each confidence. Empty without labels.
+        quality: for each confidence in THRESHOLDS, the predictions of these pixels, used as pseudo labels and compared
+            with labels. Empty without labels.
         gradient: the error of the KL gradient if the cache kept fewer classes.
         worst: the images with the lowest mIoU, the lowest first.
     """

@@ -64,8 +64,8 @@ ZOOM = (1.0, 2.0)
 def with_zoom(options: BuildOptions, *, metres: bool) -> BuildOptions:
     """Return the options, with the default range of the zoom as `view_scale` if it is None.
 
-    The default is (1.0, 2.0), or (1.0, 1.0) if there are metres and `depth_zoom` is `none`. `metres` says whether the
-    cache has depth in metres, as labels or as a head.
+    `metres` says whether the cache has depth in metres, as labels or as a head. If it has, and `depth_zoom` is `none`,
+    the default is (1.0, 1.0), otherwise (1.0, 2.0).
 
     Raises: RecipeError if views zoom and `depth_zoom` does not say what happens to metres, or if `depth_zoom` is set
         without metres.

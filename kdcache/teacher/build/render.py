@@ -154,7 +154,7 @@ class StoredArray(Source[Any]):
         cache: the cache.
         record: number of the record.
         array: path of the array with the image or label.
-        of_content: path of the array with its digest.
+        of_content: path of the array with the digest of that image or label.
     """
 
     cache: Cache
