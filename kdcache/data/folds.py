@@ -136,14 +136,14 @@ def check_fold_labels(
 def subset(split: Split, numbers: Iterable[int]) -> Split:
     """Return a split with the samples at the positions `numbers`, in that order.
 
-    Its digest and its folds depend only on these samples. `excerpt` keeps the folds of the whole split.
+    The digest and folds of the new split depend only on these samples. Use `excerpt` to keep the whole split's folds.
     """
     samples = tuple(split.samples[number] for number in numbers)
     return Split(split.data, split.split, split.classes, samples, split.label_map, split.match)
 
 
 def excerpt(split: Split, numbers: Iterable[int]) -> Split:
-    """Return a split with the samples at the positions `numbers`.
+    """Return a split with the samples at the positions `numbers`, in that order.
 
     Each sample keeps the fold that it has in the whole split.
     """

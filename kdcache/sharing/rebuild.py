@@ -16,7 +16,7 @@ from kdcache.store.format.teacher_models import Augmented, Fingerprint
 def build_command(manifest: Manifest) -> str:
     """Return the `kdcache build-teacher-cache` command that builds a cache again, as shell text on several lines.
 
-    Flags with default values are left out. DATA and TEACHER stand for the paths, which a manifest does not know.
+    Flags with default values are left out. DATA and TEACHER stand for the paths, which a manifest does not hold.
     """
     if manifest.teacher.per_head:
         return "# This version of kdcache does not compute a cache of one teacher per head."

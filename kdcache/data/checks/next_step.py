@@ -15,7 +15,7 @@ MOST_SIDE, MULTIPLE = 384, 32
 
 
 def next_step(report: CheckReport) -> str:
-    """Return one line that names the next step: to fix a problem, or a command such as `kdcache train-teacher`."""
+    """Return one line that names the user's next step: fixing the problems, or a `kdcache` command to run."""
     data = shlex.quote(report.data)
     if report.problems:
         return (

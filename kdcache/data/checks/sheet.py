@@ -26,13 +26,13 @@ PAPER, INK = (255, 255, 255), (40, 40, 40)
 def write_sheet(splits: Sequence[Split], path: Path, samples: int = SAMPLES) -> list[str]:
     """Write a PNG with samples of the splits and their labels, and a legend of the classes.
 
-    The samples are evenly spread over the labelled ones, or over all if none has a label. Void is darkened. Depth
-    labels are bright where near.
+    The samples lie at equal distances among a split's labelled samples, or among all if no split has labels. Void pixels
+    are darkened. In depth labels, near pixels are bright.
 
     Args:
         splits: the splits. Each gets the same number of samples if possible.
         path: the PNG file to write.
-        samples: the number of samples on the sheet.
+        samples: the number of samples on the sheet, over all splits.
 
     Returns: "SPLIT/ID" of each sample on the sheet.
     Raises: RecipeError for a path that does not end in .png, or a folder that does not exist.

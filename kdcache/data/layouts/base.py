@@ -57,7 +57,8 @@ class Layout(ABC):
     Attributes:
         name: the prefix in `--data`, as in `voc:/data/VOC2012`.
         looks_for: what identifies a folder of this layout, in words for messages.
-        homes: folders below the user's folder in which the data set may begin. The first that matches counts.
+        homes: subfolders of the folder that the user names, '' for that folder. The data set begins in the first that
+            matches.
         split_is: what a split is in this layout, in words for messages.
         pairing: which label belongs to which image, in words for messages.
         listed: whether splits are lists of names. Several lists may name the same image on purpose.

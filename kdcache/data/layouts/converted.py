@@ -20,7 +20,7 @@ class DataWarning(UserWarning):
 
 
 def open_defective(place: LayoutRoot, name: str) -> tuple[Split, dict[str, str]]:
-    """Open a split even if files are missing or repeated, or if labels have no image.
+    """Open a split even if files are missing, ids are repeated, or labels have no image.
 
     `open_split` would raise an error.
 

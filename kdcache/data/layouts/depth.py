@@ -40,7 +40,7 @@ class DepthScan:
         files: sample id -> path below the data set's folder, for samples that have an image.
         place: the searched folder, below the data set's folder.
         read: reads a depth file as metres, float32 (H, W).
-        orphans: depth files without an image, below `place`.
+        orphans: depth files without an image, and further depth files of an image that has one, below `place`.
     """
 
     files: dict[str, str]

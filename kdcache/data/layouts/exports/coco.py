@@ -112,7 +112,9 @@ class Coco(Export):
 
 @dataclass(frozen=True, eq=False)
 class ObjectLabels(ShapeLabels):
-    """Labels drawn from COCO objects: a smaller object covers a larger one, and crowds lie below all others.
+    """Labels drawn from COCO objects: a smaller object covers a larger one.
+
+    Objects that COCO marks as crowds lie below all others.
 
     Attributes:
         categories: category id -> class name.
