@@ -218,9 +218,10 @@ def _fault_of_theirs(error: Exception) -> KDCacheError | None:
 
 
 def show_error(error: Any) -> None:
-    """Print an error in a panel, with its attributes `problem`, `fix` and `rule`, which are texts.
+    """Print an error in a panel on stderr, also with --quiet.
 
-    `fix` says what the user can do. `rule` says what must hold, and may be empty.
+    `error` has three texts: `problem` (what is wrong), `fix` (what the user can do), and `rule` (what must hold, may be
+    empty).
     """
     lines = [("fix: ", error.fix), ("", Text(error.rule, "dim"))]
     parts = (part for name, text in lines if text for part in ("\n", (name, "dim"), text))

@@ -139,7 +139,7 @@ use_console(ERRORS, warn)
 
 @contextmanager
 def data_warnings() -> Iterator[None]:
-    """Print Python warnings about data sets as kdcache's warnings, in a with block."""
+    """Print each `DataWarning` as `warning: TEXT` on stderr, in a with block. Other warnings do not change."""
     with warnings.catch_warnings():
         default = warnings.showwarning
 

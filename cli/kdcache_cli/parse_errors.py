@@ -26,7 +26,8 @@ def parse_errors(context: Any = None) -> Iterator[None]:
     """Turn parse errors of the command line into a RecipeError, in a with block.
 
     Args:
-        context: Typer's context. If an error does not know its verb, the message names the verb of this context.
+        context: Typer's context. The message names the verb of this context, unless the parse error has its own
+            context. None names only `kdcache`.
     """
     try:
         yield

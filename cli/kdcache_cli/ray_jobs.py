@@ -21,7 +21,7 @@ MOST_DEATHS = 5
 
 
 class RayRunner:
-    """Runs the jobs of a sweep on a Ray cluster, when it is called with a job.
+    """A callable that runs jobs of a sweep on a Ray cluster. Call it with one job at a time.
 
     Args:
         ray: the module `ray`, as `kdcache.ray_cluster.cluster` yields it.

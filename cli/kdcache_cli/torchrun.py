@@ -59,9 +59,9 @@ def one_voice() -> Iterator[None]:
 
 @contextmanager
 def shared_errors() -> Iterator[None]:
-    """Show an error that all processes of torchrun meet only once, in a with block.
+    """Show an error only once, in a with block, if all processes of torchrun have the same error.
 
-    The first process raises it, and the others exit with code 2.
+    The first process raises the error, and the others exit with code 2.
     """
     try:
         yield

@@ -123,8 +123,9 @@ class UncertaintyBalance(nn.Module):
 
         Args:
             losses: head -> its loss, 0-dimensional.
-            counted: head -> the denominator of its loss, such as the number of counted pixels, 0-dimensional. It is the
-                sum or mean over all processes and accumulated parts. A head with 0 is left out. None keeps all heads.
+            counted: head -> the denominator of its loss, such as the number of counted pixels, 0-dimensional. If a
+                batch is divided (processes, accumulation), give the sum or mean over all parts. A head with 0 is left
+                out. None keeps all heads.
         Raises: RecipeError if the heads of `losses` are not exactly the heads with a form.
         """
         _check_heads(losses, self.heads)

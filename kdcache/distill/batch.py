@@ -103,9 +103,9 @@ class Batch:
 
     @property
     def numbers(self) -> dict[str, Tensor]:
-        """The arrays of `arrays` as a dict: path -> tensor.
+        """The entries of `arrays` with 8-bit features decoded to float32 (B, c, h, w): path -> tensor.
 
-        Features stored in 8 bits are decoded to float32 (B, c, h, w).
+        The scales of 8-bit features are left out.
         """
         numbers = {path: array for path, array in self.arrays.items() if not path.startswith("scales/")}
         for path, scales_B2c in self.arrays.items():
@@ -155,7 +155,8 @@ class Batch:
     def targets_alone(self, view_scale: tuple[float, float] = (1.0, 1.0)) -> "Batch":
         """Return a batch with only the targets, and the window, flip, inside and zoom that place them.
 
-        `view_scale` is a factor (y, x) on the edges of window and inside, for views of another size.
+        The edges of window and inside are multiplied by `view_scale` (y, x). It is the size of another view divided by
+        the size of this batch's view.
         """
         window, inside = (_scaled(edges_B4, view_scale) for edges_B4 in (self.window, self.inside))
         return Batch(targets=self.targets, window=window, flip=self.flip, inside=inside, zoom=self.zoom)
@@ -270,10 +271,15 @@ def pixels_of(streams: Streams) -> Tensor:
 
 
 def rows_of(streams: Streams, count: int, first: int = 0) -> Streams:
-    """Return a part of a batch of several streams: a slice of each stream's batch, with at least one sample.
+    """Return a part of a batch of several streams. Each stream gives the same fraction of its own samples.
 
-    The slices together have about `count` samples, and start at about sample number `first` of the whole batch.
-    `streams` is a tuple with the batch of each stream.
+    Of N samples in all streams, a stream with n samples gives max(1, n * count // N), from its sample number
+    n * first // N on.
+
+    Args:
+        streams: the batch of each stream.
+        count: number of samples of the part, over all streams, if the divisions are exact.
+        first: number of samples before the part, over all streams.
     """
     total = sum(map(len, streams))
     return tuple(batch.rows(max(1, len(batch) * count // total), len(batch) * first // total) for batch in streams)

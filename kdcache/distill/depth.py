@@ -54,7 +54,8 @@ def l1(prediction_BHW: Tensor, reference_BHW: Tensor, mask_BHW: Tensor) -> Tenso
 def berhu(prediction_BHW: Tensor, reference_BHW: Tensor, mask_BHW: Tensor) -> Tensor:
     """Return the reverse Huber loss (B,) of each image: absolute for small errors, squared for large ones.
 
-    Errors are large above a fifth of the image's largest error. This bound counts as a constant for the gradient.
+    e is prediction - reference, and c is a fifth of the image's largest |e|. An error counts as |e| up to c, and as
+    (e^2 + c^2) / (2 c) above. The loss is the mean over the image's valid pixels. The gradient treats c as a constant.
     Arguments are as in `l1`.
     """
     error_BHW = _error(prediction_BHW, reference_BHW, mask_BHW).abs()
@@ -85,8 +86,9 @@ def scale_shift_invariant(
     """Return the loss (B,) of maps that are known only up to a scale and a shift, such as disparities.
 
     First, each map is aligned: its median over the valid pixels is subtracted, and the result is divided by its mean
-    absolute value. The loss is the sum of the smallest 80 % of the M absolute differences, divided by 2 M.
-    `gradient_weight` times `gradient_matching` of the aligned maps is added.
+    absolute value. The smallest 80 % of the absolute differences between the maps are summed, and divided by twice the
+    number of valid pixels. The loss is this quotient plus `gradient_weight` times `gradient_matching` of the aligned
+    maps.
 
     The median of an even number of pixels is the lower of the two middle values. Arguments are as in `l1`, in any unit.
     """
@@ -109,9 +111,9 @@ def scale_shift_invariant(
 def gradient_matching(prediction_BHW: Tensor, reference_BHW: Tensor, mask_BHW: Tensor, scales: int = SCALES) -> Tensor:
     """Return the gradient-matching loss (B,) of each image: how much the error changes between neighbouring pixels.
 
-    At strides of 1, 2, 4 and 8 pixels, the absolute changes between valid neighbours are summed, and divided by the
-    number of valid pixels. The results of all strides are added. `scales` is the number of strides. Arguments are as in
-    `l1`.
+    The error is prediction - reference. Its map is subsampled at strides of 1, 2, 4 and 8 pixels. At each stride, the
+    absolute differences between valid neighbours are summed, and divided by the number of valid pixels. The loss is the
+    sum over the strides. `scales` is the number of strides. The other arguments are as in `l1`.
     """
     error_BHW = _error(prediction_BHW, reference_BHW, mask_BHW)
     loss_B = error_BHW.new_zeros(len(error_BHW))

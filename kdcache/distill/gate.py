@@ -30,7 +30,7 @@ class GateSpec:
 
     Attributes:
         kind: the pixels that pass. `none`: all. `correct`: void pixels, and pixels whose label is the teacher's best
-            class. `confidence`: pixels at which this class has at least the probability `threshold`.
+            class. `confidence`: pixels at which the teacher's best class has at least the probability `threshold`.
         threshold: a probability, in 0..1. Only `confidence` uses it.
     """
 

@@ -281,7 +281,8 @@ class DistillLoss(nn.Module):
     def parts(self, outputs: Outputs | Tensor, batch: Batch, counts: Counts | None = None) -> dict[str, Tensor]:
         """Return the weighted loss of each active term, as a dict: name -> 0-dimensional tensor with a gradient.
 
-        They are needed to measure the gradient of each term. The arguments and errors are the same as in `forward`.
+        Use it to measure the gradient of each term. Terms that do not teach the student are left out. The arguments and
+        errors are the same as in `forward`.
         """
         student = unpacked(outputs)
         batch = self._with_targets(batch, student.logits.dtype)

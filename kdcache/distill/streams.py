@@ -82,7 +82,7 @@ class Criterion(nn.Module):
     def describe(self) -> list[str]:
         """Return a line of text for each term that resizes or projects something.
 
-        It is complete after the first batch.
+        The list is complete after the first batch.
         """
         texts = ((name, term.describe()) for name, loss in self._named() for term in loss.terms)
         return [f"{name}: {text}" if name else text for name, text in texts if text]
@@ -131,8 +131,9 @@ class Criterion(nn.Module):
     def parts(self, outputs: Any, streams: Streams, counts: tuple[Counts, ...] | None = None) -> dict[str, Tensor]:
         """Return the weighted loss of each active term, as a dict: name -> 0-dimensional tensor with a gradient.
 
-        With them, the gradient of each term can be measured. The weights include the balance. A named stream also has
-        its weighted sum, `kitti/loss`. The arguments and errors are the same as in `forward`.
+        Use it to measure the gradient of each term. The weights include the weight of the stream and the balance. A
+        named stream also has the sum of its weighted terms, such as `kitti/loss`. The arguments and errors are the same
+        as in `forward`.
         """
         parts: dict[str, Tensor] = {}
         parted = self._parted(outputs, streams, counts)

@@ -28,7 +28,9 @@ class TargetFormat(Protocol):
 
 @dataclass(frozen=True)
 class Target:
-    """A teacher's outputs of one head for a batch: packed logits at native stride, or values of a regression. A pytree.
+    """The outputs of a teacher's head for a batch: packed logits at native stride, or a numeric head's values.
+
+    A pytree.
 
     >>> import kdcache
     >>> cache = kdcache.open_cache("streets.zarr")
@@ -40,11 +42,11 @@ class Target:
 
     Attributes:
         values: logits (B, k, h, w) float16, each minus the largest logit of its pixel. Labels as targets are float32 or
-            float64 log-probabilities instead. A regression has (B, channels, h, w) float16 or float32 in the head's
+            float64 log-probabilities instead. A numeric head has (B, channels, h, w) float16 or float32 in the head's
             unit. Values that are not finite are unknown.
-        indices: (B, k, h, w) uint8 or uint16 class ids. None for a regression, or if all classes are kept.
-        tail: (B, h, w) float16, the log-odds of the classes outside the top k. None for a regression, or if all classes
-            are kept.
+        indices: (B, k, h, w) uint8 or uint16 class ids. None for a numeric head, or if all classes are kept.
+        tail: (B, h, w) float16, the log-odds of the classes outside the top k. None for a numeric head, or if all
+            classes are kept.
     """
 
     values: Tensor

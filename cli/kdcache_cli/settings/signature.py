@@ -89,7 +89,7 @@ def copied(context: typer.Context) -> frozenset[str]:
 
 
 def parameter_of(entry: Entry) -> Parameter:
-    """Return the Python parameter, annotated for Typer, that gives a verb the flag of a setting."""
+    """Return the parameter of a verb's Python function for the setting `entry`. Typer makes the flag from it."""
     return Parameter(
         entry.name,
         Parameter.KEYWORD_ONLY,
@@ -122,9 +122,9 @@ def option(entry: Entry) -> Any:
 
 
 def show_plain_types(parameters: Iterable[Any]) -> None:
-    """Change how the help shows the types of values: a word in capitals for flags, nothing for switches and arguments.
+    """Change how a command's help shows types: N, X, PATH or TEXT after a flag that takes a value, otherwise nothing.
 
-    `parameters` are the parameters of a click command.
+    `parameters` are the parameters of a click command. Flags that have a metavar keep it.
     """
     for parameter in parameters:
         if parameter.param_type_name == "argument":

@@ -73,7 +73,8 @@ def evaluate(
     Depth: rmse, abs rel, silog and others for each image, then their mean.
 
     A run's tables go into its folder. Tables of SPEC@FILE go into the current folder.
-    Each kind (split, fold, weights, size, class map, depths) has its own files.
+    KIND in a file's name tells split, fold, weights, size and other options, so that
+    evaluations with different options do not replace each other.
 
     Several data sets are evaluated one by one, each over the classes whose names the
     model has. A class map must map to the classes of the first data set.

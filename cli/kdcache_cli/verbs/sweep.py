@@ -180,7 +180,10 @@ def _check_alone() -> None:
 
 
 def flags_of(group: Any) -> dict[str, set[str]]:
-    """Return the flags of each verb: verb -> flags without dashes. `group` is the Typer group of all verbs."""
+    """Return the flags of each verb, without the leading dashes: verb -> flags such as `batch-size`.
+
+    `group` is the Typer group of all verbs.
+    """
     return {
         name: {text.lstrip("-") for option in verb.params for text in option.opts if text.startswith("--")}
         for name, verb in group.commands.items()
@@ -188,7 +191,7 @@ def flags_of(group: Any) -> dict[str, set[str]]:
 
 
 class InProcess:
-    """Runs a job of a sweep in this process, when it is called with the job.
+    """A callable that runs a job of a sweep in this process. Call it with the job.
 
     `group` is the Typer group of all verbs.
     """
@@ -202,9 +205,13 @@ class InProcess:
 
 
 class Apart:
-    """Runs a job of a sweep in a new process with a log, when it is called with the job.
+    """A callable that runs a job of a sweep in a new process. Call it with the job.
 
-    At most `parallel` jobs may run at the same time. Each process gets an equal share of the CPU cores, and one GPU.
+    Each process gets an equal share of the CPU cores, and one GPU.
+
+    Args:
+        sweep: the sweep, whose folder gets the logs.
+        parallel: the largest number of jobs that may run at the same time.
     """
 
     def __init__(self, sweep: "Sweep", parallel: int) -> None:

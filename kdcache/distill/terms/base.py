@@ -83,10 +83,11 @@ class Term(nn.Module):
 
     A subclass implements `loss`, and overrides `count` if its mean is not over cells.
 
-    Its parameters, such as projections of the student's features, are trained with the student and never exported. It
-    computes in float32 also under autocast, and in float64 for float64 inputs. It never waits for the device. Means are
-    over counted pixels, or over cells by their share of counted pixels. A gate weighs them and does not change the
-    denominator. Without any counted pixel the loss and its gradient are 0.
+    A term's parameters, such as projections of the student's features, are trained with the student and never exported.
+    A term computes in float32 also under autocast, and in float64 for float64 inputs. It never waits for the device.
+
+    Means are over counted pixels, or over cells, each weighted by its share of counted pixels. A gate is a further
+    weight in the sum, but not in the denominator. Without any counted pixel the loss and its gradient are 0.
 
     Args:
         spec: the term's options, with its taps filled in.
@@ -94,10 +95,10 @@ class Term(nn.Module):
 
     Attributes:
         kind: the kind in `spec`, or the name of a companion term.
-        weight: the weight in `spec`, or the kind's default. With default weights, a term's gradient over the student's
-            parameters is about as long as the cross-entropy's. The classes' docstrings have the measured ratio: mean
-            over batches of CamVid at 144x192, teacher kdcache:base at stride 4, student kdcache:tiny after 150 and 650
-            steps.
+        weight: the weight in `spec`, or the kind's default. With default weights, a weighted term's gradient over the
+            student's parameters is about as long as the cross-entropy's. The docstring of each class gives the measured
+            ratio of these lengths. Unless it says otherwise, it is a mean over batches of CamVid at 144x192, for the
+            teacher kdcache:base at stride 4 and the student kdcache:tiny after 150 and 650 steps.
         reads_shown: True if the term reads `TermBatch.shown`.
         measured: True if the value is only logged and not added to the loss.
         gather: a function that concatenates a tensor over the processes along its first axis, with a gradient only for
@@ -250,8 +251,8 @@ class Term(nn.Module):
     def cells(self, batch: TermBatch, grid: Size, like: Tensor) -> Cells:
         """Return how much each cell of a grid over the student's image counts and weighs, (B, h, w) each.
 
-        A cell counts by its share of counted pixels, in 0..1. Its weight is the same share with each pixel times its
-        gate.
+        A cell counts by its share of counted pixels, in 0..1. It weighs by the mean over its pixels of the gate, which
+        is taken as 0 at pixels that are not counted.
 
         Args:
             batch: the batch, with its masks and gate.
@@ -316,8 +317,8 @@ def unit(x: Tensor, dims: int | tuple[int, ...]) -> Tensor:
 def shared(loss: Tensor, own: int, all_rows: int) -> Tensor:
     """Return the loss with the same value, but with its gradient multiplied by `all_rows / own`.
 
-    This factor is the number of processes. Use it if every process computes the loss of all rows, but only its own rows
-    carry a gradient. The average over processes is then the sum of their gradients.
+    Use it if every process computes the loss of all rows, but only the process's own rows carry a gradient. The factor
+    turns the average of the processes' gradients into their sum.
 
     Args:
         loss: 0-dimensional, equal in all processes.

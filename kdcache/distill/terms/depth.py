@@ -161,8 +161,9 @@ class DepthL1(DepthTerm):
 class DepthBerhu(DepthTerm):
     """The loss term `depth-berhu`: the reverse Huber loss in metres.
 
-    Errors above a fifth of the image's largest error count as squares, the others as absolute values.
-    The loss is the mean over the valid pixels of an image, then over the images with a valid pixel.
+    e is prediction - reference, and c is a fifth of the image's largest |e|. An error counts as |e| up to c, and as
+    (e^2 + c^2) / (2 c) above. The loss is the mean over the valid pixels of an image, then over the images with a valid
+    pixel.
     """
 
     kind = "depth-berhu"
@@ -186,10 +187,11 @@ class DepthSilog(DepthTerm):
 
 
 class DepthGradient(DepthTerm):
-    """The loss term `depth-gradient`: compares the steps of log depth between pixels that are 1, 2, 4 and 8 apart.
+    """The loss term `depth-gradient`: compares how log depth changes between pixels that are 1, 2, 4 and 8 apart.
 
-    So it compares edges and shapes, whatever the scale of depth. The loss is the mean over the images with a valid
-    pixel.
+    So it compares edges and shapes, and ignores a common factor of all depths. For each distance, the absolute
+    differences of these changes are summed and divided by the number of valid pixels. The loss of an image is the sum
+    over the four distances. The loss of a batch is the mean over the images with a valid pixel.
     """
 
     kind = "depth-gradient"

@@ -61,7 +61,7 @@ class Projected(Term):
         self.note_resize(student, teacher, then="" if isinstance(self.projection, nn.Identity) else projected)
 
     def both_features(self, batch: TermBatch) -> tuple[Tensor, Tensor, Cells]:
-        """Return features (B, c, h, w) of student and teacher on the teacher's cells, and how much each cell counts.
+        """Return features (B, c, h, w) of student and teacher on the teacher's cells, and each cell's count and weight.
 
         The student's features are projected and resized. The teacher's features are cut to the batch's windows.
         """
@@ -85,7 +85,7 @@ class Projected(Term):
 
 
 def tap_channels(spec: FeatureTerm, setup: TermSetup) -> tuple[int, int]:
-    """Return the number of channels of the student's tap, and of the teacher's tap."""
+    """Return the number of channels of the student's tap, and of the teacher's tap. `spec` must name both taps."""
     assert spec.student_tap is not None and spec.teacher_tap is not None, "taps are filled in"  # noqa: PT018
     return setup.student_taps[spec.student_tap], setup.targets.manifest.features[spec.teacher_tap].channels
 
@@ -93,11 +93,11 @@ def tap_channels(spec: FeatureTerm, setup: TermSetup) -> tuple[int, int]:
 class Hint(Projected):
     """The loss term `hint`: the mean squared difference between the student's projected features and the teacher's.
 
-    The mean is over channels and cells. With `distance=smooth-l1`, a difference d counts as d^2 / 2 up to 1, and as |d|
-    - 1/2 beyond. Unless `standardise=channels` is given, the loss depends on the scale of the teacher's features.
+    The mean is over channels and cells. FitNets uses half the sum instead. With `distance=smooth-l1`, a difference d
+    counts as d^2 / 2 if |d| is at most 1, and else as |d| - 1/2. Unless `standardise=channels` is given, the loss
+    depends on the scale of the teacher's features.
 
-    Default weight 1 (the mean over all elements; FitNets halves the sum). Its gradient is 0.2 to 0.7 times the
-    cross-entropy's.
+    Default weight 1. The weighted term's gradient is 0.2 to 0.7 times the cross-entropy's.
     Source: Romero et al. 2015, arXiv 1412.6550, section 2.2; smooth L1: Girshick 2015, arXiv 1504.08083, equation 3.
     """
 
@@ -120,8 +120,8 @@ class Cosine(Projected):
 
     A cell of zeros on either side has the cosine 0 and no gradient.
 
-    Default weight 2. Its gradient is 0.5 to 0.8 times the cross-entropy's.
-    Source: as the feature loss of PyTorch's knowledge distillation tutorial, which compares whole images.
+    Default weight 2. The weighted term's gradient is 0.5 to 0.8 times the cross-entropy's.
+    Source: PyTorch's knowledge distillation tutorial, whose feature loss compares whole images instead of cells.
     """
 
     kind = "cosine"
@@ -152,8 +152,8 @@ class Attention(Term):
 
     The default weight is h w / 2 for a teacher's map of h x w cells. Then the term is at most 1, because the
     mean squared difference of two maps with norm 1 is at most 2 / (h w). At 72 x 72 cells the default weight is 2592
-    (published: 1000 to 10000). The weighted term's gradient is 0.6 times the cross-entropy's for a decoder's
-    map, and 2 to 4 times for a deep map.
+    (published: 1000 to 10000). The weighted term's gradient is 0.6 times the cross-entropy's for features of the
+    decoder, and 2 to 4 times for deep features.
     Source: Zagoruyko and Komodakis 2017, arXiv 1612.03928, section 3.1.
     """
 

@@ -60,9 +60,9 @@ def seen_on_cells(
 
 
 def divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """Return the summands of KL(p || q) for log-probabilities of equal shape. Each summand is at least 0.
+    """Return p (log p - log q) + q - p for log-probabilities of equal shape. Each value is at least 0.
 
-    Sum them over the axis of the classes to get the KL. Equal distributions give exactly 0.
+    The sum over the axis of the classes is KL(p || q). Equal distributions give exactly 0.
     """
     p, q = log_p.exp(), log_q.exp()
     return p * (log_p - log_q) + (q - p)
@@ -89,9 +89,10 @@ class Decoupled(OnCells):
     label of the pixel at the cell's centre. For void, it is the teacher's best class. Cells are weighted by their share
     of counted pixels, and by the gate.
 
-    Default weight 0.02, alpha 1, beta 8, temperature 4 (the paper's on CIFAR-100, with its T^2; nats per cell). Its
-    gradient is 1 to 1.3 times the cross-entropy's. The published weight is 1. On ImageNet the authors use beta 0.5 and
-    temperature 1. Their code warms the weight up, over 20 of CIFAR's 240 epochs (`--distill-schedule warmup:N`).
+    Default weight 0.02, alpha 1, beta 8, temperature 4. The weighted term's gradient is 1 to 1.3 times the
+    cross-entropy's. The published weight is 1. Alpha, beta and temperature are the paper's for CIFAR-100. On ImageNet
+    the authors use beta 0.5 and temperature 1. On CIFAR-100 their code raises the weight over the first 20 of 240
+    epochs. `--distill-schedule warmup:N` raises it over N steps.
     Source: Zhao et al. 2022, arXiv 2203.08679, equation 7.
     """
 
@@ -143,8 +144,9 @@ class Relations(OnCells):
     processes together, and is averaged over classes. Cells are weighted by their share of counted pixels, and by the
     gate. With a single class the loss is 0.
 
-    Default weight 1, beta = gamma = 1, temperature 1 (the authors' for segmentation). Its gradient is 1 to 1.6 times
-    the cross-entropy's, and 11 times before a student has learnt anything. Float64 uses the reference implementation.
+    Default weight 1, beta = gamma = 1, temperature 1 (the authors' for segmentation). The weighted term's gradient is 1
+    to 1.6 times the cross-entropy's. Before a student has learnt anything, it is 11 times the cross-entropy's. Float64
+    uses the reference implementation.
     Source: Huang et al. 2022, arXiv 2205.10536, equations 8 to 10.
     """
 
@@ -196,8 +198,8 @@ class Similarity(Term):
     images. The images of all processes count together. Student and teacher keep their own channels and cells. Each cell
     is weighted by its share of counted pixels, and by the gate.
 
-    Default weight 50. Its gradient is 0.8 to 1.4 times the cross-entropy's in a batch of 8. The published weight is
-    3000, for batches of 64 classified images.
+    Default weight 50. The weighted term's gradient is 0.8 to 1.4 times the cross-entropy's in a batch of 8. The
+    published weight is 3000, for classification in batches of 64 images.
     Source: Tung and Mori 2019, arXiv 1907.09682, section 3.
     """
 
@@ -280,7 +282,8 @@ class ChannelLogits(OnCells):
     over the C classes of KL(p of the teacher || p of the student), averaged over the images with a counted pixel. Cells
     enter the softmax by their share of counted pixels times the gate. The cache must hold raw logits (`--raw-logits`).
 
-    Default weight 0.15, temperature 4. Its gradient is 0.8 to 1 times the cross-entropy's. The published weight is 3.
+    Default weight 0.15, temperature 4. The weighted term's gradient is 0.8 to 1 times the cross-entropy's. The
+    published weight is 3.
     Source: Shu et al. 2021, arXiv 2011.13256, section 3.
     """
 
@@ -317,7 +320,8 @@ class ChannelFeatures(Projected):
     If student and teacher have different numbers of channels, a trained 1x1 convolution projects the student's
     features.
 
-    Default weight 3, temperature 4. Its gradient is 0.4 to 1.3 times the cross-entropy's. The published weight is 50.
+    Default weight 3, temperature 4. The weighted term's gradient is 0.4 to 1.3 times the cross-entropy's. The published
+    weight is 50.
     """
 
     spec: specs.Channels

@@ -28,9 +28,9 @@ class TokenSimilarity(Term):
     in the mean also by the gate. The teacher's cosines come from the array statistics/similarity.<tap> (8 bits) or
     features/<tap>.
 
-    Default weight 1, as published, and temperature T = 0.07. Its gradient is 5.4 times the cross-entropy's in the first
-    step, 0.9 times in step 51, 0.4 in steps 101 to 201 and 0.2 in steps 551 to 651 (EfficientNet-Lite0 on CamVid,
-    decision 0014).
+    Default weight 1, as published, and temperature T = 0.07. The weighted term's gradient is 5.4 times the
+    cross-entropy's in the first step, and 0.9 times in step 51. It is 0.4 times in steps 101 to 201, and 0.2 times in
+    steps 551 to 651 (student EfficientNet-Lite0 on CamVid, docs/dev/decisions/0014).
     """
 
     kind = "similarity"
@@ -104,7 +104,8 @@ class Queue(Term):
     trained linear layer. Checkpoints include the queue. It is empty in the first step, whose loss is 0. In your own
     loop, call `criterion.after_step(batch)` after the optimizer's step.
 
-    Default weight 1, T = 0.07 and 1024 summaries. Its gradient is 0.2 to 0.5 times the cross-entropy's (decision 0014).
+    Default weight 1, T = 0.07 and 1024 summaries. The weighted term's gradient is 0.2 to 0.5 times the cross-entropy's
+    (docs/dev/decisions/0014).
     """
 
     kind = "queue"

@@ -17,8 +17,8 @@ class Entropy(Term):
     """The loss term `entropy`: the mean over pixels of -sum(p log p) / log C, so that predictions become more certain.
 
     p are the student's probabilities of the C classes at the label's size. The term reads no label and no target.
-    Pixels without a label count, but pixels outside the image do not. It keeps several tensors (B, C, H, W). Default
-    weight 0.001.
+    Pixels without a label count, but pixels outside the image do not. The term needs memory for several tensors
+    (B, C, H, W). Default weight 0.001.
 
     Source: Vu et al. 2019 (ADVENT), arXiv 1811.12833, equation 3, divided by log C as in the authors' code.
     """
@@ -49,11 +49,11 @@ class Entropy(Term):
 class Discriminator(nn.Sequential):
     """A network that tells two streams apart by the student's probability maps.
 
-    It maps (B, C, H, W) to one number for each patch, (B, 1, h, w), by 4x4 convolutions of stride 2. It has five of
-    them for images of at least 32 pixels. Channels double from 64. The optimizer trains it with its own learning rate
-    and momentum (`RATE`, `BETAS`), and does not clip its gradient with the student's.
+    It maps (B, C, H, W) to one number for each patch, (B, 1, h, w), by 4x4 convolutions of stride 2. There are five
+    convolutions for images of at least 32 pixels, and fewer for smaller ones. Channels double from 64. The optimizer
+    trains the discriminator with the learning rate `RATE` and Adam's betas `BETAS`. Gradient clipping leaves it out.
 
-    Source: Tsai et al. 2018 (AdaptSegNet), arXiv 1802.10349, section 3.3, with the rates of the authors' code.
+    Source: Tsai et al. 2018 (AdaptSegNet), arXiv 1802.10349, section 3.3, and the authors' code for `RATE` and `BETAS`.
     """
 
     RATE: ClassVar[float] = 1e-4
@@ -76,9 +76,10 @@ class Adversarial(Term):
     `loss=least-squares` the mean of (D(q) - 1)^2. `against` names the other stream. D learns in the same step, by the
     term's companion. With `head=auxiliary`, q are the auxiliary head's probabilities, and D is another network.
 
-    Default weight 0.001, or 0.01 with least squares. On the auxiliary head it is a fifth (the authors' 0.0002).
+    Default weight 0.001, or 0.01 with least squares. With `head=auxiliary` the default is a fifth of these weights, as
+    in the authors' code.
     Source: Tsai et al. 2018 (AdaptSegNet), arXiv 1802.10349, equations 4 and 5; least squares: Mao et al. 2017, arXiv
-        1611.04076, which the authors' code has for one level only.
+        1611.04076, which AdaptSegNet's code uses only without the auxiliary head.
     """
 
     kind = "adversarial"
@@ -145,7 +146,7 @@ class Adversarial(Term):
 
 
 class Discrimination(Term):
-    """The companion of `adversarial`: the loss that its discriminator learns from. It has weight 1."""
+    """The loss from which the discriminator of `adversary` learns, with weight 1. It is the companion of that term."""
 
     def __init__(self, adversary: Adversarial) -> None:
         super().__init__(adversary.spec, adversary.setup)

@@ -26,13 +26,14 @@ class Pseudo(Term):
 
     | normalise | pixels with a pseudo label | divided by |
     | --- | --- | --- |
-    | `kept` | the confident pixels | the class weights of the confident pixels |
-    | `all` | the confident pixels | all counted pixels (FixMatch) |
-    | `share` | all counted pixels | all counted pixels, then times the share of confident pixels (DACS) |
+    | `kept` | the confident pixels | the sum of the class weights of the confident pixels |
+    | `all` | the confident pixels | the number of counted pixels (FixMatch) |
+    | `share` | all counted pixels | the number of counted pixels, then times the share of confident pixels (DACS) |
 
-    Pixels that are not counted have no pseudo label. Pasted pixels have a label of their own instead.
+    Pixels that are not counted have no pseudo label. Pasted pixels do not have one either, and do not count.
 
-    Default weight 1, threshold 0.7, `kept`. Its gradient is 1 to 1.2 times the cross-entropy's.
+    Default weight 1, threshold 0.7, `normalise=kept`. The weighted term's gradient is 1 to 1.2 times the
+    cross-entropy's.
     Source: Lee 2013, "Pseudo-Label"; the quantile per class: Zou et al. 2018, arXiv 1810.07911; FixMatch: Sohn et al.
         2020, arXiv 2001.07685, equation 4; the share: Tranheden et al. 2021, arXiv 2007.08702; Hoyer et al. 2022, arXiv
         2111.14887, with their code.
@@ -177,10 +178,10 @@ class Consistency(Pseudo):
     predict in eval mode and without gradient. Pixels without a label count, but pixels outside the image do not.
     `threshold`, `quantile` and `normalise` are as in `Pseudo`. Gates weigh only the cached teacher's pixels.
 
-    Default weight 1, threshold 0.968, `all`.
-    Source: Sohn et al. 2020 (FixMatch), arXiv 2001.07685, equation 4; the threshold, and `share`, Tranheden et al. 2021
-        (DACS), arXiv 2007.08702; the moving average as teacher Tarvainen and Valpola 2017, arXiv 1703.01780; thresholds
-        by class Zou et al. 2018 (CBST), arXiv 1810.07911, there of the whole data set and here of each batch.
+    Default weight 1, threshold 0.968, `normalise=all`.
+    Source: Sohn et al. 2020 (FixMatch), arXiv 2001.07685, equation 4; the threshold, and `share`: Tranheden et al. 2021
+        (DACS), arXiv 2007.08702; the moving average as teacher: Tarvainen and Valpola 2017, arXiv 1703.01780; quantiles
+        by class: Zou et al. 2018 (CBST), arXiv 1810.07911, over the whole data set instead of each batch.
     """
 
     kind = "consistency"
@@ -236,10 +237,7 @@ class Consistency(Pseudo):
 
 
 class Confident(Term):
-    """The companion of `consistency`: the share of counted pixels that have a confident pseudo label.
-
-    It is only logged.
-    """
+    """The share of counted pixels that have a confident pseudo label in the term `consistency`. It is only logged."""
 
     measured = True
 
