@@ -26,8 +26,8 @@ PAPER, INK = (255, 255, 255), (40, 40, 40)
 def write_sheet(splits: Sequence[Split], path: Path, samples: int = SAMPLES) -> list[str]:
     """Write a PNG with samples of the splits and their labels, and a legend of the classes.
 
-    The samples lie at equal distances among a split's labelled samples, or among all if no split has labels. Void pixels
-    are darkened. In depth labels, near pixels are bright.
+    The samples lie at equal distances among a split's labelled samples, or among all if no split has labels. Void
+    pixels are darkened. In depth labels, near pixels are bright.
 
     Args:
         splits: the splits. Each gets the same number of samples if possible.
