@@ -271,8 +271,8 @@ def check_scalar(
 ) -> None:
     """Check that a value is a finite number of at least 0, or a 0-dimensional tensor on `device`.
 
-    If `optional`, None also passes. The message contains `name`, the argument's name, and `example`, a use of such a
-    tensor.
+    If `optional`, None also passes. The message contains `name`, the argument's name, and `example`, words for such a
+    tensor, such as "a scheduled weight".
 
     Raises: ShapeError for another tensor, ValueRangeError for another value.
     """

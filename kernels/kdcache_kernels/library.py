@@ -89,7 +89,8 @@ def is_traced(*tensors: Any) -> bool:
     forward-mode derivatives. Otherwise the kernels can be called directly, which saves 0.1 ms per call.
 
     Args:
-        tensors: the arguments of the call. The result is True if any is an instance of a subclass of Tensor.
+        tensors: the arguments of the call, tensors or not. The result is also True if one of them is of a
+            subclass of Tensor other than `Parameter`.
     """
     return (
         torch.compiler.is_compiling()

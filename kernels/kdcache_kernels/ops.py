@@ -87,9 +87,9 @@ def distill_loss(
     logit of the batch. Elsewhere such a logit changes nothing.
 
     Accuracy of top-k targets: the dropped classes share one value and its rounding to float32. At 8 of 171 classes and
-    T = 4, the KL is within a relative 2e-6 plus 2e-6 T^2 of exact arithmetic. Logits as low as -6e4, as from a tail
-    without mass, are rounded by up to 2e-3 nats / T between pixels that keep different classes. With k of 2 to 8 of 21
-    classes, the gradient is then within 3e-4 of its largest element.
+    T = 4, the KL has an error of at most 2e-6 * KL + 2e-6 * T^2. If a tail has no mass, its classes have logits of
+    -6e4. Between two pixels that keep different classes, interpolated logits then have errors of up to 2e-3 nats / T.
+    With k of 2 to 8 of 21 classes, the gradient's errors are then at most 3e-4 of its largest element.
 
     Args:
         student_logits_BChw: raw logits, float32, float16, bfloat16 or float64, any strides. Only they and the weights
@@ -122,15 +122,16 @@ def distill_loss(
         impl: "auto" (the fastest for the device), "triton" (CUDA), "numba" (CPU), "torch" (small problems on the CPU)
             or "reference" (anything, slow).
     Returns: (loss, ce, kl), 0-dimensional float32 (float64 for float64 logits), nats per pixel, with T^2 in kl. Each is
-        differentiable once, or several times with the reference. The gradient of ce or kl takes the time of the call
-        again, so detach logged values that a compiled function returns. `torch.func.grad` and `vmap` work, forward mode
-        raises.
+        differentiable once, or several times with the reference. A backward through ce or kl takes as long as the call
+        itself. If a compiled function returns them only for logging, detach them. `torch.func.grad` and `vmap` work,
+        forward mode raises.
     Raises: ShapeError, ValueRangeError naming the argument. A wrong value inside a tensor is an error on the CPU. On
         CUDA, where nothing waits for the device, a class id out of range or a window that is NaN or outside the view
         makes the loss NaN. KDCACHE_DEBUG=1 in the environment checks on every device. It also raises for a loss that is
         not finite, with the position of its cause.
-    Memory: fused, the gradient and float32 copies of the low-resolution logits (on CUDA not of a dense, whole target),
-        never anything of label size times classes. The reference has up to eight (B, C, H, W) tensors.
+    Memory: the fused kernels need the gradient and float32 copies of the low-resolution logits, but no tensor of label
+        size times classes. On CUDA, most targets with k = C are not copied if no window is given. The reference has up
+        to eight (B, C, H, W) tensors.
     Source: Hinton et al. 2015, section 2. Smoothing: Szegedy et al. 2016, arXiv 1512.00567, section 7. Focal: Lin et
         al. 2017, arXiv 1708.02002. Oracle: kdcache_kernels.reference.
     """
@@ -347,7 +348,8 @@ def densify(
     torch.Size([1, 5, 4, 4])
 
     The dropped classes share the tail's mass evenly. Each gets logsumexp(kept logits) + tail - log(C - k), clamped to
-    -6e4 to 6e4. This is computed in float64 and rounded once, except for the sum of exponentials (3e-7).
+    -6e4 to 6e4. This is computed in float64 and rounded once, except for the sum of exponentials, whose relative error
+    is 3e-7.
 
     `values`, `indices` and `tail` are as in `PackedTarget`, and `num_classes` is C. Only float32 uses the fused
     kernels. For another `dtype`, the reference computes.
@@ -374,7 +376,8 @@ def constant(value: float, device: torch.device, *, traced: bool) -> Tensor:
     """Return a number as a 0-dimensional float64 tensor on a device. Do not write to it.
 
     If `traced`, always make a new tensor. Otherwise up to 256 tensors are cached, because filling one costs more than a
-    small kernel. A cached tensor is returned only on the CUDA stream that filled it and during a CUDA graph's capture.
+    small kernel. On CUDA, a cached tensor is returned only if the current stream filled it, or while a CUDA graph is
+    captured.
     """
     if traced:
         return torch.full((), value, dtype=torch.float64, device=device)

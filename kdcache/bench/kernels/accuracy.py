@@ -56,12 +56,14 @@ class CheckSettings:
         device: where to compute.
         impl: implementation of `kdcache_kernels.distill_loss`.
         dtypes: names of `shapes.DTYPES`, such as "fp32".
-        strides: names of STRIDES: label pixels per logit, such as "4", or a ratio of sizes, "17x23 of 5x7".
+        strides: names of STRIDES: label pixels per logit, such as "4", or "17x23 of 5x7" (label size and logit size).
         temperatures: values of T.
         classes: numbers of classes.
-        windows: "whole" view, "flip" (mirrored), "crop" (by whole cells), "scale" (zoomed) or "edge" (beyond the view).
-        values: distributions of the logits: "normal", "wide" (6e4 or -6e4) or "range" (uniform from 0 to 75 or 90).
-        every: 1 takes every combination of these values, 4 every fourth.
+        windows: names of windows: "whole" (the whole view), "flip" (mirrored), "crop" (cut at cell edges), "scale"
+            (zoomed) or "edge" (partly beyond the view).
+        values: distributions of the logits: "normal", "wide" (each is 6e4 or -6e4) or "range" (uniform from 0 to 75 or
+            90).
+        every: 1 checks all combinations of these values, 4 about one in four.
     """
 
     device: torch.device
@@ -75,9 +77,10 @@ class CheckSettings:
     every: int = 1
 
     def points(self) -> Iterator["Point"]:
-        """Yield every combination of the settings as a `Point`, or with `every` above 1 some of the combinations.
+        """Yield a `Point` for all combinations of the settings, or for about one in `every` of them.
 
-        A combination is taken if the sum of its values' indices in the settings is a multiple of `every`.
+        A value's index is its position in its own setting, such as `dtypes`. A combination is yielded if the sum of
+        its values' indices is a multiple of `every`.
         """
         grid = (self.dtypes, self.strides, self.temperatures, self.classes, self.windows, self.values)
         for combination in itertools.product(*map(enumerate, grid)):
@@ -154,7 +157,8 @@ def check(settings: CheckSettings) -> Iterator[Judged]:
 def summary(judged: Sequence[Judged]) -> list[dict[str, Any]]:
     """Return one dict per dtype with the number of points, how many missed a bound, and the largest errors.
 
-    The keys are "dtype", "points", "missed", "loss_share" (error of the loss / its bound) and "gradient_error".
+    The keys are "dtype", "points", "missed", "loss_share" and "gradient_error". The last two are the largest
+    `Judged.loss_share` and `Judged.gradient_error`.
     """
     rows: list[dict[str, Any]] = []
     for dtype in dict.fromkeys(result.point.dtype for result in judged):

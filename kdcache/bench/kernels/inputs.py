@@ -39,7 +39,7 @@ ZOOM = (0.5, 2.0)
 class Inputs:
     """The tensors of one case of the benchmark.
 
-    H* and W* are H and W. For kinds that compare student and teacher on the target's cells, they are h and w.
+    (H*, W*) is the size at which the loss compares student and teacher: (H, W), or (h, w) if `Kind.on_cells`.
 
     Attributes:
         student: (B, C, h, w) logits, the leaf that receives the gradient.
@@ -47,11 +47,11 @@ class Inputs:
         target: packed teacher logits.
         class_weight: (C,) float32 for the cross-entropy, or None.
         window, flip: (B, 4) float64 and (B,) bool, as in `kdcache_kernels.distill_loss`, or None.
-        teacher: (B, C, h, w) float32, the target's logits of all classes. This field and those below are only for the
-            rivals.
+        teacher: (B, C, h, w) float32, the target's logits of all classes. Only the rivals, the implementations that
+            kdcache is compared with, use this field and the fields below.
         labels_int64: (B, H, W) int64, the same labels.
-        mask: (B, H*, W*) float32, 1 for pixels that the teacher's loss counts, else 0. For a cell, it is the share of
-            its pixels that count.
+        mask: (B, H*, W*) float32, 1 for pixels that count in the loss against the teacher, else 0. If `Kind.on_cells`,
+            the share of each cell's area whose pixels count.
         grid: (B, H*, W*, 2) float32, where `grid_sample` samples the teacher, or None for whole views.
         ce_count, kl_count: 0-dimensional float32: the sum of the labelled pixels' class weights, and the sum of the
             mask.

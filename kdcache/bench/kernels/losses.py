@@ -169,8 +169,9 @@ def _on_cells(student_BChw: Tensor, targets: Targets) -> tuple[Tensor, Tensor]:
 def eager_relations(student_BChw: Tensor, targets: Targets) -> Tensor:
     """Return the relation loss in eager PyTorch, the rival of `our_relations` with the same value and gradient.
 
-    It is T^2 * (inter + intra) over the target's cells, weighted by the mask: 1 - the correlation over the classes,
-    plus 1 - the correlation over the cells.
+    It is T^2 * (inter + intra), with correlations of student and teacher probabilities. inter is the mean over the
+    target's cells of 1 - the correlation over the classes. intra is the mean over the classes of 1 - the correlation
+    over the cells. The mask weights the cells in both.
     """
     T, weight_B1hw = targets.temperature, targets.mask[:, None]
     p_BChw, q_BChw = (F.softmax(x, 1) for x in _on_cells(student_BChw, targets))

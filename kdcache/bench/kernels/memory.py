@@ -34,7 +34,10 @@ _WEIGH = "import sys; from kdcache.bench.kernels.memory import weigh; weigh(sys.
 
 
 def peak_on_device(step: Callable[[], Any]) -> float:
-    """Run a step, and return how far the current CUDA device's allocated memory rises above that before, in MiB."""
+    """Run a step, and return its peak memory on the current CUDA device, in MiB.
+
+    Memory that was allocated before the step does not count.
+    """
     gc.collect()
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
@@ -45,7 +48,9 @@ def peak_on_device(step: Callable[[], Any]) -> float:
 
 
 def peak_in_process(step: Callable[[], Any]) -> float:
-    """Run a step, and return how far this process's peak resident memory rises above the memory before, in MiB.
+    """Run a step, and return its peak resident memory in this process, in MiB.
+
+    Memory that was resident before the step does not count.
 
     Raises: OSError if the system cannot reset the peak. Only Linux can.
     """

@@ -27,8 +27,8 @@ class Kind:
     Attributes:
         about: a line for the help text of the command.
         loss: a key of `losses.LOSSES`: "distill" (CE + KL) or "dist" (relations).
-        trained: True for class weights in CE, and a KL that also counts void pixels. False lets both terms count only
-            labelled pixels, without class weights.
+        trained: True uses class weights in CE, and counts void pixels also in KL. False uses no class weights, and
+            counts only labelled pixels in both terms.
         drawn: True for a random window and flip per image, as with `--augment warp`. False for whole views.
         threshold: the least confidence of the teacher at which a pixel counts in the KL, 0 to 1, or None to count all.
             The confidence is computed in every step.

@@ -94,14 +94,18 @@ def _sum_exponentials(block, largest, total):
 
 @exact_kernel
 def argmax_tasks(first, last, logits, lost, rows, columns, width, argmax, confidence):
-    """Compute the teacher's class and its probability for a range of label rows, for the public `argmax_confidence`.
+    """Compute the teacher's class and its probability for a range of label rows.
 
-    The rows are `first` to `last` - 1. Row y of image b has the number b * H + y.
+    `argmax_confidence` makes the arguments. The rows are `first` to `last` - 1. Row y of image b has the number b * H +
+    y.
 
     Shapes and units:
         logits: (B, C, h, w) float32 teacher logits, with 0 at lost positions.
         lost: (B, h, w) bool, whether a logit of the position is NaN or too large to use.
-        rows, columns: tables with the two neighbouring logits and bilinear weights of each label row and label column.
+        rows, columns: the neighbours of each label row and label column. Each is a named tuple of five arrays, (Bt, H)
+            for rows and (Bt, W) for columns. Bt is B, or 1 if all images share them. The fields are: cell and next_cell
+            (uint32 indices of the two neighbouring logits), weight and next_weight (their float32 bilinear weights),
+            and outside (bool, True beyond the view).
         width: label columns that are processed at a time.
         argmax: (B, H, W) int32 result, class ids.
         confidence: (B, H, W) float32 result, probabilities. 0 outside the view, NaN next to a lost position.

@@ -59,10 +59,10 @@ class Taps(NamedTuple):
         return cls(index, (clamped - low).astype(np.float32))
 
     def reaches(self, marked_hw: Array, axis: int) -> Array:
-        """Return for each position whether a marked logit is among its neighbours with a weight above 0.
+        """Return a bool array, True where a position has a marked logit among its neighbours with a weight above 0.
 
-        `marked_hw` is (h, w) bool, True for marked logits. The positions lie along its axis `axis`. The result is
-        `marked_hw` with this axis replaced by the positions, in the shape of `low`.
+        `marked_hw` is (h, w) bool, True for marked logits. The positions of this table lie along its axis `axis`. In
+        the shape of the result, the shape of `low` replaces this axis: N positions on axis 0 give (N, w).
         """
         following = self.low + (self.fraction > 0)
         spread: Array = marked_hw.take(self.low, axis) | marked_hw.take(following, axis)
@@ -72,10 +72,9 @@ class Taps(NamedTuple):
 class Plan(NamedTuple):
     """The tables of positions that one call of the CPU loss needs, for one of the two kernels.
 
-    The layout by cells is for `cells.cells`, the layout by pixels for `pixels.pixels`. Both cut a row of label pixels
-    into tiles. In the layout by cells, a tile has four phases, each with every fourth label column. In the layout by
-    pixels, it has one phase. Arrays of the target have a first axis Bt, which is B, or 1 if all images share them. For
-    the student, Bt is 1.
+    There are two layouts: by cells, for the kernel `cells.cells`, and by pixels, for the kernel `pixels.pixels`. Both
+    cut a row of label pixels into tiles. By cells, a tile has four phases, each with every fourth label column. By
+    pixels, a tile has one phase. Bt is B, or 1 if all images share an array. For the student's arrays, Bt is always 1.
 
     Attributes:
         student_rows, student_columns: `Taps` (H,) and (W,), neighbours of label rows and columns in the student's
@@ -90,10 +89,10 @@ class Plan(NamedTuple):
         student_nodes, target_nodes: `Taps` of the nodes, the positions on a row of logits whose values a kernel reads.
             By cells, they are (Bt, tiles, n), four label pixels apart. By pixels, they are (1, 1, w + 1), one at each
             logit and the last one twice.
-        student_runs, target_runs: (Bt, tiles, 2) int64, or (1, 1, 2) by pixels: start and end of a run of nodes that
-            are consecutive logits.
-        columns: None in the layout by cells. By pixels, (index, weight, index, weight): the fields of `Taps` of each
-            label column, (tiles, n) for the student and (Bt, tiles, n) for the target.
+        student_runs, target_runs: (Bt, tiles, 2) int64, or (1, 1, 2) by pixels. For each tile, the first and the end
+            index of a run of nodes that lie exactly on consecutive logits. Both are 0 if there is no run.
+        columns: None by cells. By pixels, (low, fraction, low, fraction): the fields of the student's `Taps` of the
+            label columns, (tiles, n) each, then of the target's, (Bt, tiles, n) each.
     """
 
     student_rows: Taps
@@ -137,7 +136,9 @@ class Geometry(NamedTuple):
 
 
 def plans(geometry: Geometry, window_B4: Tensor | None, flip_B: Tensor | None) -> Iterator[Plan]:
-    """Yield the plans that suit a problem, the fastest first: the layout by cells if possible, then by pixels.
+    """Yield the plans that suit a problem, the fastest first: by cells if the sizes allow it, then by pixels.
+
+    `Plan` describes these two layouts.
 
     Args:
         geometry: the sizes of the problem.
@@ -157,8 +158,8 @@ def plans(geometry: Geometry, window_B4: Tensor | None, flip_B: Tensor | None) -
 def plan_of_whole_view(geometry: Geometry, for_cells: bool) -> Plan | None:
     """Return the plan of a problem without window and flip, from a cache of 32 plans.
 
-    If `for_cells`, return the layout by cells, or None if the sizes do not allow it. Otherwise return the layout by
-    pixels.
+    If `for_cells`, the plan has the layout by cells (see `Plan`), or is None if the sizes do not allow this layout.
+    Otherwise it has the layout by pixels.
     """
     return _plan(geometry, for_cells, None, None)
 

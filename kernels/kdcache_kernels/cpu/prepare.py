@@ -16,8 +16,8 @@ _f = np.float32
 def to_nodes(first, last, logits, scale, limit, index, fraction, runs, nodes, lost, ranges):
     """Normalise a range of logit rows for the CPU loss, and resample each row to its nodes.
 
-    Nodes are the positions on a logit row where the loss kernels need a value. Normalised means minus the maximum over
-    the classes, times log2(e) / T. The rows are `first` to `last` - 1, and row i of image b has the number b * h + i.
+    Nodes are the positions on a logit row where the loss kernels need a value. A normalised logit is (logit - maximum
+    over the classes) * log2(e) / T. The rows are `first` to `last` - 1, and row i of image b has the number b * h + i.
 
     Shapes and units:
         logits: (B, C, h, w) float32.
@@ -25,11 +25,12 @@ def to_nodes(first, last, logits, scale, limit, index, fraction, runs, nodes, lo
         limit: the largest magnitude of a usable logit. A position with another logit is lost: all its classes become 0.
         index, fraction: (Bt, tiles, n) logit to the left of each node, and the weight of the logit to its right. Bt is
             B, or 1 if all images share them.
-        runs: (Bt, tiles, 2) first and end of a run of nodes that are consecutive logits, which is copied.
+        runs: (Bt, tiles, 2) first and end index of a run of nodes that lie exactly on consecutive logits. These nodes
+            are copied instead of interpolated.
         nodes: (B, h, tiles, C, n) float32 result, at most 0.
         lost: (B, h, w) bool result.
-        ranges: (B, h) float32 result, the largest (maximum - minimum over classes) of a row. A row with a lost position
-            gets -1 minus it.
+        ranges: (B, h) float32 result. r is the largest (maximum - minimum over the classes) of a row's positions that
+            are not lost. A row gets r, or -1 - r if one of its positions is lost.
     """
     _, C, h, w = logits.shape
     _, _, tiles, _, n = nodes.shape

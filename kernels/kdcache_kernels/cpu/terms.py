@@ -29,7 +29,8 @@ def pixel_terms(
     """Add the CE and KL of a row of label pixels to `loss`, and compute the factors of their gradient.
 
     The gradient by the logit of a class is slope_1 * e_1 + slope_T * e_T - slope_v * v, minus `hot` if the class is the
-    pixel's label. e_1 and e_T are the student's exponentials at T = 1 and at T, and v is the target's at T.
+    pixel's label. e_1 and e_T are the student's exponentials at T = 1 and at T, and v is the target's at T. TILE is the
+    most pixels of a phase.
 
     Shapes and units:
         n: pixels of each of the P phases. Arrays without a shape are float32 with P rows of TILE entries, flattened.
@@ -59,7 +60,7 @@ def smoothing_terms(n, sum_1, mix, total_weight, spread_Pn, ce_factor, slope_1, 
     """Add the part of label smoothing to the cross-entropy of a row of label pixels and to its gradient's factors.
 
     The part is the sum over all classes of spread * class weight * the cross-entropy with that class. Call it after
-    `pixel_terms`.
+    `pixel_terms`. TILE is the most pixels of a phase.
 
     Shapes and units:
         n: pixels of each of the P phases. Arrays without a shape are float32 with P rows of TILE entries, flattened.
@@ -86,7 +87,8 @@ def focal_terms(n, sum_1, own, weight_Pn, gamma, slope_1, hot, loss):
     """Turn the cross-entropy of `pixel_terms` into the focal loss: multiply it by (1 - p)**gamma.
 
     p is the probability of the pixel's label. The factors of the gradient, `slope_1` and `hot`, are multiplied by (1 -
-    p)**gamma - gamma (1 - p)**(gamma - 1) p log p. Call it after `pixel_terms`.
+    p)**gamma - gamma * (1 - p)**(gamma - 1) * p * log(p). Call it after `pixel_terms`. TILE is the most pixels of a
+    phase.
 
     Shapes and units:
         n: pixels of each of the P phases. Arrays without a shape are float32 with P rows of TILE entries, flattened.

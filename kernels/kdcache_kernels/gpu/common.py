@@ -174,15 +174,17 @@ def load_label_factors(pixels, factors_ptr):
 def label_terms(pixels, label_factors, ce_weight, label_gate, log_sum, own, mix):
     """Return the weighted cross-entropy of a block of label pixels in bits, and the factors of its gradient.
 
-    The gradient by the logit of class c is scale * probability[c] - class_weight[c] * (even + (pull if c is the
-    label)).
+    The gradient by the logit of class c is scale * probability[c] - class_weight[c] * (even + pull) if c is the label.
+    For another class, leave out pull.
 
     Shapes and units:
+        pixels: `Pixels`, for the settings of CE.
         label_factors: (kept, part, parts, gamma) from `load_label_factors`.
         ce_weight, label_gate: class weight and CE weight of each pixel, from `load_pixel`.
-        log_sum: log2 of the sum over classes of the exponentials of the logits at T = 1.
-        own: the label's logit times log2(e), minus the same maximum as in log_sum.
-        mix: sum over classes of class weight * such a logit. Read only with label smoothing.
+        log_sum: log2 of the sum over classes of 2^x. x is a class's logit at T = 1 times log2(e), minus any number that
+            the pixel's classes share.
+        own: x of the pixel's label.
+        mix: sum over classes of class weight * x. Read only with label smoothing.
     Returns: (cross-entropy, scale, pull, even), a float32 block each.
     """
     scale = ce_weight

@@ -288,8 +288,8 @@ def geometry_kernel(
     Shapes and units:
         window_ptr: (B, 4) float64 edges y0, x0, y1, x1 in pixels of the view, or None for the whole view.
         flip_ptr: (B,) uint8, 1 for a mirrored image, or None.
-        ranges_ptr: (B, num_ranges) float32, the largest (maximum - minimum over classes) of a block of logits, divided
-            by min(T, 1).
+        ranges_ptr: (B, num_ranges) float32. Of a block of positions, the largest difference between the maximum and the
+            minimum over the classes, divided by min(T, 1).
         counts_ptr: (num_counts, 2) float64, the partial denominators of CE and KL that `prepare_kernel` counted.
         ce_weight_ptr, kl_weight_ptr: one float each, the weights of the terms.
         ce_denominator_ptr, kl_denominator_ptr: one float each, or None to use the counts.

@@ -70,8 +70,8 @@ def totals_kernel(
 ):  # fmt: skip
     """Add up the loss, CE and KL from the programs' partial sums, and complete the gradient where two strips meet.
 
-    Program 0 adds the partial sums in float64. Each other program adds up to 1024 gradient elements of a row of logits
-    between two strips of `cells_kernel`: the upper strip's share and the lower strip's share.
+    Program 0 adds the partial sums in float64. Every other program completes at most 1024 elements of the gradient on a
+    row of logits between two strips of `cells_kernel`. Each element is the upper strip's share plus the lower strip's.
 
     Shapes and units:
         partials_ptr: (num_partials, 2) float64, sums of weighted CE and KL in nats.

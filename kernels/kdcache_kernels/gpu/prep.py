@@ -223,7 +223,7 @@ def prepare_kernel(
 ):  # fmt: skip
     """Normalise the student's and the target's logits for the CE + KL loss kernels, and count the loss's pixels.
 
-    Normalised means minus the maximum over the classes, times log2(e) / T. Each program handles BLOCK positions of one
+    A normalised logit is (logit - maximum over the classes) * log2(e) / T. Each program handles BLOCK positions of one
     logit map, or ROWS label rows of one image.
 
     Shapes and units:
@@ -243,8 +243,8 @@ def prepare_kernel(
     Results:
         student_out_ptr, student_lost_ptr, target_out_ptr, target_lost_ptr, mix_ptr: the fields of `Prepared`.
             target_out_ptr is None if the target is read in place.
-        ranges_ptr: (B, programs) float32, the largest (maximum - minimum over classes) of a program's logits, times
-            stretch.
+        ranges_ptr: (B, programs) float32. Of a program's positions, the largest difference between the maximum and the
+            minimum over the classes, times stretch.
         counts_ptr: (B, count_blocks, 2) float64, from `count_block`.
     """
     take_turn(DEPENDENT)

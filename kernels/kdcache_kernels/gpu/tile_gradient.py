@@ -84,7 +84,8 @@ def add_gradient(
             of a cell.
         cell_n: column of the cell, -1 before the first logit. k_ce: factor of CE in the gradient.
         PEAKS: whether the stored factors are relative to the largest logits.
-        BLOCK, UNROLL: classes of a block, and blocks at a time. LANES: lanes of the program.
+        BLOCK, UNROLL: classes of a block, and blocks per iteration of the loop over the classes. LANES: lanes of the
+            program.
         The other arguments are as in `sample.visit`.
     """
     lane = tl.arange(0, LANES)
@@ -173,7 +174,8 @@ def finish_row(
     Shapes and units:
         sums_ptr: (num_classes, LANES) float32 sums.
         gradient_n: pointers to class 0 of the gradient, one per lane. writes_n: bool, which lanes write.
-        plane: elements of a class of the gradient. BLOCK, UNROLL: classes of a block, and blocks at a time.
+        plane: elements of a class of the gradient. LANES: lanes of the program.
+        BLOCK, UNROLL: classes of a block, and blocks per iteration of the loop over the classes.
     """
     for start in range(0, num_classes, BLOCK * UNROLL):
         for k in tl.static_range(UNROLL):

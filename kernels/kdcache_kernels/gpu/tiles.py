@@ -81,16 +81,16 @@ def tiles_kernel(
     """Compute the fused CE + KL loss and its gradient for any sizes, windows and logits.
 
     Each lane handles one bilinear cell at a time. A bilinear cell is the label pixels between four neighbouring logits.
-    One program handles every num_programs-th block of LANES - 1 columns of cells, each in `strip_rows` rows of cells,
-    from top to bottom. Unless ALL_IMAGES, images with route 1 are skipped, see `Prepared.route`.
+    A strip is `strip_rows` rows of cells. A block is LANES - 1 columns of cells of strips. Of N programs, each handles
+    every N-th block, from top to bottom. Unless ALL_IMAGES, images with route 1 are skipped, see `Prepared.route`.
 
     Shapes and units:
         student_ptr, target_ptr: (B, C, h, w) and (B, C, ht, wt) logits, as in `Prepared`.
         student_lost_ptr, target_lost_ptr: (B, h, w) and (B, ht, wt) uint8, 1 where a logit is unusable.
         tables_ptr, route_ptr, factors_ptr, mix_ptr, target_scale, target_batch: the fields of `Prepared`.
         pixels: `Pixels`, labels and pixel weights. label_stride_b to gate_stride_w: their strides in elements.
-        H, W: label size. temperature: T. strips: strips per image. num_lanes: columns of cells of all strips.
-            num_blocks: blocks.
+        H, W: label size. temperature: T. strips: strips per image.
+        num_lanes, num_blocks: the number of columns of cells of all strips of the batch, and the number of blocks.
         most_columns: the largest number of label columns of a cell. steps: bit length of max(H, W).
         scratch_ptr: float32, `scratch_size` elements per program.
         POWER: T if it is 1 to 4 and both terms are computed, else 0. BLOCK_SUMS, BLOCK_C, UNROLL, LANES: as in
@@ -271,9 +271,9 @@ class Tiling(NamedTuple):
 def choose_tiling(problem: LossProblem, *, all_images: bool = True) -> Tiling:
     """Return the `Tiling` of a problem.
 
-    On a GPU, strips are short enough for ten warps per multiprocessor in a single wave of programs. If not
-    `all_images`, `tiles_kernel` gets few images, so a fifth of the programs saves scratch memory. On the CPU (Triton's
-    interpreter), return large blocks.
+    On a GPU, strips are short enough for ten warps per multiprocessor in a single wave of programs. `all_images` is as
+    in `launch`. If it is False, the kernel usually gets few images, so the tiling has fewer programs to save scratch
+    memory. On the CPU (Triton's interpreter), return large blocks.
     """
     B, C, h, w = problem.student.shape
     device = problem.student.device

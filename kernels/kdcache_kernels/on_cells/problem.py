@@ -35,9 +35,10 @@ class RelationProblem:
             batch.
         need_gradient: whether to compute the gradient.
         beta, gamma: >= 0, weights of the correlation over the classes of a cell and over the cells of a class.
-        moments: (6, C) float64. For each class: the weight of all cells, the means of the student's and the teacher's
-            probabilities, and three weighted sums of products of probabilities minus their means (student with teacher,
-            student with student, teacher with teacher). None computes the moments of this batch.
+        moments: (6, C) float64. For each class: the sum of the cells' weights, the weighted means of the student's and
+            the teacher's probabilities p and q, and three sums over the cells. With a = p - its mean and b = q - its
+            mean, these are the sums of weight * a * b, weight * a * a and weight * b * b. None computes the moments of
+            this batch.
     """
 
     student: Tensor
@@ -94,7 +95,8 @@ def average_moments(moments_P6C: Tensor) -> Tensor:
 
     Args:
         moments_P6C: (P, 6, C) float64, the result of `relation_moments` for each of P parts.
-    Returns: (6, C) float64, in the form of `relation_moments`. The weight and the three sums are divided by P.
+    Returns: (6, C) float64, the moments of all cells in the order of `relation_moments`. The sum of the weights and the
+        three sums of products are divided by P.
     """
     weight_PC, *means_2PC = moments_P6C[:, :3].unbind(1)
     all_C = weight_PC.sum(0)

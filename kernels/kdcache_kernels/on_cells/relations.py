@@ -53,8 +53,9 @@ def relation_loss(
     image. The teacher is sampled at their centres, and the student's logits are resized to them, both without aligned
     corners. A cell counts by the share of its pixels that count, and its weight is that share times the gate.
 
-    If no cell counts, or with one class, loss and gradient are exactly 0. A logit in a counted cell may be NaN,
-    infinite, or so large that logits / T overflows. The loss and its gradient at every logit of the batch are then NaN.
+    If no cell counts, or with one class, loss and gradient are exactly 0. A logit is unusable if it is NaN, infinite,
+    or so large that logits / T overflows. If a counted cell depends on an unusable logit, the loss is NaN, and so is
+    its gradient at every logit of the batch.
 
     Args:
         student_logits_BChw: raw logits at their own size, float32, float16, bfloat16 or float64, any strides. The only
@@ -126,7 +127,9 @@ def relation_moments(
     counted_BHW: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """Return the moments of a batch part's predictions, to share between parts before `relation_loss`.
+    """Return the moments of the predictions for one part of a batch, such as the images of one process.
+
+    Combine the moments of all parts with `average_moments`, and pass the result to each part's `relation_loss`.
 
     >>> import kdcache_kernels
     >>> student, teacher = torch.randn(2, 2, 3, 4, 4)
@@ -135,9 +138,10 @@ def relation_moments(
 
     Arguments and errors are as in `relation_loss`.
 
-    Returns: (6, C) float64. For each class: the weight of all cells, the means of the student's and the teacher's
-        probabilities, and three weighted sums of products of probabilities minus their means (student with teacher,
-        student with student, teacher with teacher). NaN if a counted cell depends on a logit that is not finite.
+    Returns: (6, C) float64. For each class: the sum of the cells' weights, the weighted means of the student's and the
+        teacher's probabilities p and q, and three sums over the cells. With a = p - its mean and b = q - its mean,
+        these are the sums of weight * a * b, weight * a * a and weight * b * b. NaN if a counted cell depends on a
+        logit that is not finite.
     """
     check_logits(student_logits_BChw, teacher_logits_BChw)
     family, problem = _checked(
@@ -164,7 +168,7 @@ def relation_moments(
 
 
 def check_logits(student: Tensor, teacher: Tensor) -> None:
-    """Raise ShapeError unless both are dense float tensors with four axes and equal numbers of images and classes."""
+    """Raise ShapeError unless student's and teacher's logits are dense (B, C, h, w) floats with equal B and C."""
     checks.check_student(student)
     B, C = student.shape[:2]
     if not is_logits(teacher) or tuple(teacher.shape[:2]) != (B, C) or min(teacher.shape[2:]) < 1:

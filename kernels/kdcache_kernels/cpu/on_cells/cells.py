@@ -48,7 +48,9 @@ class Grid(NamedTuple):
     """The neighbouring logits and bilinear weights with which to read a logit map at the centres of the target's cells.
 
     Attributes:
-        rows, columns: for each row or column of cells, the two neighbours in the map and the second one's weight.
+        rows, columns: (low, following, fraction) for each row or column of cells. They are the uint32 indices of its
+            two neighbours in the map, and the float32 weight of the second. Each array is (B, h) for rows and (B, w)
+            for columns, where B is 1 if all images share it.
         moved: True if reading needs interpolation. False if the map's elements are exactly the cells.
     """
 
@@ -93,7 +95,9 @@ def whole_grid(view_size: Size, array: Size, grid: Size) -> Grid:
 
 @njit(**OPTIONS)
 def read_row(c, row, start, limit, n, line, largest, usable):
-    """Copy n logits of class c to `line[c]`, and update each cell's largest logit and mark of unusable logits.
+    """Copy n logits of class c to `line[c]`, and update `largest` and `usable` of each cell.
+
+    TILE is the most cells that are processed at a time, so n is at most TILE.
 
     Shapes and units:
         row: float32 logits of one class and one row. The n logits begin at element `start`.
@@ -113,6 +117,8 @@ def read_row(c, row, start, limit, n, line, largest, usable):
 @njit(**OPTIONS)
 def sample_row(c, upper, lower, down, left, following, right, limit, n, line, largest, usable):
     """Interpolate n logits of class c bilinearly between two rows of a logit map, and write them to `line[c]`.
+
+    It also updates `largest` and `usable` of each cell. TILE is the most cells that are processed at a time.
 
     Shapes and units:
         upper, lower: the float32 rows above and below the cells' centres.
@@ -137,8 +143,10 @@ def sample_row(c, upper, lower, down, left, following, right, limit, n, line, la
 def read_tile(b, i, start, n, logits, above, below, down, left, following, right, moved, limit, line, largest, usable):
     """Read the logits of all classes at n neighbouring cells of one row, interpolating them if `moved`.
 
+    TILE is the most cells that are processed at a time, so n is at most TILE.
+
     Shapes and units:
-        b, i, start: image, row of cells, and first cell.
+        b, i, start: indices of the image, of the row of cells, and of the first cell.
         logits: (B, C, rows, columns) float32 logit map.
         above, below, down: (Bt, h) the map's rows above and below each row of cells, and the weight of the row below.
             Bt is B, or 1 if all images share them.
@@ -162,7 +170,7 @@ def read_tile(b, i, start, n, logits, above, below, down, left, following, right
 
 @njit(**OPTIONS)
 def weigh(weighted, counted, weight, b, i, start, usable, own, n):
-    """Write the weights of n neighbouring cells of row i of image b to `own`, beginning with cell `start`.
+    """Write the weights of n neighbouring cells to `own`. They are in row i of image b and begin with cell `start`.
 
     Shapes and units:
         weighted: False if every cell counts and weighs 1. `counted` and `weight` are then not read.
@@ -238,15 +246,15 @@ def weigh_rows(first, last, inside_y, inside_x, counts, gate, counted, weight):
 def gather_cells(first, last, cells, above, below, down, left, following, right, gradient):
     """Carry a gradient from the target's cells back to the student's logits.
 
-    This is the transpose of the student's bilinear resize. The planes are `first` to `last` - 1. Class c of image b has
-    the number b * C + c.
+    This is the transpose of the student's bilinear resize. It handles planes `first` to `last` - 1. The plane of class
+    c of image b has the number b * C + c.
 
     Shapes and units:
         cells: (B, C, h, w) float32, the gradient by the resized logits.
         above, below, down: (1, h) the student's rows above and below each row of cells, and the weight of the row
             below.
         left, following, right: (1, w) columns to the left and right of each cell, and the right column's weight.
-        gradient: (B, C, hs, ws) float32 result.
+        gradient: (B, C, hs, ws) float32 result, in the size of the student's logits.
     """
     _, C, h, w = cells.shape
     line = np.empty(gradient.shape[3], _f)
@@ -334,10 +342,10 @@ def lay(problem: RelationProblem) -> Laid:
 
 
 def place_for(logits: Tensor, floats: Tensor, grid: Grid, shape: tuple[int, ...] | None) -> Tensor:
-    """Return a float32 tensor of `shape` to write results to, which is `floats` if overwriting it is safe.
+    """Return a float32 tensor of `shape` for a kernel's results. It is `floats` if overwriting it is safe.
 
-    It is safe if `floats` is a copy of `logits` that no interpolation reads: each task then reads only the row of cells
-    that it overwrites.
+    Overwriting is safe if `floats` does not share memory with `logits`, and kernels read it without interpolation. Each
+    task then reads only the row of cells that it overwrites.
 
     Args:
         logits: the original logits.
@@ -353,10 +361,11 @@ def place_for(logits: Tensor, floats: Tensor, grid: Grid, shape: tuple[int, ...]
 
 
 def on_own_grid(problem: RelationProblem, laid: Laid, cells: Tensor) -> Tensor:
-    """Return the gradient with respect to the student's logits, (B, C, hs, ws), before they were resized.
+    """Carry a gradient from the target's cells back to the student's logits, and return it, (B, C, hs, ws) float32.
 
-    `cells` is the gradient with respect to the resized logits, (B, C, h, w) float32. If both sizes are equal, `cells`
-    itself is returned. `laid` has the bilinear weights of the resize.
+    (hs, ws) is the size of the student's logits, which were resized to the (h, w) cells. `cells` is the gradient by the
+    resized logits, (B, C, h, w) float32. It is returned unchanged if both sizes are equal. `laid` has the bilinear
+    weights of the resize.
     """
     if not problem.is_resized:
         return cells

@@ -106,14 +106,14 @@ def relate(
 
     The rows are `first` to `last` - 1. Row i of image b has the number b * h + i. In each cell, p and q are the
     student's and the teacher's probabilities of a class, and r is their correlation over the C classes. The derivative
-    of r by p is slope * ((q - 1/C) - pull * (p - 1/C)).
+    of r by p is slope * ((q - 1/C) - pull * (p - 1/C)). Arrays without a dtype are float32.
 
     Shapes and units:
-        student, teacher: (B, C, hs, ws) and (B, C, h, w) float32 logits.
-        s_above, s_below, s_down, t_above, t_below, t_down: (Bt, h) rows of each map above and below a row of cells, and
-            the weight of the row below. Bt is B, or 1 if all images share them.
-        s_left, s_next, s_right, t_left, t_next, t_right: (Bt, w) columns to the left and right of a cell, and the right
-            column's weight.
+        student, teacher: (B, C, hs, ws) and (B, C, h, w) logits. The teacher's h x w logits are the cells.
+        s_above, s_below, s_down, t_above, t_below, t_down: (Bt, h) uint32 rows of each map above and below a row of
+            cells, and the weight of the row below. Bt is B, or 1 if all images share them.
+        s_left, s_next, s_right, t_left, t_next, t_right: (Bt, w) uint32 columns to the left and right of a cell, and
+            the right column's weight.
         s_moved, t_moved: whether to interpolate the map with these tables. Otherwise its elements are the cells.
         counted, weight: (B, h, w) counted share and weight of each cell, or (0, h, w) if all are 1.
         scale: log2(e) / T.
@@ -123,7 +123,8 @@ def relate(
         weights: (B, h, w) result: `weight`, but NaN for a lost cell that counts and 0 for a lost cell that does not.
         slope, pull: (B, h, w) results, the factors of the derivative above.
         inter: (B, h) float64 result, the sum of weights * (1 - r) over a row.
-        blocks: (B, h, tiles, 6, C) float32 result, the moments of each tile of cells, see `RelationProblem.moments`.
+        blocks: (B, h, tiles, 6, C) result, the moments of each tile (a part of a row of cells), see
+            `RelationProblem.moments`.
     """
     _, h, tiles, _, C = blocks.shape
     w = weights.shape[2]
@@ -201,17 +202,18 @@ def learn(first, last, gradient, p_teacher, weights, slope, pull, factor, means,
     student's and the teacher's probabilities of a class.
 
     Shapes and units:
-        gradient: (B, C, h, w) float32. It holds p on entry, and the gradient by the student's logits on the cells
-            afterwards.
+        gradient: (B, C, h, w) float32. It holds p on entry, and afterwards the gradient by the student's logits after
+            their resize to the cells.
         p_teacher: (B, C, h, w), q.
         weights: (B, h, w) weights of the cells, from `relate`.
-        slope, pull: (B, h, w), from `relate`. The correlation over the classes has the derivative slope * ((q - 1/C) -
-            pull * (p - 1/C)) by p.
+        slope, pull: (B, h, w), from `relate`. In a cell, the correlation over the classes has the derivative slope *
+            ((q - 1/C) - pull * (p - 1/C)) by p.
         factor: beta * T / count. beta is the weight of the correlation over the classes, count the number of counted
             cells.
         means: (2, C), the means of p and of q over the cells.
-        by_teacher, by_student: (C,) factors of q minus its mean and of p minus its mean, in the derivative of the
-            correlation over the cells. They include gamma * T / C, with gamma its weight.
+        by_teacher, by_student: (C,) factors. The correlation of a class over the cells, times gamma * T / C, has the
+            derivative weight * (by_teacher * (q - mean of q) - by_student * (p - mean of p)) by p. gamma is the weight
+            of this correlation in the loss.
     """
     _, C, h, w = gradient.shape
     g, dot, steep, negative = np.empty((C, TILE), _f), np.empty(TILE, _f), np.empty(TILE, _f), np.empty(TILE, _f)

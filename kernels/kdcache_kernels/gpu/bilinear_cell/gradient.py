@@ -65,10 +65,11 @@ def write_gradient(
         labels, label_gate_ptrs: as in `surface.label_moments`, with strides in elements.
         present: int32. Bit (id modulo 32) is set for each class id in `labels` of any lane.
         even: moments of the CE weights of all labelled pixels, read only with label smoothing.
-        ce, kl, teacher: tuples of factors per pixel, from `pixel_factors`. kl_cell: its result `kl_log`.
+        ce, kl, teacher, kl_cell: `ce_factors`, `kl_factors`, `teacher_factors` and `kl_log` from `pixel_factors`.
         left_lane: index of the lane with the cell to the left. writes: bool, which lanes write.
         upper_last, upper_step: weight of the top corners in the last pixel row, and its decrease per row.
-        step: number of the cell's row in its strip, from 0. g: which ROWS of the cell's S pixel rows these are.
+        step: number of the cell's row in its strip (see `cells_kernel`), from 0.
+        g: number of these ROWS pixel rows among the groups of ROWS into which the cell's S rows are cut, from 0.
         gradient_ptrs: pointers to the gradient's class 0 at each cell's top left corner, or None for no gradient.
         edge_ptrs: pointers to class 0 of the same column in the strip's part of `cells_kernel`'s `edges_ptr`, or None.
         k_ce, k_kl: factors of the terms in the gradient. label_factors: from `load_label_factors`.

@@ -42,10 +42,10 @@ def in_image(q: tl.constexpr, g, i, j, h, w, r: tl.constexpr, S: tl.constexpr, R
     """Return whether a pixel of bilinear cell (i, j) lies in the image. Cells at the edge lie half outside.
 
     Shapes and units:
-        q, r: row and column of the pixel among the ROWS x S pixels that are processed at a time.
-        g: which ROWS of the cell's S pixel rows these are, 0 to S / ROWS - 1.
+        q, r: row and column of the pixel in its group. A group is ROWS x S pixels that are processed at a time.
+        g: number of the group in the cell, from top to bottom, 0 to S / ROWS - 1.
         i, j: the cell lies between logits i and i + 1 vertically, and j and j + 1 horizontally. -1 is the first.
-        h, w: rows and columns of the student's logits.
+        h, w: rows and columns of the student's logits. S: label pixels per logit. A cell has S x S pixels.
     """
     column = j >= 0 if r < S // 2 else j < w - 1
     if ROWS == S:
@@ -57,9 +57,9 @@ def in_image(q: tl.constexpr, g, i, j, h, w, r: tl.constexpr, S: tl.constexpr, R
 
 @triton.jit
 def read_labels(label_ptrs, stride_h, stride_w, pixels, active, i, j, g, h, w, S: tl.constexpr, ROWS: tl.constexpr):
-    """Load the labels of ROWS of the S pixel rows of every lane's bilinear cell.
+    """Load the labels of one group of pixels of every lane's bilinear cell.
 
-    A bilinear cell is the S x S label pixels between four neighbouring logits.
+    A bilinear cell is the S x S label pixels between four neighbouring logits. A group is ROWS of its S pixel rows.
 
     Shapes and units:
         label_ptrs: pointers to the first of these pixels, one per lane. stride_h and stride_w are in elements.
@@ -106,6 +106,8 @@ def pixel_factors(
     i, j, g, h, w, zero, S: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Return each pixel's factors in the gradient of CE and KL, and each bilinear cell's sums of logarithms for both.
+
+    Pixels are the ROWS x S label pixels of each lane's cell that are processed at a time.
 
     Shapes and units:
         ce, kl, teacher: tuples of ROWS * S blocks: each pixel's sums of exponentials, from `softmax_denominators`.

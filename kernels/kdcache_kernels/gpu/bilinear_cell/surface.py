@@ -67,8 +67,8 @@ def make_surface(corners, grid, y_first, S: tl.constexpr):
     Shapes and units:
         corners: the four corner logits, from `load_corners`.
         grid: (top, bottom, class stride, first, step, scale). top and bottom point to class 0 of the top left corners
-            and of the bottom left corners. The stride is in elements. first and step are from `interpolation`. scale
-            multiplies the logits, or is None for 1. step already includes it.
+            and of the bottom left corners. The stride is in elements. first and step are from `interpolation`. scale is
+            a factor of the logits, or None for 1. The caller must multiply step by scale.
         y_first: weight of the bottom corners in the first pixel row, 0 to 1.
         S: label pixels per logit.
     """
@@ -142,10 +142,10 @@ def add_powers(sums, sequence, POWER: tl.constexpr, S: tl.constexpr, ROWS: tl.co
 
 @triton.jit
 def moments(sequence, linear, higher, LINEAR: tl.constexpr, HIGHER: tl.constexpr, S: tl.constexpr, ROWS: tl.constexpr):
-    """Return four weighted sums (moments) of G over the pixels of a bilinear cell.
+    """Return four weighted sums (moments) of a number G over the pixels of a bilinear cell.
 
-    They determine the gradient at the cell's corners. At the pixel in row q, column r, G = linear * e + higher * e **
-    HIGHER, with e the pixel's exponential.
+    At the pixel in row q, column r, G = linear * e + higher * e ** HIGHER, with e the pixel's exponential. If G is the
+    gradient by the pixel's logit, its moments determine the gradient at the cell's corners.
 
     Shapes and units:
         sequence: the exponentials, from `exponentials`.

@@ -302,9 +302,9 @@ Axes = tuple[Taps, Taps] | tuple[None, None]
 def launch_tables(problem: RelationProblem) -> tuple[Axes, Axes, Axes]:
     """Compute the neighbour tables that the relation loss needs, see `tables_kernel`.
 
-    Returns: three pairs (rows, columns) of `geometry.Taps`: label pixels in the view, cells in the view, and cells in
-        the student's logits. The first two are (None, None) without window and flip. The third is (None, None) if the
-        student has the target's size.
+    Returns: three pairs (rows, columns) of `geometry.Taps`: of label pixels in the view's cells, of the window's cells
+        in the view's cells, and of cells in the student's logits. The first two are (None, None) without window and
+        flip. The third is (None, None) if the student has the target's size.
     """
     B, (H, W), (h, w), device = problem.student.shape[0], problem.size, problem.grid, problem.student.device
 
@@ -363,8 +363,8 @@ class Laid(NamedTuple):
     A cell is the area of the image that one target logit covers.
 
     Attributes:
-        samples: kernel arguments: the student's `Samples` and four strides, the teacher's `Samples` and four strides,
-            and 1 if the teacher's tables differ between images, else 0.
+        samples: the first arguments of the kernels. They are the student's `Samples` and four strides, the teacher's
+            `Samples` and four strides, and 1 if the teacher's tables differ between images, else 0.
         taps: (rows, columns), the student's neighbouring logits of each row and column of cells. (None, None) if the
             student has the target's size.
         flat: the constants S_FLAT and T_FLAT: whether the rows of the student's and the teacher's logits follow each

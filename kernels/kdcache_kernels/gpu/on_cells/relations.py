@@ -56,8 +56,8 @@ def relations_kernel(
         limit: the largest magnitude of a usable logit. A cell with another logit is lost. scale: log2(e) / T.
         S_FLAT, T_FLAT: whether rows of the student's and the teacher's logits follow each other without a gap.
     Results:
-        cells_ptr: (B, 7, h * w) float32. Per cell: the student's largest logit and 1 / its sum of exponentials, the
-            same two of the teacher, weight (NaN for a lost cell that counts), slope, pull.
+        cells_ptr: (B, 7, h * w) float32, seven numbers per cell: the student's largest logit, 1 / the student's sum of
+            exponentials, the same two numbers of the teacher, weight (NaN for a lost cell that counts), slope and pull.
         blocks_ptr: (6, C, N) float32, each program's moments, see `RelationProblem.moments`. Weights are written for
             class 0 only.
         inter_ptr: (N,) float64, the sum of weight * (1 - r) over each program's cells.
@@ -135,8 +135,8 @@ def classes_kernel(
 ):  # fmt: skip
     """Combine the partial sums of `relations_kernel` into the two correlations of the relation loss.
 
-    Program c < C handles class c. r is the correlation of its student and teacher probabilities over the cells. Program
-    C adds up the sums over cells.
+    Program c < C handles class c. p and q are the student's and the teacher's probabilities of the class, and r is
+    their correlation over the cells. Program C adds up the sums over cells.
 
     Shapes and units:
         blocks_ptr, inter_ptr: (6, C, num_blocks) and (num_blocks,), results of `relations_kernel`.
@@ -146,8 +146,8 @@ def classes_kernel(
         gamma: weight of the correlation over the cells. BLOCK: partial sums that are read at a time.
     Results:
         moments_ptr: (6, C) float64, the moments of this process's cells, see `RelationProblem.moments`.
-        factors_ptr: (4, C) float32: the student's and the teacher's mean probability, and the factors of (teacher - its
-            mean) and (student - its mean) in gamma / C times the derivative of r.
+        factors_ptr: (4, C) float32: mean of p, mean of q, and two factors f and g. In a cell, gamma / C * r has the
+            derivative weight * (f * (q - mean of q) - g * (p - mean of p)) by p.
         intra_ptr: (C,) float64, 1 - r.
         sums_ptr: (2,) float64: the sum of weight * (1 - correlation over the classes) over the cells, and 1 / the
             count.
