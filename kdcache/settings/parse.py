@@ -178,9 +178,9 @@ def parse_tasks(value: Any) -> Any:
 
 
 def parse_jitter(value: Any) -> Any:
-    """Return the strength of colour jitter as a number from 0 to 1, or 'randaugment:N,M' unchanged.
+    """Return the strength of colour jitter: '0.3' or 0.3 becomes 0.3. A text 'randaugment:N,M' is returned unchanged.
 
-    Raises: ValueError for any other value.
+    Raises: ValueError for any other value, and for numbers outside 0 to 1.
     """
     if isinstance(value, str) and rand_augment(value) is not None:
         return value

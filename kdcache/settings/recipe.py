@@ -24,7 +24,7 @@ def to_recipe(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def settings_of(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of a recipe.toml as they are, but without the key `format`.
+    """Return the settings of a recipe.toml, without the key `format`. Names and values stay as in the file.
 
     Settings of earlier versions that no longer exist are also left out, if their value has no effect.
 

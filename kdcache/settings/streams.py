@@ -56,12 +56,14 @@ OVERRIDDEN = (
 
 
 def parse_stream(value: Any) -> Any:
-    """Return the settings of a stream: name with underscores -> value.
+    """Return the settings of a stream as a dict: the setting's name with underscores -> its unchecked value.
+
+    The setting `name` is the stream's name.
 
     Args:
-        value: the line of a flag, such as `kitti,cache=kitti.zarr,share=0.5`, or a table of a recipe. Any other value
-            is returned unchanged.
-    Raises: RecipeError for a line without a name, and for unknown settings.
+        value: the text of a --stream flag, such as `kitti,cache=kitti.zarr,share=0.5`, or a stream's table in a recipe.
+            Any other value is returned unchanged.
+    Raises: RecipeError for a text that does not begin with the stream's name, and for unknown settings.
     """
     if isinstance(value, str):
         value = _of_line(value)
@@ -113,7 +115,8 @@ def shares_of(named: Mapping[str, float | None]) -> list[float]:
     """Return the share of each stream in a batch, in the given order. The shares sum to 1.
 
     Args:
-        named: the name of each stream -> its share, above 0 to 1. Streams with None divide the rest evenly.
+        named: the name of each stream -> its share, a fraction above 0, or None. Streams with None divide the rest
+            evenly.
     Raises: RecipeError if the shares do not sum to 1.
     """
     total = sum(share for share in named.values() if share is not None)
@@ -132,9 +135,9 @@ def rows_of(shares: Sequence[float], batch_size: int, together: int = 1) -> list
     """Return how many samples of a batch come from each stream. The numbers do not depend on the number of processes.
 
     Args:
-        shares: the share of each stream, which sum to 1.
-        batch_size: the samples of a batch.
-        together: numbers are multiples of it. It is 2 if samples are pasted in pairs.
+        shares: the share of each stream. The shares sum to 1.
+        batch_size: the number of samples in a batch.
+        together: each number is a multiple of `together`: 2 if samples are pasted in pairs.
     """
     exact = [share * (batch_size // together) for share in shares]
     rows = [math.floor(units + 1e-9) for units in exact]
@@ -149,9 +152,9 @@ def check_rows(named: Mapping[str, float], batch_size: int, together: int = 1, p
 
     Args:
         named: the name of each stream -> its share.
-        batch_size: the samples of a batch.
-        together: numbers are multiples of it. It is 2 if samples are pasted in pairs.
-        parts: into how many equal parts the batch is divided: processes times parts for accumulated gradients.
+        batch_size: the number of samples in a batch.
+        together: each number is a multiple of `together`: 2 if samples are pasted in pairs.
+        parts: the number of equal parts of a batch: the number of processes times `--accumulate`.
     Raises: RecipeError, with the next larger batch size that works.
     """
     shares, unit = list(named.values()), together * parts

@@ -171,8 +171,8 @@ class LossTerm:
     def arrays(self, manifest: Any) -> tuple[str, ...]:
         """Return the paths of those arrays in a cache that the term reads, except the packed logits.
 
-        `manifest` is the cache's manifest, or None if labels replace the teacher. `teacher_tap` must be known (see
-        `resolved`).
+        `manifest` is the cache's manifest, or None if labels replace the teacher. A term that compares features must
+        have a `teacher_tap`, as `resolved` sets it.
         """
         return (MAXIMUM,) if self.raw_logits and self.reads_logits and manifest is not None else ()
 
@@ -271,7 +271,7 @@ class FeatureTerm(LossTerm):
     def missing(self, manifest: Any) -> list[Missing]:
         """Return the features or statistics that the term needs and a cache with this manifest lacks.
 
-        Raises: RecipeError if `teacher_tap` is unknown.
+        Raises: RecipeError if the teacher has no tap of the name `teacher_tap`.
         """
         if not self.reads_taps:
             return super().missing(manifest)

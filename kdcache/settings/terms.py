@@ -118,7 +118,10 @@ class CrossEntropy(_OnLabels):
 
 
 class KL(OfLogits):
-    """The loss term `kl`: KL divergence from the teacher's classes, at the label's size. Flags set it, not --term."""
+    """The loss term `kl`: KL divergence between the teacher's and the student's class probabilities.
+
+    It is computed at the label's size. Flags set it, not --term.
+    """
 
     kind = "kl"
     fused = follows_mix = follows_paste = True
@@ -243,7 +246,7 @@ class Channels(FeatureTerm):
 
 
 class Relations(OfLogits):
-    """The loss term `dist`: correlations between the student's and the teacher's predictions."""
+    """The loss term `dist`: 1 - correlation between the student's and the teacher's predictions."""
 
     kind = "dist"
     whole_batch = True
@@ -252,7 +255,7 @@ class Relations(OfLogits):
 
 
 class Decoupled(OfLogits):
-    """The loss term `dkd`: it compares the labelled class and the other classes separately with the teacher's."""
+    """The loss term `dkd`: it compares student and teacher in the target class, and apart from it in the others."""
 
     kind = "dkd"
     all_classes = True
@@ -316,7 +319,7 @@ class Consistency(PseudoLabels):
 
 
 class Adversarial(LossTerm):
-    """The loss term `adversarial`: predictions for one stream should look like another stream's to a discriminator."""
+    """The loss term `adversarial`: a discriminator should not be able to tell two streams apart by the predictions."""
 
     kind = "adversarial"
     learns_from = "predictions"
@@ -370,7 +373,7 @@ class DepthSsi(Depth):
 
 
 class DepthGradient(Depth):
-    """The loss term `depth-gradient`: it compares the edges of depth with the reference's, at four scales."""
+    """The loss term `depth-gradient`: it compares changes of log depth between pixels with the reference's changes."""
 
     kind = "depth-gradient"
     weight: Weight | None = setting(0.5, "Factor on the term.")

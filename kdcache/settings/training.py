@@ -237,7 +237,7 @@ class Loss:
 
 @dataclass(frozen=True, kw_only=True)
 class Augmentation:
-    """Settings for random changes of images, which are drawn again each time. Each field is a flag."""
+    """Settings for random changes of images, drawn anew each time a step takes an image. Each field is a flag."""
 
     augment: Literal["auto", "warp", "replay", "none"] = _view(
         "auto",

@@ -18,13 +18,13 @@ ALL_FLAGS = "--help-all lists all flags."
 
 @dataclass(frozen=True)
 class Wording:
-    """How errors write a setting, as patterns. For the setting `batch_size`, `{flag}` is replaced by `--batch-size`.
+    """The way in which errors write a setting: two patterns, such as `{flag}` and `{flag} {value}`.
 
-    `{name}` is replaced by `batch_size`.
+    For the setting `batch_size`, `{name}` stands for `batch_size` and `{flag}` for `--batch-size`.
 
     Attributes:
-        name: the pattern for the setting.
-        typed: the pattern for the setting with its value, which replaces `{value}`.
+        name: the pattern for a setting without its value.
+        typed: the pattern for a setting with its value. `{value}` stands for the value.
     """
 
     name: str
@@ -92,7 +92,9 @@ def read_value(entry: Entry, value: Any, wording: Wording = FLAGS, *, strict: bo
 def dump_values(values: Mapping[str, Any], *tables: type) -> dict[str, Any]:
     """Return the values of settings as recipes hold them: name -> TOML value. For example (288, 384) becomes '288x384'.
 
-    `tables` are the dataclasses that declare the settings.
+    Args:
+        values: name with underscores -> value. The names do not change.
+        tables: the dataclasses that declare the settings.
     """
     table = entries(*tables)
     return {name: _adapter(table[name].hint).dump_python(value, mode="json") for name, value in values.items()}

@@ -49,8 +49,8 @@ class Built(BuildResult):
         worker: this process's part of the build.
         feature_dtype: the requested data type of features.
         summary: the cache's summary. None until the cache is complete.
-        score: the teacher's score against labels, read back from the cache. None without a segmentation head or labels.
-        of: what the score was measured on: "labels" or "first crops".
+        score: the score of the cached targets against labels. None without a segmentation head or labels.
+        of: "labels" if the score is on whole images, or "first crops" if it is on the first crop of each sample.
     """
 
     worker: Worker = Worker()

@@ -161,7 +161,7 @@ def plan_like(
         split: name of the split. Default: the existing cache's split.
         teacher: where the teacher comes from, as in `kdcache.build_cache`.
         settings: name -> value of all settings of the build, defaults included.
-        given: name -> value of the settings that the user gave. Pixels are stored only if they include `pixels`.
+        given: name -> value of the settings that the user gave. Only `pixels="stored"` among them stores pixels.
         out: the cache to build.
         note: called with each text that the user should see.
     Raises: RecipeError for settings of views that the existing cache does not have; MismatchError for other samples;

@@ -25,11 +25,11 @@ def open_model(
 
     Args:
         model: a run, its folder, `RUN@WEIGHTS`, or `SPEC@FILE`: a model spec with a file of weights.
-        size: (H, W) of the pixels that the model sees, or a text such as "288x384". None takes the recorded size of a
-            run or an exported file.
+        size: (H, W) of the pixels that the model sees, or a text such as "288x384". None takes the size that the run or
+            the exported file records.
         weights: which weights of a run, such as "best".
         classes: a folder with classes.txt, only for `SPEC@FILE`.
-        window: like `size`. It replaces a `size` of None, only for `SPEC@FILE`.
+        window: (H, W) or a text, used if `size` is None. Runs ignore it.
     Raises: RecipeError without a model or a size, or for `classes` of a run. ModelError for weights that do not fit.
         MismatchError for classes that differ from the file's.
     """
