@@ -182,7 +182,10 @@ def score_images(
 
 
 def shared_score(scores: Sequence[ImageScores]) -> Score | None:
-    """Return the score by which images can be ranked for several models: mIoU if all have it, else rmse, else None."""
+    """Return the score by which images can be ranked for several models, or None if they share no score.
+
+    It is mIoU if all models have it, else the rmse of depth if all models have that.
+    """
     return next((Score(task) for task in TASKS if all(task in of_model.tasks for of_model in scores)), None)
 
 

@@ -111,7 +111,7 @@ class TrainConfig:
 
     @property
     def streams(self) -> tuple[Stream["TrainConfig"], ...]:
-        """The streams, each with complete settings. A training without streams is a single stream with an empty name.
+        """The streams, each with complete settings. A training without streams counts as one stream, with the name "".
 
         Raises: RecipeError if the shares do not add up to 1, or would leave a stream without a sample in a batch.
         """
@@ -285,7 +285,7 @@ class TrainConfig:
 
     @property
     def recipe(self) -> dict[str, Any]:
-        """The settings that took effect, as recipe.toml has them: name -> value."""
+        """The settings that took effect, as recipe.toml has them: flag without its dashes -> value."""
         return to_recipe({name: value for name, value in self.settings.items() if name not in self.untaken})
 
     def to_toml(self) -> str:

@@ -95,7 +95,7 @@ class World:
     def gather(self, thing: T) -> list[T]:
         """Return a list with the `thing` of each process, in the order of ranks.
 
-        Things are small and can be pickled.
+        `thing` must be small, and pickle must support it.
         """
         if self.size == 1:
             return [thing]

@@ -60,7 +60,7 @@ class Sample:
         score: the score that ranks the images, mIoU or rmse.
         mean: the value of this score for this image, as the mean over all rows except the teacher's.
         size: (H, W) on the page, in pixels.
-        present: ids of the classes in the label, the largest first.
+        present: ids of the classes in the label, the class with the most pixels first.
         image: the image as JPEG.
         label: the segmentation label as PNG, or None.
         predictions: the prediction of each row.

@@ -83,7 +83,10 @@ def read_norms(run: Run) -> Norms:
 
 
 def read_tasks(run: Run) -> dict[str, dict[str, Points]]:
-    """Return the curves of each task in a run's log: metric ("loss", "norm" or "weight") -> task -> (step, value)."""
+    """Return the curves of each task in a run's log: metric -> task -> points (step, value).
+
+    The metrics are "loss", "norm" (of the gradient) and "weight".
+    """
     measured: dict[str, dict[str, Points]] = {key: {} for key in _OF_TASKS}
     for row in run.metrics or ():
         for task, values in row.get("tasks", {}).items() if row["kind"] in ("train", "gradients") else ():

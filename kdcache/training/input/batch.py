@@ -31,9 +31,10 @@ def row_of(batch: Batch, *at: int) -> Row:
 
 
 def collate(samples: Sequence[Batch], *, collate_fn_map: dict[Any, Callable[..., Any]] | None = None) -> Batch:
-    """Stack samples into a batch. `DataLoader` calls it by itself.
+    """Stack samples into a batch. A `DataLoader` over samples of this type calls it by default.
 
-    `collate_fn_map` is the table of functions that torch's `collate` passes on.
+    `collate_fn_map` is type -> function that stacks values of this type, as torch's `collate` passes it. None is
+    torch's default.
     """
     leaves, specs = zip(*map(pytree.tree_flatten, samples), strict=True)
     kinds = default_collate_fn_map if collate_fn_map is None else collate_fn_map

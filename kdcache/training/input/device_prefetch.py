@@ -40,8 +40,8 @@ def feed(
     Args:
         loader: gives the batches. If it gives a KDCacheError in place of a batch, the error is yielded unchanged.
         device: where the batches go.
-        targets: the targets of all records, if the device keeps them. Batches then have record numbers instead of
-            targets.
+        targets: the targets of all records, if the device keeps them, or None. The loader's batches then have record
+            numbers, which are replaced by targets.
     """
     batches = iter(loader)  # here, not at the first batch: a DataLoader takes a number from torch's generator
     if device.type == "cuda":

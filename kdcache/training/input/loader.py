@@ -58,7 +58,7 @@ class Draws(Dataset[Batch | KDCacheError]):
             self._order = Interleaved(labelled, labelled_share, seed, shard_records)
 
     def visit(self, draw: int) -> tuple[int, int]:
-        """Return the index of the sample of a draw, and its epoch: how often the sample was drawn before."""
+        """Return the index of the sample that a draw takes, and the epoch of this draw, which chooses a stored view."""
         return self._order.visit(draw)
 
     def sample_ids(self, step: int, batch_size: int) -> list[str]:

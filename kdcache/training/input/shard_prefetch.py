@@ -94,7 +94,7 @@ class Ahead(Iterable[T]):
 def reads_ahead(dataset: DrawnDataset) -> bool:
     """Return True if the local copies of a remote cache have room to download shards ahead.
 
-    They need room for three times the samples that `--shuffle window` shuffles together. Otherwise new shards would
+    There must be room for three times the samples that `--shuffle window` shuffles together. Otherwise new shards would
     evict shards that are in use. The result is False for a local cache.
     """
     cache = dataset.cache

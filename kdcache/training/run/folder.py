@@ -71,8 +71,8 @@ def check_folder(
 ) -> None:
     """Check that a training may use the folder `run`.
 
-    A new training may use it if it is new or empty, or if its run has no checkpoint yet. A resumed training needs the
-    same settings and data as the folder's run.
+    A new training may use a folder that is missing or empty, or whose run has no checkpoint yet. A resumed training
+    needs the same settings and data as the folder's run.
 
     Args:
         config: the training's settings.

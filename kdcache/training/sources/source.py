@@ -178,7 +178,8 @@ def shared_fit(
         opened: every stream with its cache or its data set.
         size: (H, W) of the pixels. None is the size of the caches' views.
         note: is called with the reason if images are padded by default.
-    Raises: RecipeError if caches and setting differ, or if `size` has another shape than padded or cropped views.
+    Raises: RecipeError if caches and setting differ, or if padded or cropped views have another aspect ratio than
+        `size`.
     """
     stores = {cache.manifest.view.fit: cache for _, cache, _ in opened if cache is not None}
     if not stores and config.data.fit != "auto":
