@@ -25,7 +25,7 @@ from kdcache_kernels.on_cells.problem import EPS
 
 
 class Targets(NamedTuple):
-    """The teacher's logits, labels and settings that the eager rival takes, for a whole batch or one image.
+    """The teacher's logits, labels and settings for `eager_loss` and `eager_relations`, of a whole batch or one image.
 
     Attributes:
         teacher, mask, grid, class_weight, ce_count, kl_count: as in `Inputs`.
@@ -61,7 +61,7 @@ class Targets(NamedTuple):
 
 
 def targets_of(case: Case, inputs: Inputs) -> Targets:
-    """Return the `Targets` of a case: what the eager rival needs of its inputs and settings."""
+    """Return the `Targets` of a case, made from the inputs and the case's settings."""
     return Targets(
         inputs.teacher,
         inputs.labels_int64,

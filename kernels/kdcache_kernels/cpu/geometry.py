@@ -61,8 +61,8 @@ class Taps(NamedTuple):
     def reaches(self, marked_hw: Array, axis: int) -> Array:
         """Return a bool array, True where a position has a marked logit among its neighbours with a weight above 0.
 
-        `marked_hw` is (h, w) bool, True for marked logits. The positions of this table lie along its axis `axis`. In
-        the shape of the result, the shape of `low` replaces this axis: N positions on axis 0 give (N, w).
+        `marked_hw` is (h, w) bool, True for marked logits. The positions lie along axis `axis` of `marked_hw`. In the
+        shape of the result, the shape of `low` replaces this axis: N positions along axis 0 give (N, w).
         """
         following = self.low + (self.fraction > 0)
         spread: Array = marked_hw.take(self.low, axis) | marked_hw.take(following, axis)

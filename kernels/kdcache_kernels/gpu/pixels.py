@@ -143,8 +143,8 @@ def pixels_kernel(
 ):  # fmt: skip
     """Compute the fused CE + KL loss and its gradient for student logits of label size.
 
-    Nothing is interpolated: each student logit meets exactly one target logit. One program handles every
-    num_programs-th block of BLOCK_N pixels. Images with route 0 are skipped, see `Prepared.route`.
+    Nothing is interpolated: each student logit meets exactly one target logit. Of N programs, each handles every N-th
+    block of BLOCK_N pixels. Images with route 0 are skipped, see `Prepared.route`.
 
     Shapes and units:
         student_ptr, target_ptr: (B, C, h, w) and (B, C, ht, wt) float32 logits, as in `Prepared`.
@@ -153,8 +153,8 @@ def pixels_kernel(
         pixels: `Pixels`, labels and pixel weights. batch: B. temperature: T.
         plane, target_plane: h * w and ht * wt. image_blocks, num_blocks: blocks per image, and of all images.
         MOVED: whether there is a window or a flip. SINGLE: whether images have one pixel, so a block has many images.
-        POWER: T if it is 1 to 4 and both terms are computed, else 0. BLOCK_C, BLOCK_N: classes and pixels of a block.
-            DEPENDENT: see `take_turn`.
+        POWER: T if it is 1 to 4 and both terms are computed, else 0. DEPENDENT: see `take_turn`.
+        BLOCK_N, BLOCK_C: pixels of a block, and classes that are read at a time.
     Results:
         gradient_ptr: (B, C, h, w), or None for no gradient.
         partials_ptr: (P, 2) float64. Row first_partial + program gets the program's sums of CE and KL in nats.

@@ -69,7 +69,7 @@ def write_gradient(
         left_lane: index of the lane with the cell to the left. writes: bool, which lanes write.
         upper_last, upper_step: weight of the top corners in the last pixel row, and its decrease per row.
         step: number of the cell's row in its strip (see `cells_kernel`), from 0.
-        g: number of these ROWS pixel rows among the groups of ROWS into which the cell's S rows are cut, from 0.
+        g: number of this group of ROWS pixel rows in the cell, 0 to S / ROWS - 1.
         gradient_ptrs: pointers to the gradient's class 0 at each cell's top left corner, or None for no gradient.
         edge_ptrs: pointers to class 0 of the same column in the strip's part of `cells_kernel`'s `edges_ptr`, or None.
         k_ce, k_kl: factors of the terms in the gradient. label_factors: from `load_label_factors`.
