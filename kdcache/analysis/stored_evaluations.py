@@ -311,8 +311,8 @@ def keep(record: Record, folder: Path, run: str, metrics: TaskMetrics, *, own_si
 def file_name(record: Record, folder: Path, run: str, *, own_size: bool = True) -> str:
     """Return the name for an evaluation's file in `folder`, without a suffix.
 
-    It is `record.name`, and an earlier evaluation of the same data set under that name is replaced. If the earlier one
-    is of another data set, a digest is appended to the new name. `run` and `own_size` are as in `keep`.
+    It is `record.name`, even if an earlier evaluation of the same data set has that name and will be replaced. If
+    an earlier one of another data set has it, a digest is appended. `run` and `own_size` are as in `keep`.
     """
     name = record.name(own_size=own_size)
     earlier = read_object(folder / f"{name}.json")

@@ -139,8 +139,8 @@ def read_tables(values: Sequence[Any]) -> list[Mapping[str, Any]]:
 def check_pastes(streams: Sequence[Stream[Any]], mix: str | None) -> None:
     """Check the settings for pasting between streams. `mix` is the value of `--mix`, or None.
 
-    Raises: RecipeError if a paste has no other stream as its source, if `--mix` is also given, or if a teacher term of
-        the stream does not work with pasted pixels.
+    Raises: RecipeError if a paste does not take its samples from another stream, or if `--mix` is also given. Also if
+        a teacher term of the stream does not work with pasted pixels.
     """
     names = [stream.name for stream in streams]
     for stream in streams:
