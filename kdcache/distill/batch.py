@@ -31,7 +31,7 @@ class StoredTargets(Protocol):
     """The interface of stored targets, as `Cache.targets_for` returns them: numpy arrays without pixels or labels."""
 
     def to_dict(self) -> Mapping[str, Any]:
-        """Return the numpy arrays by the names of `Batch.to_dict`, such as `targets/segmentation/values`."""
+        """Return a dict: name, as in `Batch.to_dict`, such as `targets/segmentation/values` -> numpy array."""
 
 
 @dataclass(frozen=True)

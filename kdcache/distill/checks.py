@@ -221,7 +221,7 @@ def shows_otherwise(batch: Batch, form: TargetFormat, whole: Size | None) -> boo
 
 
 def window_error(form: TargetFormat, size: Size, whole: Size | None) -> DataError:
-    """Return the DataError for labels that were cut without the window of their target.
+    """Return the DataError for labels that were cropped, although the batch's windows do not show this crop.
 
     Args:
         form: the format of the targets, such as an open cache.

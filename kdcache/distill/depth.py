@@ -86,9 +86,9 @@ def scale_shift_invariant(
     """Return the loss (B,) of maps that are known only up to a scale and a shift, such as disparities.
 
     First, each map is aligned: its median over the valid pixels is subtracted, and the result is divided by its mean
-    absolute value. The smallest 80 % of the absolute differences between the maps are summed, and divided by twice the
-    number of valid pixels. The loss is this quotient plus `gradient_weight` times `gradient_matching` of the aligned
-    maps.
+    absolute value. The smallest 80 % of the absolute differences between the aligned maps are summed, and divided by
+    twice the number of valid pixels. The loss is this quotient plus `gradient_weight` times `gradient_matching` of the
+    aligned maps.
 
     The median of an even number of pixels is the lower of the two middle values. Arguments are as in `l1`, in any unit.
     """

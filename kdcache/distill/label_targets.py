@@ -60,9 +60,9 @@ class LabelTargets:
         )
 
     def shares(self, label_BHW: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Return the share (B, C, h, w) of each cell's labelled pixels that has each class, or 0 in unlabelled cells.
+        """Return the share (B, C, h, w) of each class among the labelled pixels of each cell.
 
-        `label_BHW` holds class ids. Memory: (B, C + 1, H, W) numbers.
+        Shares are 0 in a cell without labelled pixels. `label_BHW` holds class ids. Memory: (B, C + 1, H, W) numbers.
         """
         ids_C11 = torch.arange(self.num_classes, device=label_BHW.device)[:, None, None]
         one_hot_BCHW = (label_BHW[:, None] == ids_C11).to(dtype)

@@ -108,7 +108,8 @@ class Criterion(nn.Module):
         """Return the loss, and every stream's terms: all 0-dimensional, float32.
 
         Args:
-            outputs: the student's outputs for the pixels of all streams, one stream after another.
+            outputs: the student's outputs, as in `DistillLoss.forward`, for the pixels of all streams, one stream after
+                another.
             streams: the batch of each stream.
             counts: the denominators of each stream's loss, as in `DistillLoss.forward`. None uses the batches' own.
         Raises: RecipeError or DataError as `DistillLoss.forward`.

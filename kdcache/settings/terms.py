@@ -255,7 +255,7 @@ class Relations(OfLogits):
 
 
 class Decoupled(OfLogits):
-    """The loss term `dkd`: it compares student and teacher in the target class, and apart from it in the others."""
+    """The loss term `dkd`: it compares student and teacher in the target class, and separately in the other classes."""
 
     kind = "dkd"
     all_classes = True
@@ -266,13 +266,13 @@ class Decoupled(OfLogits):
 
 
 class Dice(_OnLabels):
-    """The loss term `dice`: the overlap of predictions and labels, by the Dice coefficient. It needs no teacher."""
+    """The loss term `dice`: 1 - the Dice coefficient of predictions and labels. It needs no teacher."""
 
     kind = "dice"
 
 
 class Lovasz(_OnLabels):
-    """The loss term `lovasz`: the overlap of predictions and labels, by IoU. It needs no teacher."""
+    """The loss term `lovasz`: the Lovasz extension of 1 - IoU of predictions and labels. It needs no teacher."""
 
     kind = "lovasz"
 

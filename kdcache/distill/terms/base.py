@@ -251,8 +251,8 @@ class Term(nn.Module):
     def cells(self, batch: TermBatch, grid: Size, like: Tensor) -> Cells:
         """Return how much each cell of a grid over the student's image counts and weighs, (B, h, w) each.
 
-        A cell counts by its share of counted pixels, in 0..1. It weighs by the mean over its pixels of the gate, which
-        is taken as 0 at pixels that are not counted.
+        A cell's count is its share of counted pixels, in 0..1. A cell's weight is the mean gate of its pixels, where
+        pixels that are not counted enter with 0.
 
         Args:
             batch: the batch, with its masks and gate.

@@ -24,7 +24,8 @@ class Projected(Term):
     | `linear` | a 1x1 convolution |
     | `mlp` | two 1x1 convolutions with a GELU between, as wide as the teacher's features |
 
-    With `standardise=channels`, checkpoints include mean and standard deviation of the teacher's channels.
+    With `standardise=channels`, the mean of each teacher's channel is subtracted, and the result is divided by the
+    channel's standard deviation. Checkpoints include these numbers.
     Source: Theia, Shang et al. 2024, arXiv 2407.20179; PHI-S, Ranzinger et al. 2024, arXiv 2410.01680, compares ways to
         standardise.
     """

@@ -154,7 +154,7 @@ class Relations(OnCells):
     spec: specs.Relations
 
     def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
-        """Return the `dist` loss, 0-dimensional.
+        """Return T^2 * (beta * inter + gamma * intra), as the class defines it, 0-dimensional.
 
         `count` is the denominator, 0-dimensional. None uses the batch's own number of counted cells.
         """
@@ -206,7 +206,10 @@ class Similarity(Term):
     kind = "sp"
 
     def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
-        """Return the `sp` loss, 0-dimensional. `count` is ignored."""
+        """Return the mean squared difference between the teacher's and the student's G, as the class defines it.
+
+        It is 0-dimensional. `count` is ignored.
+        """
         student_Bchw = wide(batch.student.features[self._student_tap])
         teacher_Bchw = self.seen(batch, batch.rows.arrays[self._arrays[0]], student_Bchw.dtype)
         rows = student_Bchw.shape[0]
@@ -296,7 +299,7 @@ class ChannelLogits(OnCells):
         return ChannelFeatures(spec, setup) if spec.reads_taps else cls(spec, setup)
 
     def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
-        """Return the `cwd` loss of the raw logits, 0-dimensional.
+        """Return the `cwd` loss of the raw logits, as the class defines it, 0-dimensional.
 
         `count` is the denominator, 0-dimensional. None uses the batch's own number of images with a counted pixel.
         """
@@ -333,7 +336,7 @@ class ChannelFeatures(Projected):
         self.projection = nn.Identity() if student == teacher else nn.Conv2d(student, teacher, 1, bias=False)
 
     def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
-        """Return the `cwd` loss of the features, 0-dimensional.
+        """Return the `cwd` loss of the features, as the class defines it, 0-dimensional.
 
         `count` is the denominator, 0-dimensional. None uses the batch's own number of images with a counted pixel.
         """
