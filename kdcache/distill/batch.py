@@ -273,8 +273,8 @@ def pixels_of(streams: Streams) -> Tensor:
 def rows_of(streams: Streams, count: int, first: int = 0) -> Streams:
     """Return a part of a batch of several streams. Each stream gives the same fraction of its own samples.
 
-    Of N samples in all streams, a stream with n samples gives max(1, n * count // N), from its sample number
-    n * first // N on.
+    If all streams together have N samples, a stream with n samples gives max(1, n * count // N) of them. The first is
+    its sample number n * first // N.
 
     Args:
         streams: the batch of each stream.

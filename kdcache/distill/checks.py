@@ -164,7 +164,7 @@ def check_pseudo(terms: "Sequence[Term]", batch: Batch) -> None:
 
 
 def check_heads(terms: "Sequence[Term]", batch: Batch, heads: Mapping[str, Tensor] | None) -> None:
-    """Check that a batch and a student have what the active terms of heads other than segmentation need.
+    """Check that a batch and a student have everything that terms of other heads than segmentation need, such as depth.
 
     Args:
         terms: the active terms.
@@ -202,8 +202,8 @@ def check_heads(terms: "Sequence[Term]", batch: Batch, heads: Mapping[str, Tenso
 def shows_otherwise(batch: Batch, form: TargetFormat, whole: Size | None) -> bool:
     """Return True if the labels' shape proves that they were not cut by the batch's windows.
 
-    It is proved if all windows have the view's aspect ratio, but the labels do not have the aspect ratio of `whole`, up
-    to a pixel. In all other cases return False.
+    This is so if all windows have the view's aspect ratio, but the labels differ from the aspect ratio of `whole` by
+    more than a pixel. In all other cases return False.
 
     Args:
         batch: the batch to check.

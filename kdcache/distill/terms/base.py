@@ -61,8 +61,8 @@ class TermBatch:
     Attributes:
         student: the student's outputs, each at its native stride, with the gradient.
         rows: the samples. The keys of `rows.arrays` are features/<tap> (B, c, h, w), statistics/at.<tap> (B, h, w),
-            statistics/similarity.<tap> (B, p) uint8 for p pairs of cells, and targets/segmentation/max (B, h, w), the
-            teacher's largest raw logit. Features stored in 8 bits are decoded.
+            statistics/similarity.<tap> (B, p) and targets/segmentation/max (B, h, w). Similarities are uint8, for p
+            pairs of cells. The last array has the teacher's largest raw logits. Features stored in 8 bits are decoded.
         pixel_weight: (B, H, W), the gate of the teacher's terms. It does not change a mean's denominator. None weighs
             all 1.
         counted: (B, H, W) bool, True for the pixels that means include: those that show the image, and if void is
@@ -97,8 +97,8 @@ class Term(nn.Module):
         kind: the kind in `spec`, or the name of a companion term.
         weight: the weight in `spec`, or the kind's default. With default weights, a weighted term's gradient over the
             student's parameters is about as long as the cross-entropy's. The docstring of each class gives the measured
-            ratio of these lengths. Unless it says otherwise, it is a mean over batches of CamVid at 144x192, for the
-            teacher kdcache:base at stride 4 and the student kdcache:tiny after 150 and 650 steps.
+            ratio of these lengths. Unless it says otherwise, the ratio is a mean over batches of CamVid at 144x192. The
+            teacher is kdcache:base at stride 4. The student is kdcache:tiny after 150 and 650 steps.
         reads_shown: True if the term reads `TermBatch.shown`.
         measured: True if the value is only logged and not added to the loss.
         gather: a function that concatenates a tensor over the processes along its first axis, with a gradient only for

@@ -139,10 +139,10 @@ def _split(logits_BChw: Tensor, is_target_BChw: Tensor) -> tuple[Tensor, Tensor]
 class Relations(OnCells):
     """The loss term `dist`: T^2 * (beta * inter + gamma * intra), which compares how predictions correlate.
 
-    Both are 1 - Pearson correlation between the student's and the teacher's softmax(logits / T). `inter` correlates
-    over the classes of a cell, and is averaged over cells. `intra` correlates over the cells of the whole batch, of all
-    processes together, and is averaged over classes. Cells are weighted by their share of counted pixels, and by the
-    gate. With a single class the loss is 0.
+    `inter` and `intra` are means of 1 - Pearson correlation between the student's and the teacher's
+    softmax(logits / T). `inter` correlates over the classes of a cell, and is averaged over cells. `intra` correlates
+    over the cells of the whole batch, of all processes together, and is averaged over classes. Cells are weighted by
+    their share of counted pixels, and by the gate. With a single class the loss is 0.
 
     Default weight 1, beta = gamma = 1, temperature 1 (the authors' for segmentation). The weighted term's gradient is 1
     to 1.6 times the cross-entropy's. Before a student has learnt anything, it is 11 times the cross-entropy's. Float64

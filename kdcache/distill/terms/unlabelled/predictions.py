@@ -107,7 +107,7 @@ class Adversarial(Term):
         return self._distance(passes, 1.0)
 
     def discrimination(self, batch: TermBatch) -> Tensor:
-        """Return the discriminator's own loss, the mean of both streams, 0-dimensional.
+        """Return the discriminator's own loss, 0-dimensional: the mean of its losses on this and on the other stream.
 
         The student gets no gradient.
         """
