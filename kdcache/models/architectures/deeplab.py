@@ -30,7 +30,7 @@ class LightDeepLab(SegmentationModel):
     input).
 
     Args:
-        name: the name after `kdcache:`.
+        name: the part of a spec after the colon, such as `deeplab-mobilenet`.
         num_classes: the number of classes.
         backbone: the layers of torchvision's MobileNetV3.
     """
@@ -76,20 +76,29 @@ class LightDeepLab(SegmentationModel):
 
 
 def classifier_keys(name: str) -> tuple[str, ...]:
-    """Return the prefixes, in the state dict, of the layers whose output channels are the classes."""
+    """Return the prefixes, in the state dict, of the layers whose output channels are the classes.
+
+    `name` is the part of a spec after the colon, such as `deeplab-mobilenet`.
+    """
     return ("classifier.",)
 
 
 def build(name: str, num_classes: int) -> SegmentationModel:
-    """Build the model `deeplab-mobilenet` with random weights. Nothing is downloaded."""
+    """Build the model `deeplab-mobilenet` with random weights. Nothing is downloaded.
+
+    `name` is the part of a spec after the colon: `deeplab-mobilenet`.
+    """
     from torchvision.models import mobilenet_v3_large
 
     return LightDeepLab(name, num_classes, mobilenet_v3_large(weights=None).features)
 
 
 def default_state(name: str, whole: bool) -> dict[str, Tensor]:
-    """Return the backbone's ImageNet weights: name -> tensor. torchvision downloads them once.
+    """Return the encoder's ImageNet weights: name -> tensor. torchvision downloads them once.
 
-    There are no published weights of the whole model, so `whole` changes nothing.
+    Args:
+        name: the part of a spec after the colon, such as `deeplab-mobilenet`.
+        whole: True asks for encoder and head, False for the encoder only. It changes nothing, because only the
+            encoder's weights are published.
     """
     return torchvision_heads.default_state("mobilenet_v3_large", whole)

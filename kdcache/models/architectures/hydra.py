@@ -52,15 +52,26 @@ class HydraNet(PyramidNet, OwnDepth):
 
 
 def classifier_keys(name: str) -> tuple[str, ...]:
-    """Return the prefixes, in the state dict, of the layers whose output channels are the classes."""
+    """Return the prefixes, in the state dict, of the layers whose output channels are the classes.
+
+    `name` is the part of a spec after the colon, such as `hydra`.
+    """
     return tiny.classifier_keys(name)
 
 
 def build(name: str, num_classes: int) -> SegmentationModel:
-    """Build the model `hydra` with random weights, drawn from torch's global generator."""
+    """Build the model `hydra` with random weights, drawn from torch's global generator.
+
+    `name` is the part of a spec after the colon: `hydra`.
+    """
     return HydraNet(f"kdcache:{name}", num_classes)
 
 
 def default_state(name: str, whole: bool) -> dict[str, Tensor]:
-    """Raise a ModelError, because there are no published weights of `kdcache:hydra`."""
+    """Raise a ModelError, because there are no published weights of `kdcache:hydra`.
+
+    Args:
+        name: the part of a spec after the colon, such as `hydra`.
+        whole: True asks for encoder and head, False for the encoder only. It changes nothing.
+    """
     return tiny.default_state(name, whole)

@@ -70,7 +70,7 @@ class SegFormer(SegmentationModel):
     depth (up to 0.1) and dropout (0.1) are active in training mode only.
 
     Args:
-        name: the size, `b0` to `b5`.
+        name: the part of a spec after the colon, such as `b0`.
         num_classes: the number of classes.
         network: the network of transformers, whose encoder and head become attributes.
     """
@@ -128,12 +128,17 @@ class SegFormer(SegmentationModel):
 
 
 def classifier_keys(name: str) -> tuple[str, ...]:
-    """Return the prefixes, in the state dict, of the layers whose output channels are the classes."""
+    """Return the prefixes, in the state dict, of the layers whose output channels are the classes.
+
+    `name` is the part of a spec after the colon, such as `b0`.
+    """
     return ("decode_head.classifier.",)
 
 
 def build(name: str, num_classes: int) -> SegmentationModel:
-    """Build a SegFormer (`b0` to `b5`) with random weights. Nothing is downloaded.
+    """Build a SegFormer with random weights. Nothing is downloaded.
+
+    `name` is the part of a spec after the colon: `b0` to `b5`.
 
     Raises: ModelError if the installed transformers is too old.
     """
@@ -163,8 +168,9 @@ def default_state(name: str, whole: bool) -> dict[str, Tensor]:
     """Return NVIDIA's published weights (for research only): name -> tensor. They are downloaded once.
 
     Args:
-        name: the model, `b0` to `b5`.
-        whole: True for encoder and head, trained on ADE20K's 150 classes. False for the encoder, trained on ImageNet.
+        name: the part of a spec after the colon, such as `b0`.
+        whole: True asks for encoder and head, trained on ADE20K's 150 classes. False asks for the encoder only, trained
+            on ImageNet.
     Raises: ModelError if they cannot be downloaded.
     """
     from kdcache.models.architectures.hub import download_state
@@ -173,7 +179,10 @@ def default_state(name: str, whole: bool) -> dict[str, Tensor]:
 
 
 def default_names(name: str) -> tuple[str, ...]:
-    """Return the class names of the published weights, in the order of the class ids, or () if not available."""
+    """Return the class names of the model's published weights, in the order of the class ids.
+
+    `name` is the part of a spec after the colon, such as `b0`. Returns () if the names are not available.
+    """
     from kdcache.models.architectures.hub import download_names
 
     return download_names(_repository(name, whole=True))

@@ -46,7 +46,7 @@ class SmpModel(SegmentationModel):
     `stage1`. `head` is the decoder's output, which the classifier reads.
 
     Args:
-        name: architecture and encoder, such as `unet-resnet18`.
+        name: the part of a spec after the colon, such as `unet-resnet18`: architecture and encoder.
         num_classes: the number of classes.
         network: the network of the library, whose parts become attributes.
     """
@@ -90,12 +90,17 @@ class SmpModel(SegmentationModel):
 
 
 def classifier_keys(name: str) -> tuple[str, ...]:
-    """Return the prefixes, in the state dict, of the layers whose output channels are the classes."""
+    """Return the prefixes, in the state dict, of the layers whose output channels are the classes.
+
+    `name` is the part of a spec after the colon, such as `unet-resnet18`.
+    """
     return ("segmentation_head.0.",)
 
 
 def check_name(name: str) -> None:
-    """Check that the library has both parts of a name such as `unet-resnet18`: the architecture and the encoder.
+    """Check that the library has both parts of `name`: the architecture and the encoder.
+
+    `name` is the part of a spec after the colon, such as `unet-resnet18`.
 
     Raises: ModelError with the nearest names.
     """
@@ -131,7 +136,9 @@ def check_name(name: str) -> None:
 
 
 def build(name: str, num_classes: int) -> SegmentationModel:
-    """Build a model such as `unet-resnet18` with random weights. Nothing is downloaded.
+    """Build a model of segmentation_models_pytorch with random weights. Nothing is downloaded.
+
+    `name` is the part of a spec after the colon, such as `unet-resnet18`.
 
     Raises: ModelError if the architecture or the encoder is unknown, or if they do not fit together.
     """
@@ -142,9 +149,12 @@ def build(name: str, num_classes: int) -> SegmentationModel:
 def default_state(name: str, whole: bool) -> dict[str, Tensor]:
     """Return the encoder's ImageNet weights: name -> tensor. They are downloaded once.
 
-    There are no published weights of whole models, so `whole` changes nothing. The weights of the Mix Transformers
-    (`mit_b0` to `mit_b5`) are NVIDIA's, for research only.
+    The weights of the Mix Transformers (`mit_b0` to `mit_b5`) are NVIDIA's, for research only.
 
+    Args:
+        name: the part of a spec after the colon, such as `unet-resnet18`.
+        whole: True asks for encoder and head, False for the encoder only. It changes nothing, because only encoders'
+            weights are published.
     Raises: ModelError if they cannot be downloaded.
     """
     check_name(name)
@@ -160,7 +170,9 @@ def default_state(name: str, whole: bool) -> dict[str, Tensor]:
 
 
 def default_moments(name: str) -> tuple[list[float], list[float]]:
-    """Return the mean and the standard deviation of RGB in 0 to 1 that the published weights were trained with.
+    """Return the mean and the standard deviation of RGB in 0 to 1 that the encoder's weights were trained with.
+
+    `name` is the part of a spec after the colon, such as `unet-resnet18`. The weights are those of `default_state`.
 
     Raises: ModelError if they were trained on other channels than red, green and blue, or cannot be looked up.
     """

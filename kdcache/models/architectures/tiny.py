@@ -31,7 +31,7 @@ class PyramidNet(SegmentationModel):
     Taps: `stage1` (stride 4) to `stageN`, and `head`, the classifier's input before dropout.
 
     Args:
-        spec: the name of the model.
+        spec: the model's spec, such as `kdcache:tiny`.
         num_classes: the number of classes.
         stem: channels at stride 2.
         widths: channels of each stage, at strides 4, 8, ...
@@ -151,7 +151,7 @@ class _Residual(nn.Module):
 
 
 def conv(channels: int, out_channels: int, stride: int = 1) -> nn.Sequential:
-    """Return a 3x3 convolution without bias, followed by BatchNorm and ReLU."""
+    """Return a 3x3 convolution from `channels` to `out_channels` without bias, followed by BatchNorm and ReLU."""
     return nn.Sequential(
         nn.Conv2d(channels, out_channels, 3, stride, padding=1, bias=False),
         nn.BatchNorm2d(out_channels),
@@ -160,12 +160,18 @@ def conv(channels: int, out_channels: int, stride: int = 1) -> nn.Sequential:
 
 
 def classifier_keys(name: str) -> tuple[str, ...]:
-    """Return the prefixes, in the state dict, of the layers whose output channels are the classes."""
+    """Return the prefixes, in the state dict, of the layers whose output channels are the classes.
+
+    `name` is the part of a spec after the colon, such as `tiny`.
+    """
     return ("classifier.",)
 
 
 def build(name: str, num_classes: int) -> SegmentationModel:
-    """Build `tiny` or `base` with random weights, drawn from torch's global generator."""
+    """Build `tiny` or `base` with random weights, drawn from torch's global generator.
+
+    `name` is the part of a spec after the colon: `tiny` or `base`.
+    """
     spec = f"kdcache:{name}"
     if name == "tiny":
         return PyramidNet(spec, num_classes, stem=8, widths=(16, 32, 48, 64), depths=(1, 1, 1, 1), decoder=32)
@@ -175,7 +181,12 @@ def build(name: str, num_classes: int) -> SegmentationModel:
 
 
 def default_state(name: str, whole: bool) -> dict[str, Tensor]:
-    """Raise a ModelError, because there are no published weights of `kdcache:tiny` and `kdcache:base`."""
+    """Raise a ModelError, because there are no published weights of `kdcache:tiny` and `kdcache:base`.
+
+    Args:
+        name: the part of a spec after the colon, such as `tiny`.
+        whole: True asks for encoder and head, False for the encoder only. It changes nothing.
+    """
     raise ModelError(
         f"No published weights of kdcache:{name}: it has no 'default'",
         fix="Leave the weights out, or give a file that `kdcache train-student` wrote.",

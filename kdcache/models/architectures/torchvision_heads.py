@@ -38,7 +38,7 @@ class TorchvisionModel(SegmentationModel):
     Taps: the backbone's stages, and `head`, the classifier's input before dropout.
 
     Args:
-        name: torchvision's name of the model, such as `fcn_resnet50`.
+        name: the part of a spec after the colon, such as `fcn_resnet50`: torchvision's name.
         num_classes: the number of classes.
         network: the network of torchvision, whose parts become attributes.
     """
@@ -105,14 +105,20 @@ class LRASPPModel(TorchvisionModel):
 
 
 def classifier_keys(name: str) -> tuple[str, ...]:
-    """Return the prefixes, in the state dict, of the layers whose output channels are the classes."""
+    """Return the prefixes, in the state dict, of the layers whose output channels are the classes.
+
+    `name` is the part of a spec after the colon, such as `fcn_resnet50`.
+    """
     if name.startswith("lraspp"):
         return ("classifier.low_classifier.", "classifier.high_classifier.")
     return ("classifier.4.",)
 
 
 def build(name: str, num_classes: int) -> SegmentationModel:
-    """Build a torchvision model such as `fcn_resnet50` with random weights. Nothing is downloaded."""
+    """Build a torchvision model with random weights. Nothing is downloaded.
+
+    `name` is the part of a spec after the colon, such as `fcn_resnet50`.
+    """
     from torchvision.models import segmentation
 
     # Both are None on purpose: torchvision downloads the backbone's weights by default.
@@ -122,10 +128,14 @@ def build(name: str, num_classes: int) -> SegmentationModel:
 
 
 def default_state(name: str, whole: bool) -> dict[str, Tensor]:
-    """Return torchvision's published weights, trained on COCO with VOC's 21 classes: name -> tensor.
+    """Return torchvision's published weights of a model, trained on COCO with VOC's 21 classes: name -> tensor.
 
-    They are downloaded once. There is only the whole model, so `whole` changes nothing.
+    They are downloaded once.
 
+    Args:
+        name: the part of a spec after the colon, such as `fcn_resnet50`.
+        whole: True asks for encoder and head, False for the encoder only. It changes nothing, because encoder and head
+            are published as one file.
     Raises: ModelError with the address if the download fails, or if the file's digest is wrong.
     """
     from torchvision.models import get_model_weights
@@ -142,7 +152,10 @@ def default_state(name: str, whole: bool) -> dict[str, Tensor]:
 
 
 def default_names(name: str) -> tuple[str, ...]:
-    """Return the class names of the published weights, in the order of the class ids."""
+    """Return the class names of the model's published weights, in the order of the class ids.
+
+    `name` is the part of a spec after the colon, such as `fcn_resnet50`.
+    """
     from torchvision.models import get_model_weights
 
     return tuple(get_model_weights(name).DEFAULT.meta["categories"])

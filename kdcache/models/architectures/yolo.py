@@ -75,7 +75,7 @@ class YoloModel(WrappedModel):
     are the layers whose outputs Ultralytics keeps for skip connections and for the head. The head's inputs come last.
 
     Args:
-        spec: the name of the model.
+        spec: the model's spec, such as `ultralytics:yolo26n-sem`.
         network: the network of Ultralytics.
         about: the network's task, layers, class names and image size.
     """
@@ -140,7 +140,9 @@ class _YoloReading(Reading):
 
 
 def check_name(name: str) -> None:
-    """Check that a name is a checkpoint (`FILE.pt`) or a model such as `yolo26n-sem`.
+    """Check that `name` is a checkpoint (`FILE.pt`) or a model such as `yolo26n-sem`.
+
+    `name` is the part of a spec after the colon.
 
     Raises: ModelError for an unknown name and for models of other tasks, such as detection.
     """
@@ -157,6 +159,8 @@ def check_name(name: str) -> None:
 def classifier_keys(name: str) -> tuple[str, ...]:
     """Return the prefixes, in the state dict, of the layers whose output channels are the classes. () for depth.
 
+    `name` is the part of a spec after the colon, such as `yolo26n-sem` or `FILE.pt`.
+
     Raises: ModelError if the checkpoint is missing, is not trusted, or cannot be read.
     """
     return _about(name).classifier_keys
@@ -165,8 +169,9 @@ def classifier_keys(name: str) -> tuple[str, ...]:
 def build(name: str, num_classes: int) -> YoloModel:
     """Build a model such as `yolo26n-sem`, or the architecture of a checkpoint (`FILE.pt`), with random weights.
 
-    For depth, `num_classes` is ignored. Raises: ModelError if the checkpoint is missing, is not trusted, or cannot be
-    read.
+    `name` is the part of a spec after the colon. For depth, `num_classes` is ignored.
+
+    Raises: ModelError if the checkpoint is missing, is not trusted, or cannot be read.
     """
     about = _about(name)
     with _quiet():
@@ -180,8 +185,12 @@ def build(name: str, num_classes: int) -> YoloModel:
 def default_state(name: str, whole: bool = True) -> dict[str, Tensor]:
     """Return the weights of a checkpoint (`FILE.pt`), or the published weights of a model: name -> tensor.
 
-    Published weights are downloaded once. There is only the whole model, so `whole` changes nothing.
+    Published weights are downloaded once.
 
+    Args:
+        name: the part of a spec after the colon, such as `yolo26n-sem` or `FILE.pt`.
+        whole: True asks for encoder and head, False for the encoder only. It changes nothing, because encoder and head
+            are in one file.
     Raises: ModelError without `--trust`, for a file that Ultralytics cannot read, and for models of other tasks.
     """
     state: dict[str, Tensor] = _load(_file(name))[0].state_dict()
@@ -189,7 +198,9 @@ def default_state(name: str, whole: bool = True) -> dict[str, Tensor]:
 
 
 def default_names(name: str) -> tuple[str, ...]:
-    """Return the class names of the weights of `default_state`, in the order of the class ids.
+    """Return the class names of the weights of `default_state`, in the order of the class ids. () for depth.
+
+    `name` is the part of a spec after the colon, such as `yolo26n-sem` or `FILE.pt`.
 
     Raises: ModelError without `--trust`, for a file that Ultralytics cannot read, and for models of other tasks.
     """
@@ -229,7 +240,7 @@ def reader(path: Path, mean: tuple[float, float, float]) -> Callable[[Tensor], T
     """Return a function that runs the network in a checkpoint that kdcache wrote, to compare it with the model.
 
     The function takes images (B, 3, H, W), RGB in 0 to 1, and returns the network's output. It pads images with
-    `mean`, as in training. Ultralytics itself pads them with black.
+    `mean`, the model's mean of RGB in 0 to 1, as in training. Ultralytics itself pads them with black.
     """
     with TemporaryDirectory() as folder, _quiet():
         named = Path(folder, f"model{CHECKPOINT_SUFFIX}")  # the package goes by the suffix
