@@ -174,7 +174,9 @@ _NAMES = ("weights", "data", "place", "split", "fold")
 
 @dataclass(frozen=True)
 class Record:
-    """What an evaluation's metrics depend on (not a record of a cache). Equal `identity` means equal metrics.
+    """The settings and digests on which an evaluation's metrics depend (not a record of a cache).
+
+    Two evaluations with equal `identity` have equal metrics.
 
     Attributes:
         which: weights of a run, such as "best", or None for SPEC@FILE.
@@ -188,7 +190,7 @@ class Record:
         at_size: whether labels were resized to `size`. Scores then differ from published ones.
         class_map_sha256: digest of the class map, or None without one.
         depth: the depth labels that count, or None if depth is not evaluated.
-        framing: how an image is fitted to `size`, or cut into windows.
+        framing: how an image is fitted to `size`, or cut into windows. By default it is squashed.
     """
 
     which: str | None
@@ -225,9 +227,9 @@ class Record:
     ) -> "Record":
         """Return the record of an evaluation. It reads the files of weights and class map for their digests.
 
-        `description` describes the model, as `Entry.load` returns it. `weights` and `class_map` are files, or None.
-        `digest` is the `data_digest` of the split. `framing` None squashes the image to `size`. The other arguments are
-        as in the attributes of `Record`.
+        `description` describes the model, as `Entry.load` returns it. `weights` is a file, or None if the weights come
+        from a library. `class_map` is a file, or None without a class map. `digest` is the `data_digest` of `split`.
+        `framing` None squashes the image to `size`. The other arguments are as in the attributes of `Record`.
         """
         return cls(
             which,
@@ -251,8 +253,8 @@ class Record:
     def identity(self) -> dict[str, Any]:
         """The part of `to_json` that decides whether stored metrics can be reused.
 
-        They can if this part is equal in both records. "weights", "data", "place", "split" and "fold" are left out,
-        because digests identify the same things.
+        They can if this part of their record equals this part of the wanted record. "weights", "data", "place", "split"
+        and "fold" are left out, because digests identify the same things.
         """
         return {key: value for key, value in self.to_json().items() if key not in _NAMES}
 
@@ -370,7 +372,7 @@ def write_evaluation(record: Record, path: Path, run: str, metrics: TaskMetrics)
 def name_of_several(records: Sequence[Record], run: str, *, own_size: bool = True) -> str:
     """Return the name of the file for an evaluation on several data sets, without a suffix.
 
-    `run` and `own_size` are as in `keep`.
+    `records` are the settings of the evaluation on each data set. `run` and `own_size` are as in `keep`.
     """
     kinds = [[record.place, record.name(own_size=own_size), record.which or run] for record in records]
     return f"evaluations-{hashlib.sha256(json.dumps(kinds).encode()).hexdigest()[:8]}"
@@ -416,7 +418,7 @@ def _with_images(metrics: TaskMetrics, path: Path, sha256: str) -> TaskMetrics:
 
 
 def judged_range(heads: Mapping[str, RegressionHead], split: Split, settings: DepthSettings) -> DepthRange | None:
-    """Return the depth labels that count for a model on a split, or None if its depth is not evaluated there.
+    """Return the range and crop of the depth labels that count for a model on a split. None if depth is not evaluated.
 
     `heads` are the model's numeric heads by name. `settings` are the limits and the crop that the user chose.
     """
@@ -460,9 +462,14 @@ def memory_errors(device: str, batch_size: int) -> Iterator[None]:
 
 
 def kept_metrics(folder: Path, record: Record, class_names: tuple[str, ...]) -> TaskMetrics | None:
-    """Return the metrics of a stored evaluation whose record has an equal `identity`, or None if there is none.
+    """Return the metrics of a stored evaluation with the same settings as `record`, or None if there is none.
 
-    `folder` is the run's folder. `class_names` are the classes that the metrics must have.
+    An evaluation whose file cannot be read is ignored.
+
+    Args:
+        folder: the run's folder, where evaluations are stored.
+        record: the settings of the wanted evaluation. A stored evaluation must have the same `Record.identity`.
+        class_names: the classes of the data. Evaluations of segmentation with other classes are ignored.
     """
     identity = record.identity
     for path in sorted(folder.glob("evaluation-*.json")):

@@ -48,13 +48,14 @@ def check_weights(temperature: float, impl: str, **weights: float) -> None:
 def check_targets(batch: Batch, form: TargetFormat | None, reading: Collection[str]) -> None:
     """Check that a batch has the targets of all teacher terms, because a term without them would silently be 0.
 
-    A batch whose `targets` is None has no teacher and passes.
+    A batch passes if its `targets` is None, because it then has no teacher, or if `reading` is empty.
 
     Args:
         batch: the batch to check.
-        form: the open cache of the loss. None is a loss without a cache.
+        form: the format of the loss's targets, such as an open cache. None is a loss that was made without a cache.
         reading: names of the terms that have a weight above 0 and read the teacher's logits.
-    Raises: RecipeError for targets without a cache, or a cache without targets in the batch.
+    Raises: RecipeError if `form` is None but the batch has a segmentation target, or if `form` is given but `targets`
+        lacks this target.
     """
     if batch.targets is None or not reading:
         return

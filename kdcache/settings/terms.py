@@ -1,4 +1,4 @@
-"""The terms of the loss: one class per kind, which a module of the same kind in `kdcache.distill.terms` computes."""
+"""Settings of the loss terms: one class per kind. A module of the same kind in `kdcache.distill.terms` computes it."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
@@ -13,26 +13,33 @@ from kdcache.tasks import AUXILIARY, DEPTH, METRES, SEGMENTATION
 
 
 class _OnLabels(LossTerm):
-    """A term on labels only, without a teacher."""
+    """A base class of loss terms that learn from labels only, without a teacher."""
 
     learns_from = "labels"
 
 
 class OfLogits(LossTerm):
-    """A base class of loss terms that compare logits with the teacher's, at a temperature."""
+    """A base class of loss terms that compare the student's and the teacher's softmax(logits / `temperature`)."""
 
     temperature: Positive = setting(1.0, "Temperature of both softmaxes.")
 
 
 class Projected(FeatureTerm):
-    """A base class of loss terms that project the student's features to the teacher's channels."""
+    """A base class of loss terms that project the student's features to the teacher's channels.
+
+    Projector `linear` is a trained 1x1 convolution. `mlp` is two of them with a GELU between. To standardise the
+    teacher's `channels`, each one's mean is subtracted, and the result is divided by its standard deviation.
+    """
 
     standardise: Literal["none", "channels"] = setting("none", "Standardise the teacher's channels.")
     projector: Literal["linear", "mlp"] = setting("linear", "How the student's features are projected.")
 
 
 class PseudoLabels(LossTerm):
-    """A base class of loss terms that learn from pseudo labels."""
+    """A base class of loss terms that learn from pseudo labels. `quantile` None uses `threshold`.
+
+    `normalise` is explained in `kdcache.distill.terms.unlabelled.pseudo.Pseudo`.
+    """
 
     follows_paste = True
 
@@ -57,7 +64,7 @@ class PseudoLabels(LossTerm):
 
 
 class Depth(_OnLabels):
-    """A base class of loss terms that compare depth with labels or with the teacher's depth."""
+    """A base class of loss terms that compare the student's depth with labels or with the teacher's depth."""
 
     compares = head = DEPTH
     follows_mix = follows_paste = True
@@ -89,7 +96,10 @@ class Depth(_OnLabels):
 
 
 class CrossEntropy(_OnLabels):
-    """The loss term `ce`: cross-entropy with the labels, at the label's size. Flags set it, not --term."""
+    """Settings of the loss term `ce`: cross-entropy with the labels, at the label's size. Flags set it, not --term.
+
+    `weight` None means `default_weight`, 1.
+    """
 
     kind = "ce"
     fused = partly_labelled = follows_mix = follows_paste = True
@@ -118,9 +128,9 @@ class CrossEntropy(_OnLabels):
 
 
 class KL(OfLogits):
-    """The loss term `kl`: KL divergence between the teacher's and the student's class probabilities.
+    """Settings of the loss term `kl`: KL divergence between the teacher's and the student's class probabilities.
 
-    It is computed at the label's size. Flags set it, not --term.
+    It is computed at the label's size. Flags set it, not --term. `weight` None means `default_weight`, 1.
     """
 
     kind = "kl"
@@ -136,14 +146,17 @@ class KL(OfLogits):
 
 
 class Pseudo(PseudoLabels):
-    """The loss term `pseudo`: cross-entropy with the teacher's best class, at pixels where the teacher is confident."""
+    """Settings of the loss term `pseudo`: cross-entropy with the teacher's best class, where the teacher is confident.
+
+    `class_weights` `median` is median frequency, `sqrt` is its square root, and `none` weighs all 1.
+    """
 
     kind = "pseudo"
     class_weights: Literal["none", "median", "sqrt"] = setting("none", "Weights by how rare a class is among targets.")
 
 
 class Attention(FeatureTerm):
-    """The loss term `at`: the difference between attention maps of student and teacher, on the teacher's grid."""
+    """Settings of the loss term `at`: the difference between the attention maps of student and teacher, at taps."""
 
     kind = "at"
     stored = ("the attention map or features of {}", "--statistics at:{}")
@@ -163,7 +176,7 @@ class Attention(FeatureTerm):
 
 
 class Similarity(FeatureTerm):
-    """The loss term `sp`: it compares which images of a batch have similar features in student and teacher."""
+    """Settings of the loss term `sp`: it compares which images of a batch are similar. `weight` None means 1."""
 
     kind = "sp"
     compares = "similarity"
@@ -172,7 +185,7 @@ class Similarity(FeatureTerm):
 
 
 class TokenSimilarity(FeatureTerm):
-    """The loss term `similarity`: it compares which positions of an image have similar features in the two models."""
+    """Settings of the loss term `similarity`: it compares which cells of an image have similar features."""
 
     kind = "similarity"
     compares = "similarity"
@@ -195,9 +208,9 @@ class TokenSimilarity(FeatureTerm):
 
 
 class Queue(FeatureTerm):
-    """The loss term `queue`: it compares which recent images an image resembles, for student and teacher.
+    """Settings of the loss term `queue`: it compares which recent images an image resembles, in student and teacher.
 
-    The teacher's tap must have one vector per view.
+    The teacher's tap must have one vector per view. The vectors of the last `length` images are kept.
     """
 
     kind = "queue"
@@ -213,21 +226,21 @@ class Queue(FeatureTerm):
 
 
 class Hint(Projected):
-    """The loss term `hint`: the difference between the student's projected features and the teacher's."""
+    """Settings of the loss term `hint`: the difference between the student's projected features and the teacher's."""
 
     kind = "hint"
     distance: Literal["mse", "smooth-l1"] = setting("mse", "How features are compared.")
 
 
 class Cosine(Projected):
-    """The loss term `cosine`: the cosine distance between the student's projected features and the teacher's."""
+    """Settings of the loss term `cosine`: 1 - cosine of student's and teacher's features. `weight` None means 1."""
 
     kind = "cosine"
     weight: Weight | None = setting(2.0, "Factor on the term.")
 
 
 class Channels(FeatureTerm):
-    """The loss term `cwd`: it compares where in the image each class, or each channel of a tap, is strong."""
+    """Settings of the loss term `cwd`: it compares where in an image each class, or channel of a tap, is strong."""
 
     kind = "cwd"
     all_classes = raw_logits = True
@@ -246,7 +259,11 @@ class Channels(FeatureTerm):
 
 
 class Relations(OfLogits):
-    """The loss term `dist`: 1 - correlation between the student's and the teacher's predictions."""
+    """Settings of the loss term `dist`: 1 - Pearson correlation between the student's and the teacher's probabilities.
+
+    `beta` weighs its mean over cells, correlated across the classes of each cell. `gamma` weighs its mean over classes,
+    correlated across the cells of the whole batch. The loss is the weighted sum, times `temperature` squared.
+    """
 
     kind = "dist"
     whole_batch = True
@@ -255,7 +272,10 @@ class Relations(OfLogits):
 
 
 class Decoupled(OfLogits):
-    """The loss term `dkd`: it compares student and teacher in the target class, and separately in the other classes."""
+    """Settings of the loss term `dkd`: it compares the models in the target class, and separately in the other classes.
+
+    The target class is the label's class, or for void the teacher's best class. `weight` None means 1.
+    """
 
     kind = "dkd"
     all_classes = True
@@ -266,19 +286,19 @@ class Decoupled(OfLogits):
 
 
 class Dice(_OnLabels):
-    """The loss term `dice`: 1 - the Dice coefficient of predictions and labels. It needs no teacher."""
+    """Settings of the loss term `dice`: 1 - the Dice coefficient of predictions and labels."""
 
     kind = "dice"
 
 
 class Lovasz(_OnLabels):
-    """The loss term `lovasz`: the Lovasz extension of 1 - IoU of predictions and labels. It needs no teacher."""
+    """Settings of the loss term `lovasz`: the Lovasz extension of 1 - IoU of predictions and labels."""
 
     kind = "lovasz"
 
 
 class Auxiliary(_OnLabels):
-    """The loss term `auxiliary`: cross-entropy of the auxiliary head with the labels. It needs `--model MODEL+aux`."""
+    """Settings of the loss term `auxiliary`: cross-entropy of the head of `MODEL+aux`. `weight` None means 1."""
 
     kind = "auxiliary"
     head = AUXILIARY
@@ -292,7 +312,7 @@ class Auxiliary(_OnLabels):
 
 
 class Entropy(LossTerm):
-    """The loss term `entropy`: the entropy of the student's predictions. It needs neither teacher nor labels."""
+    """Settings of the loss term `entropy`: the entropy of the student's predictions. `weight` None means 1."""
 
     kind = "entropy"
     learns_from = "predictions"
@@ -300,7 +320,10 @@ class Entropy(LossTerm):
 
 
 class Consistency(PseudoLabels):
-    """The loss term `consistency`: the strong view of an image learns from confident predictions for its weak view."""
+    """Settings of the loss term `consistency`: the strong view learns from confident predictions for the weak view.
+
+    `by` says who predicts: the student, its moving average (`ema`), or the cache's teacher (`store`).
+    """
 
     kind = "consistency"
     threshold: Share = setting(0.968, "Least probability of a pseudo label.")
@@ -319,7 +342,7 @@ class Consistency(PseudoLabels):
 
 
 class Adversarial(LossTerm):
-    """The loss term `adversarial`: a discriminator should not be able to tell two streams apart by the predictions."""
+    """Settings of the loss term `adversarial`: a discriminator shall not tell two streams apart by predictions."""
 
     kind = "adversarial"
     learns_from = "predictions"
@@ -335,28 +358,28 @@ class Adversarial(LossTerm):
 
 
 class DepthL1(Depth):
-    """The loss term `depth-l1`: the absolute error of depth in metres."""
+    """Settings of the loss term `depth-l1`: the absolute error of depth in metres. `weight` None means 1."""
 
     kind = "depth-l1"
     weight: Weight | None = setting(0.1, "Factor on the term.")
 
 
 class DepthBerhu(Depth):
-    """The loss term `depth-berhu`: the reverse Huber loss of depth in metres."""
+    """Settings of the loss term `depth-berhu`: the reverse Huber loss of depth in metres. `weight` None means 1."""
 
     kind = "depth-berhu"
     weight: Weight | None = setting(0.04, "Factor on the term.")
 
 
 class DepthSilog(Depth):
-    """The loss term `depth-silog`: the scale-invariant logarithmic error of depth."""
+    """Settings of the loss term `depth-silog`: the scale-invariant error of log depth. `weight` None means 1."""
 
     kind = "depth-silog"
     weight: Weight | None = setting(0.1, "Factor on the term.")
 
 
 class DepthSsi(Depth):
-    """The loss term `depth-ssi`: the error of depth after scale and shift are aligned, so that units do not matter."""
+    """Settings of the loss term `depth-ssi`: the error of depth up to scale and shift. `weight` None means 1."""
 
     kind = "depth-ssi"
     weight: Weight | None = setting(0.3, "Factor on the term.")
@@ -373,7 +396,7 @@ class DepthSsi(Depth):
 
 
 class DepthGradient(Depth):
-    """The loss term `depth-gradient`: it compares changes of log depth between pixels with the reference's changes."""
+    """Settings of the loss term `depth-gradient`: the error of changes of log depth. `weight` None means 1."""
 
     kind = "depth-gradient"
     weight: Weight | None = setting(0.5, "Factor on the term.")
@@ -385,7 +408,10 @@ METHODS = ("kl", *KINDS)  # of `--method`
 
 
 def parse_term(value: Any) -> LossTerm:
-    """Return the loss term of a text such as 'cosine,weight=0.1', or of a table of a recipe. Raises: RecipeError."""
+    """Return the loss term of a text such as 'cosine,weight=0.1', or of a table `[[term]]` of a recipe.
+
+    A LossTerm is returned unchanged. Raises: RecipeError for anything else.
+    """
     if isinstance(value, LossTerm):
         return value
     if isinstance(value, str):
@@ -410,12 +436,15 @@ def parse_term(value: Any) -> LossTerm:
 
 
 def loss_term(kind: str, **options: Any) -> LossTerm:
-    """Return a loss term: `loss_term("cosine", weight=0.1)`. Raises: RecipeError for an invalid argument."""
+    """Return the loss term of a `kind` with its `options`: `loss_term("cosine", weight=0.1)`.
+
+    Raises: RecipeError for an unknown kind or an invalid option.
+    """
     return parse_term({"kind": kind, **options})
 
 
 def parse_method(text: str) -> tuple[LossTerm, ...]:
-    """Return the loss terms of a method: two for 'kl+at', () for 'none'. Raises: RecipeError for an invalid method."""
+    """Return the loss terms of a method in `text`: two for 'kl+at', () for 'none'. Raises: RecipeError if invalid."""
     kinds = [part.strip() for part in text.split("+")]
     if kinds == ["none"]:
         return ()
