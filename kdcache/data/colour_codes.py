@@ -40,7 +40,8 @@ class ColourCodes:
     def ids(self, rgb_HW3: Pixels, path: Path) -> Pixels:
         """Return the class ids, uint8 (H, W), of an RGB label, uint8 (H, W, 3).
 
-        Raises: DataError for colours without a class. It names `path`, the colours and their pixel counts.
+        Raises: DataError for colours without a class. It names the label's file `path`, the colours and their pixel
+            counts.
         """
         wide = rgb_HW3.astype(np.uint32)
         codes_HW = (wide[..., 0] << 16) | (wide[..., 1] << 8) | wide[..., 2]

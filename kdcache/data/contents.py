@@ -65,7 +65,7 @@ class Contents:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Contents:
-        """Return the contents for a dict from `to_json`.
+        """Return the contents for `value`, a dict from `to_json`.
 
         Raises: ValueError, TypeError or KeyError for another dict.
         """

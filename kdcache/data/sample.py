@@ -66,7 +66,7 @@ class ClassList:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> ClassList:
-        """Return the class list for a dict from `to_json`. Raises: DataError for invalid names or colours."""
+        """Return the class list for `value`, a dict from `to_json`. Raises: DataError for invalid names or colours."""
         colours = tuple((r, g, b) for r, g, b in value.get("colours", ()))
         return cls(tuple(value["names"]), colours)
 
@@ -240,14 +240,16 @@ class Split:
         return tuple(task for task in TASKS if any(task in sample.labels for sample in self.samples))
 
     def image(self, index: int) -> Pixels:
-        """Return a sample's image as a new contiguous array: uint8 (H, W, 3), RGB, rotated as its EXIF data say.
+        """Return the image of sample number `index` as a new contiguous array.
+
+        It is uint8 (H, W, 3), RGB, rotated as its EXIF data say. Samples are numbered from 0 in the order of `samples`.
 
         Raises: DataError for a file that cannot be read.
         """
         return self.samples[index].image.read()
 
     def image_size(self, index: int) -> tuple[int, int]:
-        """Return an image's (height, width) in pixels, from the file's header if possible.
+        """Return (height, width) in pixels of the image of sample number `index`, from the file's header if possible.
 
         Raises: DataError like `image`.
         """
@@ -260,7 +262,9 @@ class Split:
     @overload
     def label(self, index: int, task: str) -> Pixels | Depth | None: ...
     def label(self, index: int, task: str = SEGMENTATION) -> Pixels | Depth | None:
-        """Return a sample's label for a task, or None if it has no such label. The label has the image's size.
+        """Return the label of sample number `index` for a task, or None if it has no such label.
+
+        The label has the image's size.
 
         "segmentation" gives class ids, uint8 (H, W), 255 for void. "depth" gives metres above 0, float32 (H, W), NaN
         for unknown.
@@ -273,7 +277,7 @@ class Split:
         return None if source is None else source.read()
 
     def has_label(self, index: int, task: str = SEGMENTATION) -> bool:
-        """Return whether the sample has a label for the task, "segmentation" or "depth". Reads no file."""
+        """Return whether sample number `index` has a label for the task, "segmentation" or "depth". Reads no file."""
         return task in self.samples[index].labels
 
     def labelled(self, *tasks: str) -> list[int]:
@@ -285,7 +289,9 @@ class Split:
         return [number for number, sample in enumerate(self.samples) if any(task in sample.labels for task in counted)]
 
     def raw_label(self, index: int, task: str = SEGMENTATION) -> Any:
-        """Return a sample's label for a task as `label` does, but without checks. Return None if it has no such label.
+        """Return the label of sample number `index` as `label` does, but without checks.
+
+        Return None if the sample has no such label.
 
         Reports on broken data use it. The label may have ids without a class, impossible depths, or another size.
 

@@ -38,7 +38,7 @@ class SharedSequence(NamedTuple):
 
 
 def sequence_pattern(text: str, flag: str = "--folds-by") -> re.Pattern[str]:
-    """Compile a regular expression that names sequences in sample ids.
+    """Compile `text`, a regular expression that finds the name of a sequence in a sample id.
 
     `flag` is the command-line flag, for error messages.
 

@@ -15,7 +15,7 @@ MOST_SIDE, MULTIPLE = 384, 32
 
 
 def next_step(report: CheckReport) -> str:
-    """Return one line that names the user's next step: fixing the problems, or a `kdcache` command to run."""
+    """Return one line that names the user's next step after a check: fixing problems, or a `kdcache` command to run."""
     data = shlex.quote(report.data)
     if report.problems:
         return (
@@ -38,10 +38,11 @@ def next_step(report: CheckReport) -> str:
 
 
 def suggested_size(report: CheckReport) -> str:
-    """Return a training size as text, such as "288x384" (height x width), or "HxW" if no image of train could be read.
+    """Return a training size for the checked data set as text, such as "288x384" (height x width).
 
     It is the most frequent image size among the images of split "train" with the most frequent aspect ratio. A size
-    with a shorter side above 384 is scaled down to 384. Both sides are then rounded to multiples of 32.
+    with a shorter side above 384 is scaled down to 384. Both sides are then rounded to multiples of 32. The result is
+    "HxW" if no image of split "train" could be read.
     """
     shapes: dict[float, Counter[tuple[int, int]]] = {}
     for size, images in report.splits["train"].sizes.items():

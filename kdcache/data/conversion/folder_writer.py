@@ -51,7 +51,7 @@ class FolderWriter:
             write_whole(self.out / DEPTH_FILE, unit)
 
     def image_file(self, index: int, suffix: str = ".png") -> Path:
-        """Return the path for the image of the sample at position `index` in the split.
+        """Return the path for the image of the sample at position `index` in the split, ending with `suffix`.
 
         It lies in a hidden folder until `publish` renames that folder.
         """
@@ -82,7 +82,10 @@ class FolderWriter:
         return "file"
 
     def write_depth(self, index: int) -> None:
-        """Write or link a sample's depth label, unless it exists already or the sample has none."""
+        """Write or link a sample's depth label, unless it exists already or the sample has none.
+
+        `index` is the sample's position in the split.
+        """
         source = self.source.samples[index].labels.get(DEPTH)
         if source is None:
             return
@@ -119,7 +122,7 @@ def _unit_text(depth: Source[Any] | None) -> str | None:
 
 
 def save_png(pixels: Pixels, path: Path) -> None:
-    """Write an array, uint8 (H, W) or (H, W, 3), as a PNG file, and create its folder.
+    """Write `pixels`, uint8 (H, W) or (H, W, 3), as the PNG file `path`, and create its folder.
 
     An interruption leaves no partial file.
     """

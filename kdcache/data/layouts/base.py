@@ -85,7 +85,7 @@ class Layout(ABC):
 
     @abstractmethod
     def splits(self, root: Path) -> list[str]:
-        """Return the names of the data set's splits, sorted."""
+        """Return the names of the splits of the data set in `root`, sorted."""
 
     @abstractmethod
     def _classes(self, root: Path) -> ClassList:
@@ -103,7 +103,7 @@ class Layout(ABC):
         return next((folder / home for home in self.homes if self.matches(folder / home)), None)
 
     def classes(self, root: Path) -> ClassList:
-        """Return the data set's class names and colours.
+        """Return the class names and colours of the data set in `root`.
 
         They come from `classes.txt` in `root` if it lists other names than the layout defines, else from the layout.
 
@@ -127,7 +127,7 @@ class Layout(ABC):
             return True
 
     def why(self, root: Path) -> str:
-        """Return a phrase for messages: what identifies a folder as this layout, and where its classes come from.
+        """Return a phrase for messages: what identifies `root` as this layout, and where its classes come from.
 
         Raises: DataError for a malformed class file.
         """
@@ -144,7 +144,7 @@ class Layout(ABC):
         return f"{self.looks_for}, here or in {below}" if below else self.looks_for
 
     def colour_codes(self, root: Path) -> ColourCodes | None:
-        """Return the map from label colours to class ids that `classes.txt` defines.
+        """Return the map from label colours to class ids that `classes.txt` in `root` defines.
 
         Return None if that file is missing, or if a class has no unique colour in it. Then labels cannot be RGB images.
 
@@ -153,7 +153,7 @@ class Layout(ABC):
         return read_colour_codes(root)
 
     def split_named(self, root: Path, split: str) -> str:
-        """Return the name of the existing split that the user means.
+        """Return the name of the existing split in `root` that the user means with `split`.
 
         A name that exists stays the same. "val", "valid" and "validation" mean each other. An unknown name is returned
         unchanged.

@@ -87,7 +87,7 @@ KITTI_UNIT, NYU_UNIT = DepthUnit(256.0), DepthUnit(1000.0)
 
 
 def read_unit(root: Path) -> DepthUnit:
-    """Return the unit that a data folder's `depth.toml` states.
+    """Return the unit of depth files that `depth.toml` in the data folder `root` states.
 
     Without that file, depth files must hold floats in metres.
 

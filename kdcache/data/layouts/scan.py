@@ -296,7 +296,9 @@ def names_below(folder: Path) -> dict[str, str]:
 
 
 def walk_once(top: Path) -> Iterator[tuple[str, list[str], list[str]]]:
-    """Yield (folder, subfolder names, file names) like `os.walk`, following links, but each real folder only once.
+    """Yield (folder, subfolder names, file names) of the folder `top` and all folders below it, as `os.walk` does.
+
+    Symbolic links are followed, but each real folder is visited only once.
 
     The caller may sort or shorten the subfolder names to control the walk.
     """

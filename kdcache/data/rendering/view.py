@@ -118,7 +118,7 @@ def render(
 def pixel_checksum(pixels: npt.NDArray[np.generic]) -> int:
     """Return an unsigned 64-bit BLAKE2b hash of an image's shape and bytes.
 
-    The image is uint8 (H, W, 3), of any strides.
+    `pixels` is the image, uint8 (H, W, 3), of any strides.
     """
     digest = hashlib.blake2b(repr(tuple(map(int, pixels.shape))).encode("ascii"), digest_size=8)
     digest.update(np.ascontiguousarray(pixels).data)

@@ -201,7 +201,11 @@ def lidar_points(rng: np.random.Generator, size: tuple[int, ...]) -> npt.NDArray
     """Return which pixels a simulated LiDAR hits, bool (H, W).
 
     The points lie on evenly spaced rows, at equal distances from a random first column. About 15 % of the points are
-    missing, at random. `size` is (H, W) in pixels.
+    missing, at random.
+
+    Args:
+        rng: the only source of randomness.
+        size: (H, W) in pixels.
     """
     pitch_y, pitch_x = max(size[0] // LINES, 1), max(size[1] // POINTS, 1)
     points = np.zeros(size, np.bool_)

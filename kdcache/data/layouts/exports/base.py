@@ -61,10 +61,16 @@ class Export(Layout):
 
     @abstractmethod
     def items(self, root: Path) -> dict[str, list[Item]]:
-        """Return split name -> its images with their shapes. Raises: DataError for a file that cannot be read."""
+        """Return split name -> its images with their shapes, for the export in `root`.
+
+        Raises: DataError for a file that cannot be read.
+        """
 
     def names(self, root: Path) -> list[str]:
-        """Return the class names in the tool's order. This base class returns the classes of all shapes, sorted."""
+        """Return the class names of the export in `root`, in the tool's order.
+
+        This base class returns the classes of all shapes, sorted.
+        """
         items = (item for split in self.items(root).values() for item in split)
         return sorted({shape.label for item in items for shape in item.shapes or ()})
 
@@ -73,11 +79,11 @@ class Export(Layout):
         return bool(self.found(root))
 
     def splits(self, root: Path) -> list[str]:
-        """Return the names of the splits with images, sorted."""
+        """Return the names of the splits with images of the export in `root`, sorted."""
         return sorted(self.items(root))
 
     def why(self, root: Path) -> str:
-        """Return a phrase for messages: the file that identifies the export, and where its classes come from.
+        """Return a phrase for messages: the file that identifies the export in `root`, and where its classes come from.
 
         The phrase also says which of several overlapping shapes counts.
         """
@@ -164,7 +170,7 @@ def stem_of(path: str) -> str:
 
 
 def split_of(path: str) -> str:
-    """Return the split that a file's folders name, or "train".
+    """Return the split that a folder in the path of a file names, or "train".
 
     For example, `images/val/a.json` gives "val", and `images/a.json` gives "train".
     """
@@ -172,7 +178,7 @@ def split_of(path: str) -> str:
 
 
 def files_of(root: Path, suffix: str, depth: int = 2) -> Iterator[Path]:
-    """Yield the files that end with `suffix` in a folder and its subfolders, sorted within each folder.
+    """Yield the files that end with `suffix` in the folder `root` and its subfolders, sorted within each folder.
 
     `depth` is how many levels of subfolders are searched. 0 searches only the folder itself.
     """
@@ -198,7 +204,7 @@ def head_of(path: Path) -> str:
 
 
 def head_has(path: Path, begin: str, *keys: str) -> bool:
-    """Return whether the first 64 KiB of a JSON file begin with the bracket `begin` and contain all the keys."""
+    """Return whether the first 64 KiB of a JSON file begin with the bracket `begin` and contain all `keys`."""
     head = head_of(path)
     return head.startswith(begin) and all(re.search(rf'"{key}"\s*:', head) for key in keys)
 

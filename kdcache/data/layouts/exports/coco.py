@@ -52,19 +52,19 @@ class Coco(Export):
     overlap: ClassVar[str] = "of objects that overlap the smaller one counts"
 
     def found(self, root: Path) -> str:
-        """Return the paths of up to four annotation files, separated by commas, or ''."""
+        """Return the paths below `root` of up to four annotation files, separated by commas, or ''."""
         return ", ".join(file.relative_to(root).as_posix() for file in list(_files(root).values())[:4])
 
     def splits(self, root: Path) -> list[str]:
-        """Return the names of the splits that have an annotation file, sorted."""
+        """Return the names of the splits that have an annotation file in `root`, sorted."""
         return sorted(_files(root))
 
     def names(self, root: Path) -> list[str]:
-        """Return the names of the categories in the order of their ids."""
+        """Return the names of the categories of the export in `root`, in the order of their ids."""
         return list(_categories_of(root).values())
 
     def items(self, root: Path) -> dict[str, list[Item]]:
-        """Return split name -> its images with their shapes.
+        """Return split name -> its images with their shapes, for the export in `root`.
 
         Raises: DataError for an invalid file, or if splits have different categories.
         """
@@ -106,7 +106,15 @@ class Coco(Export):
         class_of: Mapping[str, int],
         background: int,
     ) -> ShapeLabels:
-        """Return the object that draws one split's labels. `Export.labels` describes the arguments."""
+        """Return the object that draws the labels of one split.
+
+        Args:
+            root: the export's folder.
+            items: sample id -> image with its shapes.
+            images: sample id -> image file.
+            class_of: class name -> class id.
+            background: the class id of pixels outside all shapes, or 255.
+        """
         return ObjectLabels(items, images, class_of, background, _categories_of(root))
 
 
@@ -294,7 +302,7 @@ def _is_polygon(polygon: Any) -> bool:
 
 
 def decompressed(counts: str) -> list[int]:
-    """Return the run lengths of COCO's compressed RLE text, or [-1] for invalid text.
+    """Return the run lengths of `counts`, COCO's compressed RLE text, or [-1] for invalid text.
 
     A number is a signed integer in groups of five bits, the lowest first. A character's code minus 48 is one group,
     plus 32 if the number continues. From the fourth number on, the text has the difference to the run length two

@@ -56,11 +56,14 @@ class Cvat(Export):
         return files[0].name if files else ""
 
     def names(self, root: Path) -> list[str]:
-        """Return the class names in the order of the XML file's list of labels, or sorted if it has no list."""
+        """Return the class names in the order of the label list in the XML file in `root`, or sorted without a list."""
         return self._read(root)[0] or super().names(root)
 
     def items(self, root: Path) -> dict[str, list[Item]]:
-        """Return split name -> its images with their shapes. CVAT's subset "default" becomes the split "train"."""
+        """Return split name -> its images with their shapes, for the export in `root`.
+
+        CVAT's subset "default" becomes the split "train".
+        """
         return self._read(root)[1]
 
     def _read(self, root: Path) -> tuple[list[str], dict[str, list[Item]]]:
@@ -82,18 +85,18 @@ class CvatMasks(Layout):
         return (root / LABELMAP).is_file() and (root / LABELS).is_dir() and not (root / CLASSES_FILE).is_file()
 
     def splits(self, root: Path) -> list[str]:
-        """Return the sorted names of the splits that have a list in ImageSets/Segmentation/.
+        """Return the sorted names of the splits that have a list in ImageSets/Segmentation/ of `root`.
 
         Without lists, return ["train"].
         """
         return sorted(_split(name) for name in lists_in(root / LISTS)) or [WHOLE]
 
     def why(self, root: Path) -> str:
-        """Return a phrase for messages: labelmap.txt identifies the folder as this layout, and lists its classes."""
+        """Return a phrase for messages: labelmap.txt identifies `root` as this layout, and lists its classes."""
         return f"{LABELMAP} next to {LABELS}/; its classes"
 
     def colour_codes(self, root: Path) -> ColourCodes | None:
-        """Return the map from label colours to class ids that labelmap.txt defines.
+        """Return the map from label colours to class ids that labelmap.txt in `root` defines.
 
         Return None if a class has no unique colour there.
 

@@ -56,7 +56,7 @@ class Kaggle(Layout):
         return bool(self._places(root))
 
     def splits(self, root: Path) -> list[str]:
-        """Return the sorted names of the split folders, such as "train".
+        """Return the sorted names of the split folders in `root`, such as "train".
 
         Without such folders, return the names of the lists that exist, such as "val" for val.txt. Without lists, return
         ["train"].
@@ -65,7 +65,7 @@ class Kaggle(Layout):
         return (lists_in(root, SPLITS) or [WHOLE]) if list(places) == [""] else sorted(places)
 
     def why(self, root: Path) -> str:
-        """Return a phrase for messages: what identifies a folder as this layout.
+        """Return a phrase for messages: what identifies `root` as this layout.
 
         It names the folders of images and masks, the lists of the splits, and the file of classes.
         """
@@ -78,7 +78,7 @@ class Kaggle(Layout):
         )
 
     def colour_codes(self, root: Path) -> ColourCodes | None:
-        """Return the map from label colours to class ids that class_dict.csv or `classes.txt` defines.
+        """Return the map from label colours to class ids that class_dict.csv or `classes.txt` in `root` defines.
 
         Return None if a class has no unique colour.
 

@@ -56,7 +56,10 @@ class LabelMe(Export):
         return next((path.relative_to(root).as_posix() for path in shaped), "")
 
     def items(self, root: Path) -> dict[str, list[Item]]:
-        """Return split name -> its images with their shapes. An image without a JSON file has no label."""
+        """Return split name -> its images with their shapes, for the export in `root`.
+
+        An image without a JSON file has no label.
+        """
         items: dict[str, list[Item]] = defaultdict(list)
         labelled: set[str] = set()
         for path in files_of(root, ".json", depth=8):
@@ -70,7 +73,10 @@ class LabelMe(Export):
         return items
 
     def names(self, root: Path) -> list[str]:
-        """Return the class names in the order of labels.txt. Without that file, return the shapes' classes, sorted."""
+        """Return the class names in the order of labels.txt in `root`.
+
+        Without that file, return the shapes' classes, sorted.
+        """
         if (root / LISTED).is_file():
             return [line.strip() for line in read_text(root / LISTED).splitlines() if line.strip()]
         return super().names(root)
@@ -97,7 +103,7 @@ class LabelMeVoc(Layout):
         return False
 
     def why(self, root: Path) -> str:
-        """Return a phrase for messages: class_names.txt identifies the folder as this layout, and lists its classes."""
+        """Return a phrase for messages: class_names.txt identifies `root` as this layout, and lists its classes."""
         return f"{NAMES} next to {IMAGES}/; its classes"
 
     def _classes(self, root: Path) -> ClassList:

@@ -163,7 +163,10 @@ def draw(
 
 
 def turned(points: Sequence[Point], degrees: float, centre: Point) -> tuple[Point, ...]:
-    """Return (x, y) points, rotated around a centre. The rotation is clockwise in an image, where y points down."""
+    """Return (x, y) points, rotated by `degrees` around a centre.
+
+    The rotation is clockwise in an image, where y points down.
+    """
     angle = np.deg2rad(degrees)
     sine, cosine = float(np.sin(angle)), float(np.cos(angle))
     cx, cy = centre

@@ -47,11 +47,11 @@ class Yolo(Export):
         return False
 
     def names(self, root: Path) -> list[str]:
-        """Return the class names in the order of their numbers."""
+        """Return the class names of the export in `root`, in the order of their numbers."""
         return list(_names(root).values())
 
     def items(self, root: Path) -> dict[str, list[Item]]:
-        """Return split name -> its images with their polygons."""
+        """Return split name -> its images with their polygons, for the export in `root`."""
         items: dict[str, list[Item]] = defaultdict(list)
         names = _names(root)
         for images, labels in _places(root).items():

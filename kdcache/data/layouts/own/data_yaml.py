@@ -63,7 +63,7 @@ class DataYaml(Layout):
         return root.suffix in SUFFIXES and root.is_file()
 
     def splits(self, root: Path) -> list[str]:
-        """Return the sorted names of the splits that are keys in the YAML file: train, val, validation or test."""
+        """Return the sorted names of the splits that are keys of the YAML file `root`: train, val, validation, test."""
         return sorted(name for name in SPLITS if _read(root).get(name))
 
     def lists_classes(self, root: Path) -> bool:
@@ -71,7 +71,7 @@ class DataYaml(Layout):
         return False
 
     def why(self, root: Path) -> str:
-        """Return a phrase for messages: the name of the YAML file, its splits, and that it lists the classes."""
+        """Return a phrase for messages: the name of the YAML file `root`, its splits, and that it lists the classes."""
         return f"{root.name} with {', '.join(self.splits(root))}; its names"
 
     def _classes(self, root: Path) -> ClassList:

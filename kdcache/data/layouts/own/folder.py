@@ -72,7 +72,7 @@ class Folder(Layout):
         return (has_classes or has_depth) and holds_pictures(root / IMAGES)
 
     def splits(self, root: Path) -> list[str]:
-        """Return the names of the folders in images/.
+        """Return the names of the folders in images/ of `root`.
 
         Without such folders, return the names of the lists that exist, such as "val" for val.txt. Without lists, return
         ["train"].
@@ -80,7 +80,7 @@ class Folder(Layout):
         return folders_in(root / IMAGES) or lists_in(root, SPLITS) or [WHOLE]
 
     def why(self, root: Path) -> str:
-        """Return a phrase for messages: what identifies a folder as this layout.
+        """Return a phrase for messages: what identifies `root` as this layout.
 
         It names the folders or lists of the splits, `classes.txt` or depth/, and the ending of label names.
         """

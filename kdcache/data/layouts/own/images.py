@@ -32,7 +32,7 @@ class Images(Layout):
         return not (root / CLASSES_FILE).exists() and bool(names_below(root)) and not holds_masks(root)
 
     def splits(self, root: Path) -> list[str]:
-        """Return the names of the split folders, such as "train".
+        """Return the names of the split folders in `root`, such as "train".
 
         Return ["train"] if the pictures do not lie in split folders.
         """

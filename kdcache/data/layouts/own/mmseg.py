@@ -34,11 +34,11 @@ class Mmseg(Layout):
         return bool(folders_in(root / IMAGES)) and (root / LABELS).is_dir()
 
     def splits(self, root: Path) -> list[str]:
-        """Return the sorted names of the folders in img_dir/."""
+        """Return the sorted names of the folders in img_dir/ of `root`."""
         return folders_in(root / IMAGES)
 
     def why(self, root: Path) -> str:
-        """Return a phrase for messages: what identifies a folder as this layout.
+        """Return a phrase for messages: what identifies `root` as this layout.
 
         It names the folders of images and labels, and the file of classes.
         """

@@ -86,7 +86,7 @@ def ends_of(images: Iterable[str], labels: Iterable[str], *, together: bool = Fa
 
 
 def described(scan: Scan) -> str:
-    """Return the end of a sentence for messages that names the ending of label names: ", labels end with _mask".
+    """Return the end of a message about the label names of a split's scan, such as ", labels end with _mask".
 
     Return '' if labels have the same names as their images.
     """

@@ -59,7 +59,7 @@ class CamVid(Layout):
         return bool(self.splits(root)) and any((root / f"{split}annot").is_dir() for split in SPLITS)
 
     def splits(self, root: Path) -> list[str]:
-        """Return the sorted names of the splits that have a list: train.txt is the split "train"."""
+        """Return the sorted names of the splits that have a list in `root`: train.txt is the split "train"."""
         return lists_in(root, SPLITS)
 
     def _classes(self, root: Path) -> ClassList:

@@ -113,7 +113,7 @@ class Cityscapes(Layout):
         return bool(folders_in(root / IMAGES))
 
     def splits(self, root: Path) -> list[str]:
-        """Return the sorted names of the folders in leftImg8bit/, such as "train" and "val"."""
+        """Return the sorted names of the folders in leftImg8bit/ of `root`, such as "train" and "val"."""
         return folders_in(root / IMAGES)
 
     def _classes(self, root: Path) -> ClassList:

@@ -44,7 +44,7 @@ class Gta5(Layout):
         return holds_pictures(root / IMAGES) and holds_pictures(root / LABELS)
 
     def splits(self, root: Path) -> list[str]:
-        """Return the sorted names of the splits that have a list, such as "val" for val.txt.
+        """Return the sorted names of the splits that have a list in `root`, such as "val" for val.txt.
 
         Without lists, return ["train"].
         """

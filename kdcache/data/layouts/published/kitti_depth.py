@@ -39,7 +39,7 @@ class KittiDepth(Layout):
         return bool(self.splits(root))
 
     def splits(self, root: Path) -> list[str]:
-        """Return the splits that exist, sorted: "train", "val" and "val_selection_cropped"."""
+        """Return the splits that exist in `root`, sorted: "train", "val" and "val_selection_cropped"."""
         names = [split for split in ("train", "val") if _annotated(root, split)]
         return sorted(names if _selection(root) is None else [*names, SELECTION])
 

@@ -34,7 +34,7 @@ class KittiSemantic(Layout):
         return all((root / FOLDERS["train"] / name).is_dir() for name in (IMAGES, LABELS))
 
     def splits(self, root: Path) -> list[str]:
-        """Return "train" if training/image_2/ exists, and "test" if testing/image_2/ exists, sorted."""
+        """Return "train" if training/image_2/ exists in `root`, and "test" if testing/image_2/ does, sorted."""
         return sorted(split for split, folder in FOLDERS.items() if (root / folder / IMAGES).is_dir())
 
     def _classes(self, root: Path) -> ClassList:

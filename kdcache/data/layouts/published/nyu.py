@@ -37,7 +37,7 @@ class Nyu(Layout):
         return bool(self.splits(root))
 
     def splits(self, root: Path) -> list[str]:
-        """Return the splits that have depth files, sorted: "test" and "train"."""
+        """Return the splits that have depth files in `root`, sorted: "test" and "train"."""
         return sorted(split for split in PLACES if _place(root, split) is not None)
 
     def _classes(self, root: Path) -> ClassList:

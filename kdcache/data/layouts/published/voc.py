@@ -73,7 +73,7 @@ class Voc(Layout):
         return (root / IMAGES).is_dir() and (root / LISTS).is_dir()
 
     def splits(self, root: Path) -> list[str]:
-        """Return the names of the lists in ImageSets/Segmentation/.
+        """Return the names of the lists in ImageSets/Segmentation/ of `root`.
 
         The list "trainaug" counts only if the folder SegmentationClassAug/ exists.
         """
