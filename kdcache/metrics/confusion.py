@@ -35,7 +35,10 @@ class ImageCounts:
 
     @classmethod
     def of(cls, ids: Sequence[str], counts: Sequence[Tensor]) -> "ImageCounts":
-        """Return the counts of images from one confusion matrix (C, C) for each image, with labels along the rows."""
+        """Return the counts of the images with these ids.
+
+        `counts` has a confusion matrix (C, C) for each image, with labels along the rows.
+        """
         matrices = torch.stack(list(counts)).numpy()
         hits = np.diagonal(matrices, axis1=1, axis2=2).copy()
         return cls(tuple(ids), hits, matrices.sum(1) + matrices.sum(2) - hits)

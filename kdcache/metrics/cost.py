@@ -189,9 +189,13 @@ class CostKey:
 
     @classmethod
     def of(cls, spec: str, classes: int, size: tuple[int, int], device: str) -> "CostKey":
-        """Return the key for a model on a device of this machine ("cpu", "cuda").
+        """Return the key for a model on this machine, with the current number of threads and version of torch.
 
-        The number of threads and torch's version are the current ones.
+        Args:
+            spec: the model's spec.
+            classes: number of classes.
+            size: (H, W) of the image in pixels.
+            device: such as "cpu" or "cuda".
         """
         return cls(spec, classes, size, hardware_name(torch.device(device)), torch.get_num_threads(), torch.__version__)
 
@@ -218,7 +222,7 @@ def kept_cost(folder: Path, key: CostKey, repeats: int) -> Cost | None:
 
 
 def keep_cost(folder: Path, key: CostKey, cost: Cost, repeats: int) -> str | None:
-    """Store a cost in a run's folder, completely or not at all. A cost without a latency is not stored.
+    """Store the cost for `key` in a run's folder, completely or not at all. A cost without a latency is not stored.
 
     `repeats` is the number of timed calls that was asked for, even if fewer were made. Return a warning if the file
     cannot be written, else None.

@@ -110,14 +110,22 @@ def figure_table(results: Sequence[OnDataSet], task: str) -> Table:
 def tables(results: Sequence[OnDataSet], class_names: Sequence[str]) -> list[Table]:
     """Return the table of `class_table`, then a table of `figure_table` for each numeric task.
 
-    A table without data sets is left out.
+    The arguments are those of `class_table`. A table without data sets is left out.
     """
     others = (figure_table(results, task) for task in EVALUATORS if task != SEGMENTATION)
     return [table for table in (class_table(results, class_names), *others) if len(table[0]) > 1]
 
 
 def data_sets_markdown(title: str, results: Sequence[OnDataSet], class_names: Sequence[str]) -> str:
-    """Return an evaluation on several data sets as Markdown: the tables, and notes on classes that are not shared."""
+    """Return an evaluation on several data sets as Markdown.
+
+    It has the title, the tables of `tables`, and notes on classes that model and data do not share.
+
+    Args:
+        title: text of the heading.
+        results: the evaluation on each data set.
+        class_names: the classes that have a row in the table of IoU.
+    """
     notes = [f"- {note}\n" for result in results for note in result.notes()]
     return "\n".join(
         [f"# {title}\n", *(markdown_table(*table) for table in tables(results, class_names)), "".join(notes)]

@@ -29,6 +29,7 @@ class DepthMap:
     """A map (H, W) of depths or depth errors, to draw in colours. Values that are NaN or infinite are drawn grey.
 
     Attributes:
+        values: the map, float (H, W).
         high: the value at the upper end of the colour bar, which begins at 0. Larger values have the last colour.
         kind: "depth" or "error", which have different colour maps.
         unit: text at the end of the bar.
@@ -90,7 +91,7 @@ class DepthMap:
 def colours_of(shares: npt.NDArray[np.floating], kind: Kind) -> Array:
     """Return colours, uint8 (..., 3), for values from 0 (start of the colour bar) to 1 (its end).
 
-    NaN and infinity become grey.
+    `kind` chooses the colour map: "depth" or "error". NaN and infinity become grey.
     """
     from matplotlib import colormaps
 
@@ -114,6 +115,6 @@ def bar_end(maps: Iterable[npt.NDArray[np.floating]]) -> float:
 
 
 def absolute_error(predicted: npt.NDArray[np.floating], label: npt.NDArray[np.floating]) -> npt.NDArray[np.floating]:
-    """Return |prediction - label| in metres (H, W), or NaN if the label is unknown."""
+    """Return |predicted - label|, for depths in metres (H, W). A pixel is NaN if its label is NaN or infinite."""
     error: npt.NDArray[np.floating] = np.abs(predicted - np.where(np.isfinite(label), label, np.nan))
     return error

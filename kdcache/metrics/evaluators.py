@@ -72,7 +72,7 @@ class Evaluator(ABC, Generic[Of]):
 
     @abstractmethod
     def answer(self, model: SegmentationModel, output_CHW: Tensor) -> Tensor:
-        """Return the prediction (H, W) from a head's output (C, H, W).
+        """Return the prediction (H, W) from the output (C, H, W) of this task's head of `model`.
 
         The prediction has class ids, uint8, or numbers in the head's unit, such as metres.
         """
@@ -116,7 +116,7 @@ class ClassCounts:
         self._ids, self._counts = list[str](), list[Tensor]()
 
     def update(self, predicted: Tensor, label: Tensor, sample_id: str = "") -> None:
-        """Add an image's predicted and true class ids, (H, W) each."""
+        """Add an image's predicted and true class ids, (H, W) each. `sample_id` names the image in the results."""
         self._ids.append(sample_id)
         self._counts.append(self.confusion.update(predicted, label))
 

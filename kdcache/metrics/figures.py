@@ -42,7 +42,7 @@ _LETTERS_PER_INCH = 11
 
 
 def new_figure(width: float, height: float, title: str) -> "Figure":
-    """Return an empty matplotlib figure of `width` x `height` inches, with a layout that avoids overlaps."""
+    """Return a matplotlib figure of `width` x `height` inches with a title only. Its layout avoids overlaps."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), dpi=_DOTS_PER_INCH, layout="constrained", facecolor="white")
@@ -128,9 +128,14 @@ def hex_colours(colours: Colours) -> list[str]:
 def class_bars(
     axes: "Axes", names: Sequence[str], colours: Colours, solid: Sequence[float], outlined: Sequence[float]
 ) -> None:
-    """Draw two horizontal bars for each class, in percent: `solid` values filled, and `outlined` values below them.
+    """Draw two horizontal bars for each class, in percent.
 
-    Values are fractions from 0 to 1, or NaN. The first class is at the top.
+    Args:
+        axes: matplotlib axes to draw into.
+        names: the class names. The first is at the top.
+        colours: the colour of each class.
+        solid: a fraction from 0 to 1, or NaN, for each class, drawn as a filled bar.
+        outlined: the same, drawn as an outlined bar below the filled one.
     """
     places = np.arange(len(names))
     fills = hex_colours(colours)
@@ -189,7 +194,14 @@ def error_colour(colours: Colours) -> tuple[int, int, int]:
 def mark_wrong(
     pixels_HW3: Array, label_HW: Array, predicted_HW: Array, wrong: tuple[int, int, int] = WRONG_RGB
 ) -> Array:
-    """Return an image in dark grey, with wrong pixels in the colour `wrong` and void in light grey, uint8 (H, W, 3)."""
+    """Return an image in dark grey, with wrong pixels in the colour `wrong` and void in light grey, uint8 (H, W, 3).
+
+    Args:
+        pixels_HW3: the image, RGB from 0 to 255.
+        label_HW: class ids, 255 for void.
+        predicted_HW: predicted class ids. A pixel is wrong if they differ from the label.
+        wrong: RGB colour.
+    """
     grey_HW1 = pixels_HW3.mean(2, keepdims=True)
     marked_HW3 = np.broadcast_to(30 + 0.5 * grey_HW1, pixels_HW3.shape).astype(np.uint8)
     marked_HW3[label_HW != predicted_HW] = wrong
@@ -256,8 +268,8 @@ def panels(
 def draw_confusion(counts: Array, names: Sequence[str], title: str) -> "Figure":
     """Return a figure of a confusion matrix, in percent of each label's pixels.
 
-    `counts` are pixels (C, C), with labels along the rows. Of more than 40 classes, only those with the lowest recall
-    are drawn.
+    `counts` are pixels (C, C), with labels along the rows. `names` are the C class names. Of more than 40 classes, only
+    those with the lowest recall are drawn.
     """
     labelled = counts.sum(1)
     shares = counts / np.maximum(labelled, 1)[:, None]

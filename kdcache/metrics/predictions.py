@@ -151,7 +151,12 @@ def predict_batch(
 ) -> list[Predicted]:
     """Return the predictions for a batch of loaded samples, in the same order.
 
-    `size` is (H, W) of the model's input.
+    Args:
+        model: the model, on `device`.
+        batch: the samples.
+        size: (H, W) of the model's input.
+        tasks: the tasks to predict, "segmentation" or "depth".
+        device: such as "cpu" or "cuda".
     """
     pixels = torch.stack([sample.pixels for sample in batch]).to(device)
     heads = model(model.normalise(pixels)).heads

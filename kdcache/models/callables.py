@@ -34,7 +34,7 @@ def build(spec: str, num_classes: int | None) -> SegmentationModel:
     """Import the function that a spec names (`module:function` or `path/to/file.py:function`), and build its model.
 
     Args:
-        spec: the name of the function.
+        spec: such as `my_models.py:build`.
         num_classes: passed to the function if it has this parameter. If None, the function needs a default.
     Raises: ModelError if the import or the call fails, or if the function returns no `torch.nn.Module`. Also if the
     module fails on an image or has another number of classes.

@@ -24,7 +24,10 @@ _SHOWN = 20
 
 
 def names_in(content: object) -> tuple[str, ...]:
-    """Return the class names in a checkpoint, a header or a configuration, in the order of the class ids, or ()."""
+    """Return the class names in the content of a checkpoint, header or configuration, in the order of the class ids.
+
+    Return () if there are none.
+    """
     return next(_names_in(content), ())
 
 

@@ -27,7 +27,7 @@ class AsLogits(Wrapper):
     """A model whose segmentation output is converted to logits. Names in its state dict are the wrapped model's.
 
     Args:
-        spec: the name of the new model.
+        spec: the new model's spec.
         model: the wrapped model.
         outputs: what the wrapped model returns: `probabilities` that sum to 1, `sigmoid` (a probability of each class
             alone), or `logits`. None is logits.

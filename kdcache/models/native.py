@@ -77,7 +77,7 @@ class SegmentationModel(nn.Module):
     Subclasses implement `forward`. The attributes are not in the state dict, so a subclass decides the names in it.
 
     Attributes:
-        spec: the name that `build_model` was given.
+        spec: the model's spec, as `build_model` was given it.
         num_classes: the number of classes, or 0 without a segmentation head.
         head_kinds: the heads: name -> kind.
         untrained: the names of heads that still have random weights. They are not evaluated.

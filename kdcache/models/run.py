@@ -36,7 +36,7 @@ class Classes(Protocol):
 
 
 def write_run_model(run: Path, description: RunModel) -> None:
-    """Write a run's model.json. An interruption leaves either the old or the new file."""
+    """Write `description` as a run's model.json. An interruption leaves either the old or the new file."""
     write_whole(run / MODEL, description.model_dump_json(indent=1) + "\n")
 
 
@@ -137,7 +137,7 @@ def open_model(
             exported file keep their own, except with a class map.
         size: height and width in pixels of the images in use. None takes the size of the run or the exported file.
         which: the weights of a run: `best`, `last`, `best-ema` or `last-ema`.
-        class_map: a file that maps the model's classes to the data's (see `read_class_map`).
+        class_map: a file that maps the model's classes to the data's (see `read_class_map`). None if they are the same.
         trust: True allows the import of a function that the run names as its model.
     Returns: the model, and a description as in a run's model.json.
 

@@ -67,7 +67,7 @@ class WithAuxiliary(WithHead):
     """A model with an auxiliary segmentation head on one of its taps. The head returns logits in training mode only.
 
     Args:
-        spec: the name of the new model.
+        spec: the new model's spec.
         model: the model without the head.
         auxiliary: the options of the head.
     Raises: ModelError if the model has no classes, if the tap is unknown, or if no tap is given and the model has

@@ -140,7 +140,7 @@ class WithDepth(WithHead):
     """A model with an added depth head on one of its taps.
 
     Args:
-        spec: the name of the new model.
+        spec: the new model's spec.
         model: the model without the head.
         depth: the options of the head.
     Raises: ModelError if the tap is unknown, or if its feature is not (B, c, h, w).

@@ -19,7 +19,7 @@ class Wrapper(SegmentationModel):
     The tensors of the wrapped model keep their names in the state dict. So the same weights file loads into both.
 
     Args:
-        spec: the name of the new model.
+        spec: the new model's spec.
         model: the wrapped model, which becomes the attribute `model`.
         num_classes: the classes of the new model.
         head_kinds: the heads of the new model: name -> kind.
@@ -85,7 +85,7 @@ class WithHead(Wrapper):
     """A base class of models that add a head which reads one of the model's taps.
 
     Args:
-        spec: the name of the new model.
+        spec: the new model's spec.
         model: the model without the head.
         tap: the tap that the head reads.
         head_kinds: all heads of the new model: name -> kind.

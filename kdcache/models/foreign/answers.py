@@ -38,7 +38,7 @@ class Reading:
         """Return the heads' outputs in a network's return value: name -> (B, C, h, w), before any nonlinearity.
 
         Args:
-            spec: the network's name, for messages.
+            spec: the model's spec, for messages.
             answer: the result of `call`.
         Raises: ModelError if a head is missing.
         """
@@ -48,7 +48,7 @@ class Reading:
         """Return the kind of each head, by name: `CategoricalHead` or `RegressionHead`.
 
         Args:
-            spec: the network's name, for messages.
+            spec: the model's spec, for messages.
             heads: the result of `heads`.
         Raises: ModelError if the declared heads do not fit these outputs.
         """

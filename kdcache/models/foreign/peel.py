@@ -50,7 +50,7 @@ def resize_of(answer_BCHW: Tensor) -> Resize | None:
 
 
 def is_exact(answer_BCHW: Tensor, resize: Resize) -> bool:
-    """Return True if repeating the resize gives exactly the same tensor."""
+    """Return True if repeating `resize` gives exactly the tensor `answer_BCHW`."""
     size = answer_BCHW.shape[-2:]
     again = F.interpolate(resize.native, size=size, mode="bilinear", align_corners=resize.align_corners)
     return again.dtype == answer_BCHW.dtype and torch.equal(again, answer_BCHW)

@@ -44,7 +44,7 @@ class Universal(Reading):
         (h, w) is the size of the masks.
 
         Args:
-            spec: the network's name, for messages.
+            spec: the model's spec, for messages.
             answer: the result of `call`.
         Raises: ModelError if the network returned no queries.
         """
@@ -59,7 +59,10 @@ class Universal(Reading):
         return {SEGMENTATION: torch.einsum("bqc,bqhw->bchw", p_BQC, mask_BQhw).clamp_min(_LEAST).log()}
 
     def kinds(self, spec: str, heads: Mapping[str, Tensor]) -> dict[str, HeadKind]:
-        """Return the kind of the head `segmentation`, with the number of classes."""
+        """Return the kind of the head `segmentation`, with the number of classes.
+
+        `heads` is the result of the method `heads`. `spec` is not used.
+        """
         return {SEGMENTATION: CategoricalHead(heads[SEGMENTATION].shape[1])}
 
 
@@ -81,12 +84,15 @@ class DepthMap(Reading):
         )
 
     def heads(self, spec: str, answer: Any) -> dict[str, Tensor]:
-        """Return the depth (B, 1, h, w) in the network's return value, under the key `depth`."""
+        """Return the depth (B, 1, h, w) in the network's return value, under the key `depth`.
+
+        `answer` is the result of `call`. `spec` is not used.
+        """
         depth = answer.predicted_depth
         return {DEPTH: depth if depth.ndim == 4 else depth[:, None]}
 
     def kinds(self, spec: str, heads: Mapping[str, Tensor]) -> dict[str, HeadKind]:
-        """Return the kind of the head `depth`: values in metres, or relative ones."""
+        """Return the kind of the head `depth`: values in metres, or relative ones. The arguments are not used."""
         return {DEPTH: self.kind}
 
 
@@ -132,7 +138,10 @@ class TimmMaps(Reading):
         super().__init__({})
 
     def call(self, network: Any, x_B3HW: Tensor) -> object:
-        """Return the network's features by tap: `summary` is pooled (B, c, 1, 1), the stages are (B, c, h, w)."""
+        """Return the network's features for images (B, 3, H, W), by tap.
+
+        `summary` is pooled, (B, c, 1, 1). The stages are (B, c, h, w).
+        """
         names = network.forward_intermediates.__code__.co_varnames
         norm = {"norm": True} if "norm" in names else {}
         last, maps = network.forward_intermediates(x_B3HW, output_fmt="NCHW", **norm)
@@ -186,7 +195,10 @@ def reading_as(task: str, network: Any, sentence: Tensor | None = None) -> Readi
 
 
 def task_of(architectures: Sequence[str]) -> str:
-    """Return the task of transformers classes: `semantic`, `universal`, `depth`, or `features` for any other class."""
+    """Return the task of a network of transformers: `semantic`, `universal`, `depth`, or `features` for any other.
+
+    `architectures` are names of transformers classes, as in the network's config.json. One known name is enough.
+    """
     from transformers.models.auto import modeling_auto as tables
 
     for task, table in (

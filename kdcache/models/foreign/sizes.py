@@ -39,7 +39,7 @@ def probe(spec: str, network: nn.Module, run: Callable[[Tensor], _Answer]) -> tu
     """Run a network on black images of several sizes, until it takes one.
 
     Args:
-        spec: the network's name, for messages.
+        spec: the model's spec, for messages.
         network: the network in eval mode.
         run: calls the network with an image (1, 3, H, W).
     Returns: the facts that the first successful call shows, and the result of `run`.

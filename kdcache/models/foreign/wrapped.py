@@ -39,7 +39,7 @@ class WrappedModel(SegmentationModel):
     network if it has them, else from ImageNet.
 
     Args:
-        spec: the name of the model.
+        spec: the model's spec.
         network: the network.
         num_classes: the expected number of classes. None accepts any.
         declared: the network's heads: name -> kind. None reads the network's attribute `kdcache_heads`, if it exists.

@@ -129,7 +129,7 @@ class Audit:
 def coverage_json(class_names: tuple[str, ...], coverage: Coverage) -> dict[str, Any]:
     """Return the numbers of confident pixels in `coverage` as JSON values, in total and for each class.
 
-    NaN becomes null.
+    `class_names` are the names of all classes. NaN becomes null.
     """
     columns = (coverage.thresholds, coverage.predicted, coverage.selected, coverage.shares, coverage.precision)
     keys = ("name", "threshold", "said", "kept", "share", "precision")

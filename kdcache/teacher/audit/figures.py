@@ -51,7 +51,8 @@ def check_report_folder(folder: Path) -> None:
 def write_report(whole: StoreAudit, records: Records, folder: Path) -> list[Path]:
     """Write report.json and pictures of the audit `whole` into `folder`, and return the paths of the pictures.
 
-    They replace an earlier report in `folder`, after all pictures are drawn.
+    `records` is the audited cache with its pixels and labels. The files replace an earlier report in `folder`, after
+    all pictures are drawn.
 
     Raises: RecipeError if the folder holds something other than a report.
     """

@@ -84,9 +84,9 @@ def read_whole(records: Records, record: int, *, labelled: bool) -> Whole:
 
 
 def read_wholes(records: Records, *, labels: bool = True) -> Iterator[Whole]:
-    """Yield the teacher's prediction for each whole image of a cache, in the order of the samples.
+    """Yield the stored prediction of the teacher for each whole image of a cache, in the order of the samples.
 
-    `labels` says whether labels are also read.
+    `records` is the cache, with its data set if it stores no labels. `labels` says whether labels are also read.
 
     Raises: MismatchError for a changed data set; CorruptError for a damaged cache.
     """

@@ -25,8 +25,8 @@ _TEACHER, _LABEL = "#1b6ca8", "#d1661f"
 def write_regression(audit: RegressionAudit, records: Records, folder: Path) -> list[Path]:
     """Draw the audit of a numeric head, such as depth, and return the paths of the pictures.
 
-    `folder` then has an overview, NAME.png, and the worst images in `worst/`. Without labels, some images are in
-    `samples/`.
+    `records` is the audited cache with its pixels and labels. `folder` then has an overview, NAME.png, and the worst
+    images in `worst/`. Without labels, some images are in `samples/`.
     """
     save_figure(_overview(audit), folder / f"{audit.name}.png")
     written = [folder / f"{audit.name}.png"]

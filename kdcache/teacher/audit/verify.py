@@ -90,7 +90,8 @@ class Score:
 def score_cache(records: Records, limit: int = 512) -> Score | None:
     """Compare the teacher's stored predictions with labels, on up to `limit` whole images at view size.
 
-    If a cache has only crops, the first crop of each image is used. Returns None without a segmentation head or labels.
+    `records` is the cache, with its data set if it stores no labels. If a cache has only crops, the first crop of each
+    image is used. Returns None without a segmentation head or labels.
 
     Raises: MismatchError if pixels and labels are not available, or if the data set has changed.
     """
@@ -112,7 +113,10 @@ def score_cache(records: Records, limit: int = 512) -> Score | None:
 
 
 def packed_target(records: Records, numbers: Sequence[int]) -> PackedTarget:
-    """Return the stored segmentation targets of the records `numbers` as one batch for the loss kernels."""
+    """Return the stored segmentation targets of a cache as one batch for the loss kernels.
+
+    `records` is the cache, and `numbers` are the numbers of the records in the batch.
+    """
     rows = [records.target(number) for number in numbers]
     parts = {name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in rows[0]}
     cache = records.cache
@@ -127,9 +131,10 @@ def packed_target(records: Records, numbers: Sequence[int]) -> PackedTarget:
 
 
 def compare_teacher(records: Records, teacher: Teacher, device: torch.device, limit: int = 16) -> Agreement:
-    """Run the teacher on `device` on up to `limit` records, and compare its outputs with the stored targets.
+    """Run the teacher on `device` on up to `limit` records of a cache, and compare its outputs with the stored targets.
 
-    Without a data set in `records`, the stored pixels are used, and changed images are not detected.
+    `records` is the cache with its data set. Without a data set, the stored pixels are used, and changed images are not
+    detected.
 
     Raises: MismatchError if the pixels that the teacher saw are not available.
     """

@@ -96,6 +96,8 @@ def options_of(old: Manifest, **changes: Any) -> BuildOptions:
 def plan_extended(probe: TeacherProbe, old: Cache) -> Manifest:
     """Return the manifest of a build that copies targets from the earlier cache `old`, after checking that they fit.
 
+    `probe` has the split, the teacher and the options of the new build.
+
     Raises: MismatchError naming every setting that differs; the errors of `plan_manifest`.
     """
     split, options, old_manifest = probe.split, probe.options, old.manifest

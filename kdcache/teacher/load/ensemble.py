@@ -37,11 +37,11 @@ def load_teachers(
         origins: where each teacher comes from, as in `load_teacher`.
         classes: the classes of the data set.
         weights: weight of each teacher's probabilities. Default: equal.
-        tta: test-time augmentation, or None.
+        tta: test-time augmentation. None uses the image only.
         folds: number of folds. Teacher i then predicts the samples of fold i, instead of averaging. None averages.
         folds_by: regular expression whose match in a sample id names the sample's sequence. A sequence is never divided
             between folds. None divides samples by a hash of their ids.
-        class_map: file that names the data class for each class of a teacher.
+        class_map: file that names the data class for each class of a teacher. None if the classes are the same.
         mean: RGB mean of the normalisation, for pixels from 0 to 1. Default: each teacher's own.
         std: RGB standard deviation of the normalisation, for pixels from 0 to 1. Default: each teacher's own.
         trust: whether a function that a run names as its model may be imported and called.
@@ -84,15 +84,17 @@ def load_like(
     class_map: str | Path | None = None,
     classified: bool = True,
 ) -> Teacher:
-    """Load the teachers of a cache again, with the weights, augmentation, folds and normalisation in its fingerprint.
+    """Load the teachers of a cache again, with the settings in the cache's fingerprint.
 
-    To find out whether they are the same teachers, compare the fingerprint of the result with `fingerprint`.
+    The settings are each teacher's weight in the ensemble, the test-time augmentation, the folds, and mean and std of
+    the pixels. `origins` gives the networks. To find out whether they are the same teachers, compare the fingerprint of
+    the result with `fingerprint`.
 
     Args:
-        fingerprint: the cache's teacher.
-        origins: where each teacher comes from, in the order of the build.
+        fingerprint: the entry on the teacher in the cache's manifest.
+        origins: where each teacher comes from, as in `load_teacher`, in the order of the build.
         classes: the classes of the data set.
-        class_map: file that names the data class for each class of a teacher.
+        class_map: file that names the data class for each class of a teacher. None if the classes are the same.
         classified: whether the cache has a segmentation head.
     Raises: MismatchError for another number of teachers, or for a cache of earlier versions with one teacher per head;
         the errors of `load_teachers`.
@@ -127,7 +129,7 @@ def load_like(
 
 
 def check_computable(fingerprint: Fingerprint) -> None:
-    """Check that this version can load the teachers of a cache.
+    """Check that this version can load the teachers of a cache. `fingerprint` is the manifest's entry on them.
 
     Raises: MismatchError for a cache of earlier versions with one teacher per head.
     """
@@ -178,7 +180,7 @@ def check_cross_fit(origins: Sequence[str], split: Split, by: str | None = None)
 
 
 def folds_of_split(teacher: Teacher, split: Split) -> Sequence[int] | None:
-    """Return, for each sample of a split, the index of the ensemble member that predicts it.
+    """Return, for each sample of a split, the index of the member of the ensemble `teacher` that predicts it.
 
     Returns None if all members predict together.
     """

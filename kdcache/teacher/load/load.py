@@ -119,7 +119,7 @@ def load_teacher(
             (B, 3, H, W), returns logits (B, C, h, w), and is put into eval mode.
         classes: the classes of the data set, or the data set. A run must have the same classes.
         class_map: file that names the data class for each class of the teacher. Probabilities of merged classes are
-            summed.
+            summed. None if the classes are the same.
         mean: RGB mean of the normalisation, for pixels from 0 to 1. Default: the model's own.
         std: RGB standard deviation of the normalisation, for pixels from 0 to 1. Default: the model's own.
         heads: for a module that returns a mapping of several heads: name -> kind, such as {"segmentation":
