@@ -91,7 +91,7 @@ def name_changes(class_names: Sequence[str], ids: Sequence[str], split: Split) -
 
 
 def class_changes(before: tuple[str, ...], now: tuple[str, ...]) -> str:
-    """Describe in words how the class names `now` differ from the earlier `before`. Return '' if they are equal."""
+    """Describe in words how the class names `now` differ from the earlier names `before`. Return '' without changes."""
     if before == now:
         return ""
     if sorted(before) == sorted(now):

@@ -14,7 +14,9 @@ from kdcache.store.format.teacher_models import Augmented, Fingerprint
 
 
 def build_command(manifest: Manifest) -> str:
-    """Return the `kdcache build-teacher-cache` command that builds a cache again, as shell text on several lines.
+    """Return the `kdcache build-teacher-cache` command that builds the cache with this manifest again.
+
+    The result is shell text on several lines.
 
     Flags with default values are left out. DATA and TEACHER stand for the paths, which a manifest does not hold.
     """

@@ -98,8 +98,8 @@ def copy_store(
         source: the cache to copy.
         destination: a new or empty folder or object-store address, or an unfinished copy.
         changes: how the copy differs from the source. None copies everything unchanged.
-        fidelity: the measured error of rounded logits, for the copy's manifest. Used only if the codec of `changes`
-            rounds (see `rounds`).
+        fidelity: the measured error of rounded logits, for the copy's manifest, or None if it was not measured. Used
+            only if the codec of `changes` rounds (see `rounds`).
         worker: this process's part of a copy that several processes share. Default: all of it.
         progress: called with (records done, total records). Records of earlier calls count as done.
 
@@ -144,7 +144,7 @@ def _check_elsewhere(source: Cache, destination: str | Path) -> None:
 def rounds(source: Manifest, codec: Codec | None) -> bool:
     """Return True if a copy with the codec `codec` rounds targets that the source cache stores unrounded.
 
-    None is the source's codec.
+    `source` is the source's manifest. If `codec` is None, the copy keeps the source's codec.
     """
     return codec == "small" and source.codec != "small"
 
@@ -156,7 +156,8 @@ def _numbers(source: Cache, changes: CopyChanges) -> list[int]:
 def copied_manifest(source: Cache, changes: CopyChanges, fidelity: Fidelity | None = None) -> Manifest:
     """Return the manifest that a copy by `copy_store` would have, without copying.
 
-    `fidelity` is the measured error of rounded targets. It is used only if the codec rounds.
+    `fidelity` is the measured error of rounded logits, or None if it was not measured. It is used only if the codec of
+    `changes` rounds (see `rounds`).
 
     Raises: StoreError if `changes` are impossible for this source; RecipeError if they ask for 8-bit features, but all
         taps have fewer than 16 cells.

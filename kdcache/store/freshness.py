@@ -72,7 +72,7 @@ def recorded_in(cache: Cache) -> Recorded:
 def columns_of(manifest: Manifest) -> tuple[str, ...]:
     """Return the names of the `records/` arrays that are needed to detect a changed data set, such as `image_digest`.
 
-    Empty if the cache does not hold digests of its images and labels.
+    Empty if the cache with this manifest does not hold digests of its images and labels.
     """
     if not manifest.records_contents:
         return ()

@@ -213,7 +213,7 @@ def other_view(
 
 
 def pillow_of(manifest: Manifest) -> str:
-    """Return the version of Pillow that a cache was built with, or "(unknown)"."""
+    """Return the version of Pillow that the cache with this manifest was built with, or "(unknown)"."""
     return manifest.build.libraries.get("pillow", "(unknown)")
 
 

@@ -173,7 +173,9 @@ def record_key(shard: int) -> str:
 
 
 def publish_shard(place: Place, record: ShardRecord) -> None:
-    """Write the ledger entry `record`, after the shard's files are written. From then on the shard counts as finished.
+    """Write the ledger entry `record` of the cache at `place`, after the shard's files are written.
+
+    From then on the shard counts as finished.
 
     Raises: StoreError if another worker has already finished the shard with other bytes.
     """
@@ -198,7 +200,7 @@ def is_of(manifest: Manifest, shard: int, record: ShardRecord) -> bool:
 
 
 def is_published(place: Place, record: ShardRecord) -> bool:
-    """Return True if the ledger entry on disk for the shard of `record` equals `record`."""
+    """Return True if the stored ledger entry for the shard of `record` equals `record`, in the cache at `place`."""
     try:
         return place.read(record_key(record.shard)) == canonical(record)
     except (OSError, ValueError):
@@ -206,7 +208,7 @@ def is_published(place: Place, record: ShardRecord) -> bool:
 
 
 def read_shard_record(place: Place, shard: int) -> ShardRecord | None:
-    """Return the ledger entry of shard number `shard`, or None if the shard is not finished.
+    """Return the ledger entry of shard number `shard` of the cache at `place`, or None if the shard is not finished.
 
     Raises: CorruptError for a damaged entry.
     """
@@ -230,9 +232,9 @@ def _parse(place: Place, key: str, content: bytes, kind: type[R]) -> R:
 
 
 def sealed_records(place: Place, completion: Completion | None) -> dict[int, ShardRecord]:
-    """Return the ledger entries in `ledger.jsonl` by shard number.
+    """Return the ledger entries in `ledger.jsonl` of the cache at `place`, by shard number.
 
-    The result is empty if `completion` is None, or if the file does not have the digest in that seal.
+    The result is empty if the seal `completion` is None, or if the file does not have the digest in that seal.
 
     Raises: StoreError if the file cannot be read.
     """
@@ -268,7 +270,7 @@ def examine(
         records: the ledger entries.
         chunks: array -> number of chunks in a full shard. The chunk checksums of these arrays are read again for the
             result's `record`.
-        digests: False compares only file sizes, and reads no checksums.
+        digests: True compares sizes and digests. False compares only file sizes, and reads no checksums.
     """
     sizes = place.sizes([key for record in records for key in record.files])
     for record in records:
@@ -295,7 +297,9 @@ def _checksums(content: bytes, chunks: int) -> str:
 
 
 def read_or_none(place: Place, key: str, most: int, sha256: str | None = None) -> bytes | None:
-    """Return the content of the file `key`, or None if it is missing, damaged, not a file, or longer than `most` bytes.
+    """Return the content of the file `key` of the cache at `place`.
+
+    Return None if it is missing, damaged, not a file, or longer than `most` bytes.
 
     `sha256` is the file's expected digest, or None if unknown. A download with another digest counts as damaged. For a
     local file, `sha256` is ignored.
@@ -344,7 +348,10 @@ def seal(place: Place, shards: int, metadata_keys: Iterable[str]) -> bool:
 
 
 def read_completion(place: Place) -> Completion | None:
-    """Return a cache's seal, or None if its build is not finished. Raises: CorruptError for a damaged seal."""
+    """Return the seal of the cache at `place`, or None if its build is not finished.
+
+    Raises: CorruptError for a damaged seal.
+    """
     return _read(place, COMPLETE, Completion)
 
 

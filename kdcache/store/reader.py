@@ -408,7 +408,7 @@ def store_opens(place: Place) -> bool:
 
 
 def not_continued(place: Place, statistics: str) -> MismatchError:
-    """Return the error for an unfinished build whose `statistics` only earlier versions could compute.
+    """Return the error for an unfinished build at `place` whose `statistics` only earlier versions could compute.
 
     `statistics` are comma-separated names.
     """

@@ -45,7 +45,7 @@ class Records:
         """Open the cache at a path or address, with its data set if `data` is given.
 
         Args:
-            store: the cache.
+            store: the cache's path or address.
             data: folder or spec of the data set that the cache was built from. None uses only the cache.
             split: name of the split. Default: the split that the cache was built from.
         Raises: MismatchError for another data set; DataError if it cannot be opened; StoreError if the cache cannot be

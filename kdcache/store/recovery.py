@@ -34,7 +34,7 @@ def spare_of(root: bytes) -> bytes:
 
 
 def read_spare(place: Place) -> bytes | None:
-    """Return the content of the cache's top-level zarr.json from the spare copy.
+    """Return the content of the top-level zarr.json of the cache at `place`, from the spare copy.
 
     Returns None if there is no spare copy or it is damaged.
 
@@ -49,7 +49,7 @@ def read_spare(place: Place) -> bytes | None:
 
 
 def read_seal(place: Place) -> Completion | None:
-    """Return a cache's seal, or None if it is missing or damaged.
+    """Return the seal of the cache at `place`, or None if it is missing or damaged.
 
     Raises: StoreError if this process may not read it.
     """
@@ -60,7 +60,7 @@ def read_seal(place: Place) -> Completion | None:
 
 
 def check_metadata(place: Place, completion: Completion, keys: Iterable[str]) -> None:
-    """Check that the metadata files `keys` have the digests in the seal `completion`.
+    """Check that the metadata files `keys` of the cache at `place` have the digests in the seal `completion`.
 
     Raises: CorruptError naming the file. The file or the seal was changed.
     """
@@ -90,7 +90,7 @@ def is_intact(place: Place, completion: Completion | None) -> bool:
 
 
 def restore_root(place: Place, wanted: Manifest) -> None:
-    """Write the cache's top-level zarr.json again from the spare copy, if it is lost or damaged.
+    """Write the top-level zarr.json of the cache at `place` again from the spare copy, if it is lost or damaged.
 
     `wanted` is the manifest of a new build with the same settings. If the seal confirms neither zarr.json nor the spare
     copy, the one that fits `wanted` is trusted.
@@ -127,7 +127,7 @@ def restore_metadata(
     Args:
         place: the cache's location.
         files: key -> content that the build would write.
-        completion: the seal, or None.
+        completion: the seal, or None for a cache without one.
         same_libraries: whether the installed libraries are those that began the cache. Other versions may write the
             same metadata in different bytes.
     Raises: MismatchError for a damaged file that only the original library versions can write.
@@ -150,9 +150,10 @@ def restore_metadata(
 
 
 def restore_spare(place: Place, completion: Completion | None) -> None:
-    """Write the spare copy of zarr.json again if it is missing or damaged.
+    """Write the spare copy of zarr.json of the cache at `place` again if it is missing or damaged.
 
     If the seal `completion` does not list a spare copy, the cache never had one, and nothing is written.
+    `completion` is None for a cache without a seal.
     """
     if completion is not None and SPARE not in completion.metadata:
         return
@@ -184,7 +185,8 @@ def examine_shards(place: Place, manifest: Manifest, shards: Sequence[int], comp
         place: the cache's location.
         manifest: the cache's manifest.
         shards: numbers of the shards.
-        completion: the seal, or None.
+        completion: the seal, or None for a cache without one.
+    Returns: the shards with intact files, and the damaged ones. Shards that were not finished yet are in neither.
     """
     sealed = ledger.sealed_records(place, completion)
     listed: list[ShardRecord] = []
@@ -214,5 +216,5 @@ def examine_shards(place: Place, manifest: Manifest, shards: Sequence[int], comp
 
 
 def chunk_counts(manifest: Manifest) -> dict[ArraySpec, int]:
-    """Return the number of chunks in a full shard, for each array."""
+    """Return array -> number of chunks in a full shard, for the arrays of a cache with this manifest."""
     return {spec: manifest.build.shard_records // chunk_records(spec, manifest) for spec in record_arrays(manifest)}

@@ -71,7 +71,7 @@ class SampleIds(Sequence[str]):
 
 
 def read_ids(place: Place, manifest: Manifest, sealed: Mapping[str, str] = MappingProxyType({})) -> SampleIds:
-    """Return the sample ids of a cache, finished or not, in the order of the samples.
+    """Return the sample ids of the cache at `place`, which has this manifest, in the order of the samples.
 
     `sealed` maps the keys of the id files to the SHA-256 that they must have. Empty for a cache without a seal.
 

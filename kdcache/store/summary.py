@@ -160,7 +160,7 @@ class StoreSummary:
 
 
 def inspect_store(location: str | Path | Place) -> StoreSummary:
-    """Return the summary of a cache, finished or not.
+    """Return the summary of the cache at `location`, finished or not.
 
     Raises: StoreError if there is no cache; VersionError for an unsupported format; CorruptError for a damaged cache.
     """

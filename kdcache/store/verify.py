@@ -41,7 +41,7 @@ def verify_files(
     """Compare the digests of all files of a cache with its ledger and its seal.
 
     Args:
-        location: a complete cache.
+        location: folder or address of a complete cache.
         progress: called with (shards done, total shards).
         seal: the digest that the seal must have, as published elsewhere. It reveals changes by somebody who also
             changed the ledger. None skips this check.

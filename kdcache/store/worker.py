@@ -24,9 +24,10 @@ class Worker:
     take_over: bool = False
 
     def shards(self, shards: int) -> list[int]:
-        """Return the numbers of the shards that this worker writes if they are missing, its own first.
+        """Return the numbers of the shards that this worker is to write, whether they exist or not.
 
-        `shards` is the cache's total number of shards.
+        Its own shards come first, and with `take_over` the shards of all other workers follow. `shards` is the cache's
+        total number of shards.
         """
         mine = list(range(self.index, shards, self.count))
         if not self.take_over:

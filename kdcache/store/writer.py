@@ -414,7 +414,11 @@ def _another(place: Place, differences: Sequence[str], *, intact: bool = True) -
 
 
 class Encoder:
-    """Encodes the arrays of a cache into the bytes of shard files, and decodes them, in memory."""
+    """Encodes the arrays of a cache into the bytes of shard files, and decodes them, in memory.
+
+    Args:
+        manifest: the cache's manifest.
+    """
 
     def __init__(self, manifest: Manifest) -> None:
         self._files: dict[str, Any] = {}

@@ -144,7 +144,7 @@ def _validation(recipe: Recipe, data: Mapping[str, str]) -> str | None:
 
 
 def words(flags: Flags) -> Iterator[str]:
-    """Yield the words of flags as typed on the command line.
+    """Yield the words of flags as typed on the command line. `flags` maps names, without dashes, to values.
 
     True becomes --FLAG, False becomes --no-FLAG, a list repeats the flag, and "" leaves the flag out.
     """

@@ -146,7 +146,9 @@ class Folder(Place):
         sync_path(self.folder.parent)
 
     def publish(self, key: str, content: bytes) -> None:
-        """Write the file `key` completely or not at all, flush it to the disk, and create missing folders above it.
+        """Write `content` to the file `key`, completely or not at all, and flush it to the disk.
+
+        Missing folders above it are created.
 
         Raises: StoreError if the disk is full, or something else is at that path.
         """
@@ -180,7 +182,7 @@ class Folder(Place):
             folder = folder.parent
 
     def publish_exclusive(self, key: str, content: bytes) -> bool:
-        """Write the file `key` as `publish` does, and return True.
+        """Write `content` to the file `key` as `publish` does, and return True.
 
         The caller has claimed the file's shard, so no other process writes the file.
         """

@@ -312,7 +312,7 @@ class Bucket(Place):
         self._ask(key, lambda: obstore.put(self._client, key, content))
 
     def publish_exclusive(self, key: str, content: bytes) -> bool:
-        """Upload the object `key` only if it does not exist. Return True if this call created it."""
+        """Upload `content` as the object `key` only if it does not exist. Return True if this call created it."""
 
         def create() -> bool:
             try:
@@ -331,7 +331,8 @@ class Bucket(Place):
     def claim(self, shard: int, keys: Iterable[str]) -> Release | None:
         """Return a function that does nothing, because object stores have no locks.
 
-        Workers on an object store must be numbered, so that no two of them write the same shard.
+        `shard` and `keys` are unused. Workers on an object store must be numbered, so that no two of them write the
+        same shard.
         """
         return lambda: None
 

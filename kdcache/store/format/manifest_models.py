@@ -158,6 +158,7 @@ class Head(Part):
     """A stored segmentation output of the teacher: the `k` largest of `classes` logits, on a grid (h, w).
 
     Attributes:
+        kind: always `categorical`. It tells this entry from a numeric one.
         size: the grid (h, w).
         align_corners: whether the teacher's resize from this grid to the image aligns corners.
         raw: True if each pixel's largest logit is also stored. The other logits are stored relative to it.
@@ -188,6 +189,7 @@ class Regression(Part):
     """A stored numeric output of the teacher, such as depth: `channels` values on a grid (h, w).
 
     Attributes:
+        kind: always `regression`. It tells this entry from a segmentation output.
         size: the grid (h, w).
         align_corners: whether the teacher's resize from this grid to the image aligns corners.
         unit: the values' unit, `m` for metres.

@@ -81,7 +81,7 @@ _CONTENTS = (
 
 
 def head_arrays(manifest: Manifest, head: str) -> list[ArraySpec]:
-    """Return the arrays that store the head `head`.
+    """Return the arrays in which a cache with this manifest stores the head `head`.
 
     A numeric head has `values`. A segmentation head has `values`, for top-k also `indices` and `tail`, and with raw
     logits also `max`.
@@ -100,7 +100,7 @@ def head_arrays(manifest: Manifest, head: str) -> list[ArraySpec]:
 
 
 def record_arrays(manifest: Manifest) -> list[ArraySpec]:
-    """Return all arrays that have one row per record, in the order in which a build writes them."""
+    """Return all arrays of a cache with this manifest that have one row per record, in the order of writing."""
     arrays = [spec for head in manifest.heads for spec in head_arrays(manifest, head)]
     for tap, feature in manifest.features.items():
         arrays.append(ArraySpec(f"features/{tap}", (feature.channels, *feature.size), feature.dtype))
@@ -128,7 +128,7 @@ def record_arrays(manifest: Manifest) -> list[ArraySpec]:
 
 
 def chunk_records(spec: ArraySpec, manifest: Manifest) -> int:
-    """Return the number of records in one chunk of the array `spec`.
+    """Return the number of records in one chunk of the array `spec`, in a cache with this manifest.
 
     If a record has at most 1024 bytes, one chunk holds all records of a shard. Otherwise each record has its own chunk.
     """
@@ -137,6 +137,8 @@ def chunk_records(spec: ArraySpec, manifest: Manifest) -> int:
 
 def create_arrays(group: zarr.Group, manifest: Manifest, ids: Sequence[str]) -> dict[str, zarr.Array[Any]]:
     """Create all arrays of a new cache in the empty Zarr group `group`, and write the sample ids `ids`.
+
+    `manifest` is the cache's manifest, which determines the arrays.
 
     Returns: path -> array, for each array with one row per record.
     """
@@ -161,7 +163,7 @@ def create_arrays(group: zarr.Group, manifest: Manifest, ids: Sequence[str]) -> 
 
 
 def metadata_keys(manifest: Manifest) -> list[str]:
-    """Return the keys of all files of a cache except shards, ledger, seal and spare copy.
+    """Return the keys of all files of a cache with this manifest, except shards, ledger, seal and spare copy.
 
     These are zarr.json of every group and array, and the files with the sample ids.
     """
@@ -172,7 +174,7 @@ def metadata_keys(manifest: Manifest) -> list[str]:
 
 
 def shard_key(spec: ArraySpec, shard: int) -> str:
-    """Return the key of the file of shard number `shard` of an array, such as `records/window/c/3/0`."""
+    """Return the key of the file of shard number `shard` of the array `spec`, such as `records/window/c/3/0`."""
     return "/".join([spec.path, "c", str(shard), *("0" for _ in spec.shape)])
 
 

@@ -169,7 +169,7 @@ class Fingerprint(Part):
         return self
 
     def differences(self, other: "Fingerprint") -> list[str]:
-        """Return one text for each difference between two teachers. Empty if they are the same teacher.
+        """Return one text for each difference between this teacher and `other`. Empty if they are the same teacher.
 
         Outputs for the fixed images may differ by 1 % of the largest value, because hardware rounds differently.
         Folders in specs are ignored.
