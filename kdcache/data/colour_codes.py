@@ -38,7 +38,7 @@ class ColourCodes:
         self._where = where
 
     def ids(self, rgb_HW3: Pixels, path: Path) -> Pixels:
-        """Return the class ids, uint8 (H, W), of an RGB label, uint8 (H, W, 3).
+        """Return the class ids, uint8 (H, W), of the RGB label `rgb_HW3`, uint8 (H, W, 3).
 
         Raises: DataError for colours without a class. It names the label's file `path`, the colours and their pixel
             counts.

@@ -51,7 +51,7 @@ class Footprint:
         return Footprint(window, self.flip, (height, width))
 
     def pad(self, left: int, top: int, right: int, bottom: int) -> Footprint:
-        """Return the footprint after padding each side of the transformed image by this number of pixels."""
+        """Return the footprint after padding the transformed image by these numbers of pixels on its four sides."""
         return self.crop(-top, -left, self.size[0] + top + bottom, self.size[1] + left + right)
 
     def resize(self, size: tuple[int, int]) -> Footprint:
