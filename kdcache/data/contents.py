@@ -126,7 +126,7 @@ def read_contents(
 
 
 def place_key(data: str) -> str:
-    """Return 16 hex digits that identify the data set `data` without revealing its path: a hash of the absolute path."""
+    """Return 16 hex digits that identify the data set `data` without revealing its path: a hash of that path."""
     return hashlib.sha256(os.path.abspath(data).encode()).hexdigest()[:16]
 
 
