@@ -146,7 +146,9 @@ class Metrics:
 class ConfusionMatrix:
     """Counts of pixels by label (rows) and prediction (columns): `counts`, int64 (C, C).
 
-    Pixels labelled `ignore_index` do not count.
+    Args:
+        class_names: the names of the C classes.
+        ignore_index: the label of void pixels, which do not count.
     """
 
     def __init__(self, class_names: Sequence[str], ignore_index: int = 255) -> None:

@@ -90,6 +90,10 @@ class DepthMetrics:
     the shares of pixels with an error of less than a factor of 1.25, 1.25^2 and 1.25^3.
 
     Attributes:
+        rmse: root mean squared error.
+        abs_rel, sq_rel: the means of |error| and of the squared error, each divided by the true depth.
+        rmse_log: root mean square of the difference of the logarithms.
+        silog: 100 times the standard deviation of this difference. A constant factor in depth does not count.
         counted_images: number of images with a valid pixel.
         pixels: number of valid pixels in these images.
         images: the metrics of each of these images, or None. `==` and JSON leave them out.

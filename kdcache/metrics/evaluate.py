@@ -28,7 +28,8 @@ Progress = Callable[[int, int], None]
 class TaskMetrics:
     """The metrics of a model on a split, by task.
 
-    A task is None if the model does not predict it, or if the split has no labels for it.
+    Attributes:
+        segmentation, depth: None if the model does not predict this task, or if the split has no labels for it.
     """
 
     segmentation: Metrics | None = None
@@ -218,7 +219,9 @@ def _each(
 def check_tasks(model: SegmentationModel, split: Split, depth: DepthSettings | None = None) -> tuple[str, ...]:
     """Return the tasks to evaluate: those that the model predicts and the split has labels for.
 
-    Raises: DataError if there is none, or if `depth` is set but depth is not evaluated.
+    `depth` has settings for the depth labels that count, or None if the user gave none.
+
+    Raises: DataError if there is no such task, or if `depth` has settings but depth is not evaluated.
     """
     tasks, where = judged_tasks(model, split), f"{split.data}, split {split.split!r}"
     labels = f"labels of {', '.join(split.tasks)}" if split.tasks else "no labels"

@@ -79,7 +79,10 @@ class Evaluator(ABC, Generic[Of]):
 
     @abstractmethod
     def begin(self, model: SegmentationModel, split: Split, depth: DepthSettings | None) -> Accumulator:
-        """Return an empty accumulator for a model on a split. `depth` selects the depth labels that count."""
+        """Return an empty accumulator for a model on a split.
+
+        `depth` selects the depth labels that count. None takes the defaults.
+        """
 
     @abstractmethod
     def words(self, metrics: Of) -> str:

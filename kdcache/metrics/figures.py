@@ -105,7 +105,7 @@ def _make_plain(figure: "Figure") -> None:
 
 
 def dress(axes: "Axes", title: str, x: str = "", y: str = "") -> "Axes":
-    """Set the title and the axis labels of matplotlib axes. Return the axes.
+    """Set the title and the axis labels (`x`, `y`) of matplotlib axes. Return the axes.
 
     They get a light grid, and no frame at the top and right.
     """

@@ -76,9 +76,12 @@ def compare_names(origin: str, theirs: Sequence[str], ours: Sequence[str]) -> st
 
 
 def known_names(theirs: Sequence[str], unnamed: Sequence[str]) -> tuple[str, ...]:
-    """Return the class names stored with weights (`theirs`) if they name every class. Otherwise return `unnamed`.
+    """Return a name for each class: the name stored with weights, or else the name in `unnamed`.
 
-    A single stored name belongs to the second of two classes.
+    Args:
+        theirs: the stored names, or (). A single name belongs to the second of two classes. If there are more or fewer
+            names than classes, or if two would be equal, the result is `unnamed`.
+        unnamed: for each class, the name to use if the stored name only numbers it, such as LABEL_0.
     """
     theirs = _of_two(theirs, unnamed)
     named = [ours if _PLACEHOLDER.fullmatch(name) else name for name, ours in zip(theirs, unnamed, strict=False)]

@@ -80,7 +80,7 @@ def as_logits(model: SegmentationModel, outputs: str | None, classes: int | None
         model: the model to convert. It is returned unchanged if there is nothing to convert.
         outputs: what it returns: `probabilities` that sum to 1, `sigmoid` (a probability of each class alone), or
             `logits`. None is logits.
-        classes: 2 turns a single logit into the logits of two classes.
+        classes: 2 turns a single logit into the logits of two classes. Any other value changes nothing.
     Raises: ModelError for unknown `outputs`, and for a model without a segmentation head.
     """
     if outputs not in (None, *OUTPUTS):

@@ -79,7 +79,7 @@ class SegmentationModel(nn.Module):
     Attributes:
         spec: the model's spec, as `build_model` was given it.
         num_classes: the number of classes, or 0 without a segmentation head.
-        head_kinds: the heads: name -> kind.
+        head_kinds: the heads: name -> kind. The argument None gives a segmentation head only.
         untrained: the names of heads that still have random weights. They are not evaluated.
         stride: the native stride in pixels, rounded.
         align_corners: the flag of the heads' last bilinear resize.

@@ -39,7 +39,7 @@ def not_logits(model: SegmentationModel, size: tuple[int, int] | None = None) ->
     Args:
         model: the network. For an ensemble, its members are tested in turn. For a class-mapped model, the classes
             before the map are tested.
-        size: (H, W) of the images to try if the network does not take those of its `probe_size`.
+        size: (H, W) of the images to try if the network does not take those of its `probe_size`. None tries no others.
     """
     if isinstance(model, EnsembleModel):
         found = [not_logits(part, size) for part in model.parts]

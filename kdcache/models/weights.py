@@ -124,7 +124,7 @@ def read_metadata(path: str | Path) -> dict[str, str]:
 def save_weights(model: nn.Module, path: Path, metadata: dict[str, str] | None = None) -> None:
     """Write a module's state dict to a `.safetensors` file.
 
-    The header has the metadata (name -> text) and a digest of the tensors.
+    The header has a digest of the tensors, and `metadata` (name -> text) unless it is None.
     """
     # Copies: the format takes no two tensors that share memory, as tied weights do.
     state = {name: tensor.contiguous().clone() for name, tensor in model.state_dict().items()}

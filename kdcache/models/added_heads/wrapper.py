@@ -21,7 +21,7 @@ class Wrapper(SegmentationModel):
     Args:
         spec: the new model's spec.
         model: the wrapped model, which becomes the attribute `model`.
-        num_classes: the classes of the new model.
+        num_classes: the number of classes of the new model.
         head_kinds: the heads of the new model: name -> kind.
         classifier_keys: prefixes, in the state dict, of the layers whose output channels are the classes.
 

@@ -27,6 +27,10 @@ class HydraNet(PyramidNet, OwnDepth):
     """The network of `kdcache:hydra`, with a segmentation head and a depth head at stride 4.
 
     Taps: `stage1` (stride 4) to `stage4`, `depth` and `head`. The last two are the inputs of the heads' last layers.
+
+    Args:
+        spec: the model's spec, such as `kdcache:hydra`.
+        num_classes: the number of classes.
     """
 
     def __init__(self, spec: str, num_classes: int) -> None:

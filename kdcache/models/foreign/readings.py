@@ -25,7 +25,7 @@ class Universal(Reading):
     score is the sum over queries of the class's probability times the mask's probability at the position.
 
     Args:
-        task: the tokens (1, N) of the sentence that names the task. Only OneFormer reads them.
+        task: the tokens (1, N) of the sentence that names the task, for OneFormer. None for other networks.
     """
 
     def __init__(self, task: Tensor | None = None) -> None:
@@ -175,7 +175,7 @@ def reading_as(task: str, network: Any, sentence: Tensor | None = None) -> Readi
     Args:
         task: `semantic`, `depth`, `universal` or `features` (see `task_of`).
         network: the transformers model.
-        sentence: the tokens (1, N) of the sentence that names the task. Only OneFormer reads it.
+        sentence: the tokens (1, N) of the sentence that names the task, for OneFormer. None for other networks.
     Raises: ModelError for a OneFormer without `sentence`.
     """
     if task == "semantic":

@@ -37,7 +37,7 @@ SETTINGS = "pseudo-labels.json"
 class Rule:
     """The rule by which a pixel's prediction becomes a pseudo label.
 
-    Set exactly one of the two fields, between 0 and 1.
+    Set exactly one of the two fields, between 0 and 1. The other stays None.
 
     Attributes:
         threshold: the smallest probability that is kept.

@@ -173,6 +173,7 @@ def build_cache(
         progress: called with (records done, total records). Records of earlier calls count as done.
         worker: this process's part of a build that several processes share. Default: all of it.
         reuse: an earlier cache of the same teacher. Its targets are copied for views that render to the same pixels.
+            None copies nothing.
         engine: other processes that compute the shards. None computes them in this process.
     Raises: KDCacheError, the base class of all errors of kdcache.
     """
