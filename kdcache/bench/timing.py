@@ -74,7 +74,7 @@ def default_repeats(device: torch.device) -> int:
 
 
 def warm_up(step: Callable[[], Any], device: torch.device) -> None:
-    """Call a step 25 times on CUDA, else twice, so that everything is compiled, tuned and loaded before it is timed."""
+    """Call a step 25 times if `device` is CUDA, else twice, so that everything is compiled and loaded before timing."""
     for _ in range(CUDA_WARM_UPS if device.type == "cuda" else CPU_WARM_UPS):
         step()
     if device.type == "cuda":
@@ -103,7 +103,7 @@ def in_turn(steps: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, S
 
 
 def on_device(step: Callable[[], Any], repeats: int) -> Spread:
-    """Time a step on the current CUDA device with CUDA events, overwriting the L2 cache before each repeat.
+    """Time a step `repeats` times on the current CUDA device, with CUDA events. Overwrite the L2 cache each time.
 
     The step must be warmed up already.
     """
@@ -121,7 +121,7 @@ def on_device(step: Callable[[], Any], repeats: int) -> Spread:
 
 
 def on_host(step: Callable[[], Any], repeats: int) -> Spread:
-    """Measure how long the CPU takes to launch a step on the current CUDA device.
+    """Measure `repeats` times how long the CPU takes to launch a step on the current CUDA device.
 
     The step must be warmed up already.
     """
@@ -137,7 +137,7 @@ def on_host(step: Callable[[], Any], repeats: int) -> Spread:
 
 
 def as_graph(step: Callable[[], Any], repeats: int) -> Spread:
-    """Capture a step as a CUDA graph and time the graph, as `on_device` does.
+    """Capture a step as a CUDA graph and time it `repeats` times, as `on_device` does.
 
     Raises: RuntimeError if the step cannot be captured.
     """

@@ -176,7 +176,7 @@ def check_class_ids(labels: Tensor, num_classes: int, ignore_index: int) -> None
 
 
 def check_class_weight(class_weight: Tensor | None, num_classes: int, device: torch.device) -> None:
-    """Raise ShapeError unless class weights are (C,) floats on `device`. None as `class_weight` passes."""
+    """Raise ShapeError unless class weights are (num_classes,) floats on `device`. None as `class_weight` passes."""
     dtypes = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
     fix = "Pass one weight for each of the student's classes."
     check_tensor("class_weight", class_weight, (num_classes,), dtypes, device, fix)

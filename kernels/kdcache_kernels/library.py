@@ -195,7 +195,7 @@ def distill_gradient(family: str, *arguments: Any) -> Tensor:
 
 
 def direct_gradient(family: str, *arguments: Any) -> Tensor:
-    """Compute the same gradient as `distill_gradient` without PyTorch's operator registry, which is faster."""
+    """Compute `distill_gradient` from the same arguments without PyTorch's operator registry, which is faster."""
     problem = loss_problem(arguments)
     result = computed(problem, family)
     return scaled(result.gradient, torch.ones_like(result.loss), result.loss, problem.student.dtype)
@@ -218,7 +218,7 @@ def scale_gradient(gradient: Tensor, factor: Tensor, loss: Tensor, dtype: torch.
 
 
 def scaled(gradient: Tensor, factor: Tensor, loss: Tensor, dtype: torch.dtype) -> Tensor:
-    """Compute the same product as `scale_gradient` without PyTorch's operator registry, which is faster."""
+    """Compute `scale_gradient` from the same arguments without PyTorch's operator registry, which is faster."""
     if gradient.device.type != "cpu":
         result: Tensor = module_of("triton", "loss").scale_gradient(gradient, factor, loss, dtype)
         return result

@@ -351,8 +351,8 @@ def densify(
     -6e4 to 6e4. This is computed in float64 and rounded once, except for the sum of exponentials, whose relative error
     is 3e-7.
 
-    `values`, `indices` and `tail` are as in `PackedTarget`, and `num_classes` is C. Only float32 uses the fused
-    kernels. For another `dtype`, the reference computes.
+    `values`, `indices` and `tail` are as in `PackedTarget`, and `num_classes` is C. `impl` is as in `pack`. Only
+    float32 uses the fused kernels. For another `dtype`, the reference computes.
 
     Returns: (B, C, h, w) in `dtype`, contiguous for k < C.
     Raises: ShapeError, ValueRangeError naming the argument. A class id of C or more is an error on the CPU. On CUDA,

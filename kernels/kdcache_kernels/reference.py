@@ -108,7 +108,7 @@ class NanReachesAll(torch.autograd.Function):
 
     @staticmethod
     def forward(loss: Tensor, logits_BChw: Tensor) -> Tensor:
-        """Return a copy of the loss. Both arguments get a gradient in `backward`."""
+        """Return a copy of the loss. It and the logits from which it was computed get a gradient in `backward`."""
         return loss.clone()
 
     @staticmethod
@@ -246,6 +246,8 @@ def argmax_confidence_reference(
 ) -> tuple[Tensor, Tensor]:
     """Compute `kdcache_kernels.target_argmax_confidence` with PyTorch operations.
 
+    The arguments and the result are the same. There is no `impl`.
+
     Memory: O(C*H*W), because it computes one image at a time.
     """
     shape = (target.batch_size, *size)
@@ -287,7 +289,8 @@ def kl_pixels(
 def ce_weight_sum(labels_BHW: Tensor, class_weight: Tensor | None, ignore_index: int, num_classes: int) -> Tensor:
     """Return the denominator of CE, 0-dimensional: the sum of the class weights of all labelled pixels.
 
-    Without class weights, it is the number of labelled pixels. Class ids out of range do not count.
+    Without class weights, it is the number of labelled pixels. `ignore_index` is the label of pixels that do not count.
+    Class ids outside 0 to num_classes - 1 do not count either.
     """
     counted_BHW = (labels_BHW != ignore_index) & (labels_BHW >= 0) & (labels_BHW < num_classes)
     if class_weight is None:

@@ -115,7 +115,10 @@ def densify(
     num_classes: int,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Compute `kdcache_kernels.densify` with PyTorch operations on any device. The result has the floating `dtype`."""
+    """Compute `kdcache_kernels.densify` with PyTorch operations on any device.
+
+    The arguments and the result are the same. There is no `impl`.
+    """
     check_packed(values, indices, tail, num_classes)
     values = values.to(dtype)
     if indices is None or tail is None:
@@ -190,7 +193,10 @@ def check_view_size(view_size: tuple[int, int]) -> None:
 
 
 def check_device(name: str, tensor: Tensor) -> None:
-    """Raise ShapeError for a tensor on a device without float64, such as MPS. Every implementation needs float64."""
+    """Raise ShapeError for a tensor on a device without float64, such as MPS. Every implementation needs float64.
+
+    `name` is the argument's name in the message.
+    """
     if tensor.device.type in NO_FLOAT64:
         raise ShapeError(
             f"Invalid {name}: {describe(tensor)}, a device without float64",

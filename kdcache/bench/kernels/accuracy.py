@@ -145,7 +145,7 @@ class Judged:
 
 
 def check(settings: CheckSettings) -> Iterator[Judged]:
-    """Compare loss and gradient with the float64 oracle at every point, and yield each result when it is ready.
+    """Compare loss and gradient with the float64 oracle at every point of the settings. Yield each result when ready.
 
     Raises: ValueRangeError for an implementation that cannot run on the device.
     """
@@ -194,7 +194,7 @@ def _judge(point: Point, device: torch.device, impl: str) -> Judged:
 def launch(point: Point, device: torch.device) -> None:
     """Compute loss and gradient at a point with `impl="auto"`, without reading the results.
 
-    This launches the same kernels as `check` does at that point, for example to compile them.
+    This launches the same kernels as `check` does at that point on `device`, for example to compile them.
     """
     student, arguments = draw(point, device)
     _compute(point, student.to(DTYPES[point.dtype]), arguments, "auto", 1.0)

@@ -119,7 +119,7 @@ def make_inputs(case: Case, device: torch.device) -> Inputs:
 def draw_labels(shape: Shape, generator: torch.Generator) -> Tensor:
     """Draw random labels in which each class fills smooth blobs of pixels. Return (B, H, W) int64.
 
-    A tenth of the pixels is void (`shape.ignore_index`).
+    A tenth of the pixels is void (`shape.ignore_index`). `generator` is the source of the random numbers.
     """
     H, W = shape.size
     rarity_C11 = RARITY * torch.randn(shape.num_classes, 1, 1, generator=generator)

@@ -47,7 +47,7 @@ class Targets(NamedTuple):
     ignore_index: int
 
     def image(self, index: int) -> "Targets":
-        """Return the targets of one image of the batch, with the counts of the whole batch.
+        """Return the targets of the batch's image number `index`, with the counts of the whole batch.
 
         The losses of all images then add up to the loss of the batch.
         """
@@ -77,7 +77,7 @@ def targets_of(case: Case, inputs: Inputs) -> Targets:
 
 
 def our_loss(case: Case, inputs: Inputs, impl: str) -> Tensor:
-    """Return CE + T^2 * KL from `kdcache_kernels.distill_loss`, 0-dimensional and differentiable.
+    """Return CE + T^2 * KL of a case's inputs from `kdcache_kernels.distill_loss`, 0-dimensional and differentiable.
 
     If the case's kind has a threshold, the KL leaves out pixels where the teacher's confidence is lower. `impl` is the
     implementation, such as "auto".
@@ -104,10 +104,10 @@ def our_loss(case: Case, inputs: Inputs, impl: str) -> Tensor:
 
 
 def eager_loss(student_BChw: Tensor, targets: Targets) -> Tensor:
-    """Return CE + T^2 * KL in eager PyTorch, the rival of `our_loss` with the same value.
+    """Return CE + T^2 * KL of the student's logits in eager PyTorch, the rival of `our_loss` with the same value.
 
-    CE counts labelled pixels. KL multiplies each pixel by the mask, and leaves out pixels below the confidence
-    threshold.
+    CE counts labelled pixels. KL multiplies each pixel by the mask of `targets`, and leaves out pixels below their
+    confidence threshold.
     """
     T, size = targets.temperature, targets.labels.shape[1:]
     teacher_BChw = targets.teacher if T == 1 else targets.teacher / T
@@ -137,7 +137,7 @@ def eager_loss(student_BChw: Tensor, targets: Targets) -> Tensor:
 
 
 def our_relations(case: Case, inputs: Inputs, impl: str) -> Tensor:
-    """Return the relation loss from `kdcache_kernels.relation_loss`, 0-dimensional and differentiable.
+    """Return the relation loss of a case's inputs from `kdcache_kernels.relation_loss`, 0-dimensional, differentiable.
 
     A top-k target is first converted to logits of all classes, as in a training. `impl` is the implementation, such as
     "auto".
@@ -167,11 +167,11 @@ def _on_cells(student_BChw: Tensor, targets: Targets) -> tuple[Tensor, Tensor]:
 
 
 def eager_relations(student_BChw: Tensor, targets: Targets) -> Tensor:
-    """Return the relation loss in eager PyTorch, the rival of `our_relations` with the same value and gradient.
+    """Return the relation loss of the student's logits in eager PyTorch, the rival of `our_relations`.
 
-    It is T^2 * (inter + intra), with correlations of student and teacher probabilities. inter is the mean over the
-    target's cells of 1 - the correlation over the classes. intra is the mean over the classes of 1 - the correlation
-    over the cells. The mask weights the cells in both.
+    Value and gradient are the same. The loss is T^2 * (inter + intra), with correlations of student and teacher
+    probabilities. inter is the mean over the target's cells of 1 - the correlation over the classes. intra is the mean
+    over the classes of 1 - the correlation over the cells. The mask of `targets` weights the cells in both.
     """
     T, weight_B1hw = targets.temperature, targets.mask[:, None]
     p_BChw, q_BChw = (F.softmax(x, 1) for x in _on_cells(student_BChw, targets))

@@ -65,7 +65,7 @@ class Contestant:
 def ours(case: Case, inputs: Inputs, impl: str) -> Contestant:
     """Return the contestant that computes a case with kdcache's public loss function, as a training does.
 
-    `impl` is the implementation, such as "auto" or "triton".
+    `inputs` are the case's tensors. `impl` is the implementation, such as "auto" or "triton".
     """
     loss_of_case = loss_of(case).ours
 
@@ -178,8 +178,8 @@ RIVALS: dict[str, Callable[[Case, Inputs], Contestant]] = {
 def prepare(name: str, case: Case, inputs: Inputs, impl: str) -> Contestant:
     """Return the contestant called `name` for a case, ready to run.
 
-    `name` is "kdcache" or a name of RIVALS, such as "eager". `impl` is the implementation of kdcache's loss, such as
-    "auto".
+    `name` is "kdcache" or a name of RIVALS, such as "eager". `inputs` are the case's tensors. `impl` is the
+    implementation of kdcache's loss, such as "auto".
 
     Raises: UnavailableError if a rival cannot run on this machine.
     """

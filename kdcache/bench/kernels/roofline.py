@@ -107,8 +107,8 @@ def least_work(case: Case) -> Work:
 def fractions(work: Work, ceilings: Ceilings, milliseconds: float) -> dict[str, float]:
     """Return the least possible time for bytes, exponentials and instructions, each divided by the measured time.
 
-    The keys are "bytes", "sfu" (exponentials) and "issue" (instructions). 1 means that the measured time is the least
-    possible.
+    `work` has the three numbers, `ceilings` has the GPU's speeds, and `milliseconds` is the measured time. The keys are
+    "bytes", "sfu" (exponentials) and "issue" (instructions). 1 means that the measured time is the least possible.
     """
     floors = {
         "bytes": work.bytes / ceilings.copy_bytes,

@@ -26,7 +26,7 @@ class Kind:
 
     Attributes:
         about: a line for the help text of the command.
-        loss: a key of `losses.LOSSES`: "distill" (CE + KL) or "dist" (relations).
+        loss: a key of `losses.LOSSES`: "distill" (CE + KL) or "dist" (the relation loss).
         trained: True uses class weights in CE, and counts void pixels also in KL. False uses no class weights, and
             counts only labelled pixels in both terms.
         drawn: True for a random window and flip per image, as with `--augment warp`. False for whole views.

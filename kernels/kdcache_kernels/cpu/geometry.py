@@ -33,7 +33,7 @@ SCRATCH_FLOATS = 96 * 1024
 
 
 class Taps(NamedTuple):
-    """An interpolation table: the two neighbouring logits of each position on an axis, with their bilinear weights.
+    """A neighbour table: the two neighbouring logits of each position on an axis, with their bilinear weights.
 
     It is not a tap of a model's layer. With logits x along the axis, a position has the value (1 - fraction) * x[low] +
     fraction * x[low + 1].
@@ -73,8 +73,9 @@ class Plan(NamedTuple):
     """The tables of positions that one call of the CPU loss needs, for one of the two kernels.
 
     There are two layouts: by cells, for the kernel `cells.cells`, and by pixels, for the kernel `pixels.pixels`. Both
-    cut a row of label pixels into tiles. By cells, a tile has four phases, each with every fourth label column. By
-    pixels, a tile has one phase. Bt is B, or 1 if all images share an array. For the student's arrays, Bt is always 1.
+    cut a row of label pixels into tiles. By cells, a tile has four phases, each with every fourth of its label columns.
+    By pixels, a tile has one phase. Bt is B, or 1 if all images share an array. For the student's arrays, Bt is always
+    1.
 
     Attributes:
         student_rows, student_columns: `Taps` (H,) and (W,), neighbours of label rows and columns in the student's

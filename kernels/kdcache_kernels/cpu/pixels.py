@@ -133,9 +133,9 @@ def pixels(
             repeated.
         ids, weight, gate: (B, H, tiles, 1, n) class ids and pixel weights in CE and in KL, from `prepare.count_pixels`.
         spread: (B, H, tiles, 1, n), each class's share of a smoothed label, or empty without label smoothing.
-        taps: (index, fraction) of the student, (tiles, n) each, then of the target, (Bt, tiles, n) each. index is the
-            logit to the left of a label column, and fraction the weight of the logit to its right. Bt is B, or 1 if all
-            images share them.
+        taps: neighbour tables of the label columns: (index, fraction) of the student, (tiles, n) each, then of the
+            target, (Bt, tiles, n) each. index is the logit to the left of a label column, and fraction the weight of
+            the logit to its right. Bt is B, or 1 if all images share them.
         wide: whether to subtract each label pixel's own maximum over the classes. Logits of a wide range need it,
             because all exponentials of a pixel would otherwise become 0.
     """

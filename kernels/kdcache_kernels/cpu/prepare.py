@@ -112,9 +112,9 @@ def count_pixels(
 ):  # fmt: skip
     """Write the class id and the weights of every label pixel of a range of label rows, and count the denominators.
 
-    The rows are `first` to `last` - 1, and row y of image b has the number b * H + y. Results are stored tile by tile,
-    in P phases of n entries: entry k of phase p of a tile is column P * (tile * pitch + k) + p - offset. Entries with k
-    >= pitch, or without such a column, get 0.
+    The rows are `first` to `last` - 1, and row y of image b has the number b * H + y. Results are stored tile by tile
+    (a tile is a part of a label row), in P phases of n entries. Entry k of phase p of a tile is column P * (tile *
+    pitch + k) + p - offset. Entries with k >= pitch, or without such a column, get 0.
 
     Shapes and units:
         labels: (B, H, W) of any integer dtype, or (0, 0, 0) without labels.

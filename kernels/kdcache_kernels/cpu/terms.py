@@ -14,7 +14,7 @@ _LN2 = _f(LN2)
 
 @njit(**OPTIONS)
 def any_counts(weight_Pn):
-    """Return True if any of the (P, n) pixel weights is not 0. NaN counts as nonzero."""
+    """Return True if any of the (P, n) weights is not 0, one for each pixel of P phases. NaN counts as nonzero."""
     for p in range(weight_Pn.shape[0]):
         for k in range(weight_Pn.shape[1]):
             if weight_Pn[p, k] != 0:
@@ -29,18 +29,22 @@ def pixel_terms(
     """Add the CE and KL of a row of label pixels to `loss`, and compute the factors of their gradient.
 
     The gradient by the logit of a class is slope_1 * e_1 + slope_T * e_T - slope_v * v, minus `hot` if the class is the
-    pixel's label. e_1 and e_T are the student's exponentials at T = 1 and at T, and v is the target's at T. TILE is the
-    most pixels of a phase.
+    pixel's label. e_1 and e_T are the student's exponentials at T = 1 and at T, and v is the target's at T.
+
+    The pixels are a tile of a label row: P phases of n pixels, stored one after the other. P is 4 with n up to TILE, or
+    1 with n up to 4 * TILE. An array without a shape has 4 * TILE float32 entries. Its entry p * TILE + k is for pixel
+    k of phase p.
 
     Shapes and units:
-        n: pixels of each of the P phases. Arrays without a shape are float32 with P rows of TILE entries, flattened.
+        n: pixels of each phase.
         sum_1, sum_T, sum_v: sums of e_1, e_T and v over the classes.
         cross: sum over classes of v * (target - student), with logits times log2(e) / T.
         own: log2 of e_1 for the pixel's label.
         weight_Pn, gate_Pn: (P, n) weights in CE and in KL, 0 if the term does not count the pixel.
         ce_factor, kl_factor: factors of the terms in the gradient.
         slope_1, slope_T, slope_v, hot: results, one number per pixel.
-        loss: (8 * TILE,) float64. CE in bits is added to the first half, KL to the second.
+        loss: (8 * TILE,) float64. Each pixel's CE in bits is added to the first half, its KL to the second. Both halves
+            have the order of the other arrays.
     """
     for p in range(weight_Pn.shape[0]):
         start = p * TILE
@@ -60,10 +64,10 @@ def smoothing_terms(n, sum_1, mix, total_weight, spread_Pn, ce_factor, slope_1, 
     """Add the part of label smoothing to the cross-entropy of a row of label pixels and to its gradient's factors.
 
     The part is the sum over all classes of spread * class weight * the cross-entropy with that class. Call it after
-    `pixel_terms`. TILE is the most pixels of a phase.
+    `pixel_terms`, which says how arrays without a shape are stored.
 
     Shapes and units:
-        n: pixels of each of the P phases. Arrays without a shape are float32 with P rows of TILE entries, flattened.
+        n: pixels of each of the P phases.
         sum_1: sum over the classes of the student's exponentials at T = 1.
         mix: sum over the classes of class weight * log2 of the same exponential.
         total_weight: sum of the class weights.
@@ -87,11 +91,11 @@ def focal_terms(n, sum_1, own, weight_Pn, gamma, slope_1, hot, loss):
     """Turn the cross-entropy of `pixel_terms` into the focal loss: multiply it by (1 - p)**gamma.
 
     p is the probability of the pixel's label. The factors of the gradient, `slope_1` and `hot`, are multiplied by (1 -
-    p)**gamma - gamma * (1 - p)**(gamma - 1) * p * log(p). Call it after `pixel_terms`. TILE is the most pixels of a
-    phase.
+    p)**gamma - gamma * (1 - p)**(gamma - 1) * p * log(p). Call it after `pixel_terms`, which says how arrays without a
+    shape are stored.
 
     Shapes and units:
-        n: pixels of each of the P phases. Arrays without a shape are float32 with P rows of TILE entries, flattened.
+        n: pixels of each of the P phases.
         sum_1: sum over the classes of the student's exponentials at T = 1.
         own: log2 of the exponential of the pixel's label.
         weight_Pn: (P, n) weight in CE, 0 if not counted.

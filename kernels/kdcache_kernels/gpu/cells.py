@@ -117,7 +117,7 @@ def cells_kernel(
         gradient_ptr: (B, C, h, w), except the rows of logits where strips meet. None computes no gradient.
         edges_ptr: (B, strips, planes, C, w) float32, what a strip adds to these rows. Plane 0 is for the row above the
             strip, the others are for the row below. There are 2 planes, or 4 if S is 8.
-        partials_ptr: (P, 2) float64. Row first_partial + program gets the program's sums of CE and KL in nats.
+        partials_ptr: `Buffers.partials`. Row first_partial + program gets the program's sums of CE and KL in nats.
     """
     take_turn(DEPENDENT)
     ROWS: tl.constexpr = 2 if S == 8 else S
@@ -312,7 +312,8 @@ class Seams(NamedTuple):
     Attributes:
         strips: strips per image.
         rows: rows of cells per strip.
-        groups: into how many groups the kernel divides the pixel rows of a cell: 4 at stride 8, else 1.
+        groups: into how many groups of pixel rows `cells_kernel` divides a cell: 4 at stride 8, else 1. The layout of
+            its `edges_ptr` depends on this number.
     """
 
     strips: int
@@ -332,7 +333,7 @@ def _groups(stride: int) -> int:
 
 
 def needs(problem: LossProblem, stride: int, tiling: Tiling) -> Needs:
-    """Return the number of programs and the scratch memory that `launch` needs.
+    """Return the number of programs and the scratch memory that `launch` needs for the same problem, stride and tiling.
 
     The scratch has 8 bytes per image, class, strip and column of logits, or 16 bytes at stride 8.
     """
@@ -342,7 +343,10 @@ def needs(problem: LossProblem, stride: int, tiling: Tiling) -> Needs:
 
 
 def seams(problem: LossProblem, stride: int, tiling: Tiling) -> Seams:
-    """Return how `launch` cuts the images into strips, for `loss.add_up` to complete the gradient where strips meet."""
+    """Return how `launch` cuts the images into strips, for `loss.add_up` to complete the gradient where strips meet.
+
+    The arguments are as in `launch`.
+    """
     return Seams(_cut(problem, tiling)[0], tiling.rows, _groups(stride))
 
 

@@ -87,7 +87,7 @@ class Pixels(NamedTuple):
     Triton compiles a separate variant of a kernel for each combination of fields that are None.
 
     Attributes:
-        labels: (B, H, W) class ids, or None.
+        labels: (B, H, W) class ids, or None without labels.
         gate, label_gate: (B, H, W) weights of pixels in KL and in CE, or None for ones.
         label_strides, gate_strides, label_gate_strides: (batch, row, column) strides of these tensors in elements, or
             None if the kernel takes the strides as separate arguments.
@@ -133,8 +133,8 @@ class Buffers(NamedTuple):
     """The memory that the loss kernels of one call share.
 
     Attributes:
-        partials: (P, 2) float64, the sums of weighted CE and KL of each program in nats. P is the number of programs of
-            all kernels.
+        partials: (programs, 2) float64, the sums of weighted CE and KL of each program in nats. It has a row for each
+            program of all kernels.
         scratch: float32 scratch that the kernels use one after the other, as large as the largest need. Empty if no
             gradient is computed.
         first: the first row of `partials` that belongs to the current kernel.
@@ -174,13 +174,15 @@ def load_label_factors(pixels, factors_ptr):
 def label_terms(pixels, label_factors, ce_weight, label_gate, log_sum, own, mix):
     """Return the weighted cross-entropy of a block of label pixels in bits, and the factors of its gradient.
 
-    The gradient by the logit of class c is scale * probability[c] - class_weight[c] * (even + pull) if c is the label.
-    For another class, leave out pull.
+    In nats, the gradient of this cross-entropy by the logit of class c is scale * p[c] - weight[c] * (even + pull) if c
+    is the pixel's label. For another class, leave out pull. p[c] is the probability of class c, and weight[c] its class
+    weight.
 
     Shapes and units:
         pixels: `Pixels`, for the settings of CE.
         label_factors: (kept, part, parts, gamma) from `load_label_factors`.
-        ce_weight, label_gate: class weight and CE weight of each pixel, from `load_pixel`.
+        ce_weight: class weight of each pixel's label. label_gate: each pixel's own weight in CE. Both are from
+            `load_pixel`, and label_gate is 0 for a pixel without a label.
         log_sum: log2 of the sum over classes of 2^x. x is a class's logit at T = 1 times log2(e), minus any number that
             the pixel's classes share.
         own: x of the pixel's label.
@@ -223,9 +225,9 @@ def load_pixel(pixels, label_ptrs, label_gate_ptrs, gate_ptrs, exists, in_view):
         in_view: bool block, whether the pixel's centre lies in the target's view.
     Returns: (label, ce_weight, label_gate, kl_weight, ce_counted, kl_counted), a block each.
         label: int32, the class id, or 0 if the pixel is not labelled or its id is out of range.
-        ce_weight: float32, class weight of a labelled pixel, else 0. NaN if the id is out of range.
-        label_gate: float32, CE weight of a labelled pixel, else 0.
-        kl_weight: float32, KL weight of a pixel that KL counts, else 0.
+        ce_weight: float32, class weight of the label, or 0 if the pixel is not labelled. NaN if the id is out of range.
+        label_gate: float32, the pixel's own weight in CE if it is labelled, else 0.
+        kl_weight: float32, the pixel's weight in KL if KL counts it, else 0.
         ce_counted, kl_counted: bool, whether each term counts the pixel, even with a weight of 0.
     """
     label = tl.zeros(exists.shape, tl.int32)
@@ -263,7 +265,10 @@ def load_pixel(pixels, label_ptrs, label_gate_ptrs, gate_ptrs, exists, in_view):
 
 @triton.jit
 def sum_pairs(pairs_ptr, num_pairs, BLOCK: tl.constexpr):
-    """Return the sums of both columns (CE and KL) of a (num_pairs, 2) float64 tensor, reading BLOCK rows at a time."""
+    """Return the sums of both columns (CE and KL) of a (num_pairs, 2) float64 tensor, reading BLOCK rows at a time.
+
+    `pairs_ptr` points to the tensor.
+    """
     ce = tl.zeros((BLOCK,), tl.float64)
     kl = tl.zeros((BLOCK,), tl.float64)
     for start in range(0, num_pairs, BLOCK):
@@ -351,9 +356,9 @@ def register_limit(default: int) -> int:
 
 
 def multiprocessors(device: torch.device) -> int:
-    """Return the number of multiprocessors of the GPU.
+    """Return the number of multiprocessors of a GPU.
 
-    For the CPU (Triton's interpreter), return 132, the number of an H200.
+    If `device` is the CPU (Triton's interpreter), return 132, the number of an H200.
     """
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
@@ -367,10 +372,11 @@ def integer_power(temperature: float) -> int:
 
 
 def strides_of(problem: LossProblem) -> tuple[int, ...]:
-    """Return the (batch, row, column) strides of the labels, the CE pixel weights and the KL pixel weights in elements.
+    """Return the strides of a problem's labels, weights of pixels in CE, and weights of pixels in KL, in elements.
 
-    The result is nine numbers, 0 for a tensor that is None. Pass them to a kernel one by one. For strides in a tuple,
-    Triton would compile a variant of the kernel for each choice of strides that are multiples of 16.
+    The result is nine numbers: batch, row and column of each tensor, or 0 for a tensor that is None. Pass them to a
+    kernel one by one. For strides in a tuple, Triton would compile a variant of the kernel for each choice of strides
+    that are multiples of 16.
     """
     tensors = (problem.labels, problem.ce_pixel_weight, problem.pixel_weight)
     return tuple(stride for tensor in tensors for stride in ((0, 0, 0) if tensor is None else tensor.stride()))
@@ -382,7 +388,8 @@ def label_pixels(
 ) -> Pixels:  # fmt: skip
     """Return the `Pixels` of a batch's labels, without pixel weights, label smoothing and focal loss.
 
-    Args are as in `LossProblem`. Without labels, DISTILL_VOID of the result is always True.
+    `num_classes` is C. The other arguments are as in `LossProblem`. Without labels, DISTILL_VOID of the result is
+    always True.
     """
     return Pixels(
         labels=labels,

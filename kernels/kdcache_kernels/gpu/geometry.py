@@ -24,7 +24,7 @@ ALIGNED = tl.constexpr(1e-9)
 
 
 class Taps(NamedTuple):
-    """An interpolation table for one axis: the two neighbouring logits of each pixel, with their bilinear weights.
+    """A neighbour table for one axis: the two neighbouring logits of each pixel, with their bilinear weights.
 
     It is not a tap of a model's layer. The tensors have shape (B, N) for N rows or columns of pixels, or (1, N) or (N,)
     if all images share the table. In kernels they are pointers. In an image with logits x along the axis, pixel n has
@@ -78,7 +78,7 @@ def target_tables(tables_ptr, H, W, target_batch):
 def tables_size(H: int, W: int, target_batch: int) -> int:
     """Return the number of int32 elements of all neighbour tables of H label rows and W label columns.
 
-    `target_batch` is the number of images with their own tables of the target, 0 without KL.
+    `target_batch` is the number of images with their own neighbour tables of the target, 0 without KL.
     """
     return 3 * (H + W) * (1 + target_batch)
 
@@ -144,10 +144,10 @@ def store_taps(
     taps, first, size, view, cells, view_start, view_end, flip,
     HAS_WINDOW: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Write the neighbours of `size` label pixels along one axis to the tables `taps`, beginning with entry `first`.
+    """Write the neighbours of `size` label pixels along one axis to a neighbour table, beginning with entry `first`.
 
     Shapes and units:
-        taps: `Taps` of pointers.
+        taps: the table, a `Taps` of pointers.
         view: pixels of the view along the axis. cells: logits that cover the view along the axis.
         view_start, view_end: edges of the window in pixels of the view, read only with HAS_WINDOW.
         flip: whether to mirror the axis.
@@ -296,8 +296,8 @@ def geometry_kernel(
         class_weight_ptr: (num_classes,) floats, or None for ones.
         H, W, h, w, ht, wt, view_height, view_width: sizes of labels, student's logits, target's logits and view.
         temperature, smoothing, gamma: T, the share of label smoothing, and the exponent of the focal loss, 0 without.
-        target_batch: images with their own tables of the target. pixel_count: B * H * W, KL's denominator without
-            COUNTS_KL.
+        target_batch: images with their own neighbour tables of the target.
+        pixel_count: B * H * W, KL's denominator without COUNTS_KL.
         USE_CE, USE_KL: which terms to compute. COUNTS_CE, COUNTS_KL: which denominators come from counts_ptr.
         STUDENT_ALIGN, TARGET_ALIGN: whether each resize aligns corners. BLOCK: entries that are read or written at a
             time.

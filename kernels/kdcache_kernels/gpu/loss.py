@@ -79,8 +79,8 @@ def totals_kernel(
         ce_weight_ptr, kl_weight_ptr: one float each. loss_ptr, ce_ptr, kl_ptr: one float32 result each.
         edges_ptr: the shares that `cells_kernel` left, or None if there are no strips. gradient_ptr: (B, C, h, w),
             completed.
-        strips, rows, GROUPS: as in `cells.Seams`. BLOCK: partial sums that are read at a time. DEPENDENT: see
-            `take_turn`.
+        num_classes: C. strips, rows, GROUPS: as in `cells.Seams`. BLOCK: partial sums that are read at a time.
+            DEPENDENT: see `take_turn`.
     """
     take_turn(DEPENDENT)
     if tl.program_id(0) > 0:
@@ -135,7 +135,10 @@ def distill_loss(problem: LossProblem) -> LossResult:
 
 
 def check_offsets(problem: LossProblem) -> None:
-    """Raise ShapeError if one image of a tensor spans 2^31 elements or more. The kernels count elements in 32 bits."""
+    """Raise ShapeError if one image of a problem's logits, labels or pixel weights spans 2^31 elements or more.
+
+    The kernels count elements in 32 bits.
+    """
     h, w = problem.student.shape[2:]
     target = (0, 0) if problem.target is None else problem.target.values.shape[2:]
     num_classes = problem.student.shape[1]
@@ -188,9 +191,9 @@ def _launch_all(problem: LossProblem, gradient: Tensor | None) -> tuple[Tensor, 
 
 
 def make_buffers(problem: LossProblem, *needs: Needs) -> Buffers:
-    """Return the `Buffers` of one call: partial sums for the programs of all kernels, and scratch for the largest need.
+    """Return the `Buffers` for one loss: partial sums of all kernels' programs, and scratch for the largest need.
 
-    `needs` has one `Needs` per kernel.
+    `needs` has one `Needs` per kernel. If `problem` does not need a gradient, the scratch is empty.
     """
     device = problem.student.device
     partials = torch.empty((sum(need.programs for need in needs), 2), dtype=torch.float64, device=device)

@@ -157,7 +157,7 @@ def pixels_kernel(
         BLOCK_N, BLOCK_C: pixels of a block, and classes that are read at a time.
     Results:
         gradient_ptr: (B, C, h, w), or None for no gradient.
-        partials_ptr: (P, 2) float64. Row first_partial + program gets the program's sums of CE and KL in nats.
+        partials_ptr: `Buffers.partials`. Row first_partial + program gets the program's sums of CE and KL in nats.
     """
     take_turn(DEPENDENT)
     pid = tl.program_id(0)
@@ -288,7 +288,7 @@ def _blocks(problem: LossProblem, tiling: Tiling) -> tuple[int, int]:
 
 
 def needs(problem: LossProblem, tiling: Tiling) -> Needs:
-    """Return the number of programs of `launch`. It needs no scratch memory."""
+    """Return the number of programs of `launch` for the same problem and tiling. It needs no scratch memory."""
     return Needs(min(_blocks(problem, tiling)[1], tiling.programs))
 
 

@@ -234,8 +234,8 @@ def prepare_kernel(
         window_ptr: (B, 4) float64 edges in pixels of the view, or None for the whole view. flip_ptr: (B,) uint8, or
             None.
         plane, target_plane: h * w and ht * wt. H, W: label size. view_height, view_width: size of the view in pixels.
-        student_blocks, target_blocks, count_blocks: programs per image that read the student, read the target, and
-            count.
+        student_blocks, target_blocks, count_blocks: how many programs of an image read the student, read the target,
+            and count, in this order.
         student_limit, target_limit: the largest magnitude of a usable logit. scale: log2(e) / T. stretch: 1 / min(T,
             1).
         FLAT: whether rows of the student's logits follow each other without a gap. DEPENDENT: see `take_turn`.
@@ -243,8 +243,9 @@ def prepare_kernel(
     Results:
         student_out_ptr, student_lost_ptr, target_out_ptr, target_lost_ptr, mix_ptr: the fields of `Prepared`.
             target_out_ptr is None if the target is read in place.
-        ranges_ptr: (B, programs) float32. Of a program's positions, the largest difference between the maximum and the
-            minimum over the classes, times stretch.
+        ranges_ptr: (B, student_blocks + target_blocks) float32, one number per program that reads logits. At each
+            position, the maximum minus the minimum over the classes is a range. The number is the largest range of the
+            program's positions, times stretch.
         counts_ptr: (B, count_blocks, 2) float64, from `count_block`.
     """
     take_turn(DEPENDENT)

@@ -21,9 +21,10 @@ class Prepared:
         target, target_lost: (B, C, ht, wt) and (B, ht, wt), the same for the target. One element each without KL.
         target_scale: log2(e) / T if `target` holds packed float16 logits, which kernels must multiply by it. Otherwise
             None.
-        tables: int32, the neighbouring logits of each label row and column. Read it with `geometry.student_tables` and
+        tables: int32, the neighbour tables of the label rows and columns. Read it with `geometry.student_tables` and
             `geometry.target_tables`.
-        target_batch: how many images have their own target tables: B with a window or a flip, else 1, and 0 without KL.
+        target_batch: how many images have their own neighbour tables of the target. It is B with a window or a flip,
+            else 1, and 0 without KL.
         route: (B, 4) int32. Element 0 is 1 if the fast kernel (`cells` or `pixels`) computes the image, 0 if `tiles`
             does. With 1 and KL, the others are row, column and flip. Student logit (i, j) then meets target logit (row
             + i, column + j). If flip is 1, it meets (row + i, column + w - 1 - j). Both are clamped to the map.

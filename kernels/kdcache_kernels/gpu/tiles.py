@@ -98,7 +98,7 @@ def tiles_kernel(
             `Tiling`. DEPENDENT: see `take_turn`.
     Results:
         gradient_ptr: (B, C, h, w), or None for no gradient.
-        partials_ptr: (P, 2) float64. Row first_partial + program gets the program's sums of CE and KL in nats.
+        partials_ptr: `Buffers.partials`. Row first_partial + program gets the program's sums of CE and KL in nats.
     """
     take_turn(DEPENDENT)
     HAS_GRADIENT: tl.constexpr = gradient_ptr is not None
@@ -313,7 +313,7 @@ def _scratch_size(problem: LossProblem, tiling: Tiling) -> int:
 
 
 def needs(problem: LossProblem, tiling: Tiling) -> Needs:
-    """Return the number of programs and the scratch memory that `launch` needs."""
+    """Return the number of programs and the scratch memory that `launch` needs for the same problem and tiling."""
     programs = min(_blocks(problem, tiling)[1], tiling.programs)
     return Needs(programs, programs * _scratch_size(problem, tiling))
 

@@ -76,7 +76,7 @@ class Grid(NamedTuple):
 
     @property
     def arguments(self) -> tuple[Array | bool, ...]:
-        """Return the row tables, the column tables and `moved` as one flat tuple.
+        """Return the neighbour tables of rows and of columns and `moved` as one flat tuple.
 
         numba is slow to find the type of a nested tuple.
         """
@@ -123,7 +123,8 @@ def sample_row(c, upper, lower, down, left, following, right, limit, n, line, la
     Shapes and units:
         upper, lower: the float32 rows above and below the cells' centres.
         down: weight of `lower`, 0 to 1.
-        left, following, right: (n,) columns to the left and right of each cell's centre, and the right column's weight.
+        left, following: (n,) the columns to the left and to the right of each cell's centre.
+        right: (n,) weight of the column `following`, 0 to 1.
         limit: the largest magnitude of a usable logit.
         line: (C, TILE) float32 result.
         largest: (TILE,) float32, raised to the logit where the logit is larger.
@@ -150,7 +151,8 @@ def read_tile(b, i, start, n, logits, above, below, down, left, following, right
         logits: (B, C, rows, columns) float32 logit map.
         above, below, down: (Bt, h) the map's rows above and below each row of cells, and the weight of the row below.
             Bt is B, or 1 if all images share them.
-        left, following, right: (Bt, w) columns to the left and right of each cell, and the right column's weight.
+        left, following: (Bt, w) the columns to the left and to the right of each cell's centre.
+        right: (Bt, w) weight of the column `following`, 0 to 1.
         limit: the largest magnitude of a usable logit.
         line: (C, TILE) result, the logits.
         largest: (TILE,) result, raised to each cell's largest logit.
@@ -253,7 +255,8 @@ def gather_cells(first, last, cells, above, below, down, left, following, right,
         cells: (B, C, h, w) float32, the gradient by the resized logits.
         above, below, down: (1, h) the student's rows above and below each row of cells, and the weight of the row
             below.
-        left, following, right: (1, w) columns to the left and right of each cell, and the right column's weight.
+        left, following: (1, w) the columns to the left and to the right of each cell's centre.
+        right: (1, w) weight of the column `following`, 0 to 1.
         gradient: (B, C, hs, ws) float32 result, in the size of the student's logits.
     """
     _, C, h, w = cells.shape
@@ -296,14 +299,18 @@ def weigh_cells(problem: RelationProblem) -> tuple[Array, Array]:
 
 
 class Laid(NamedTuple):
-    """The inputs of the relation loss on the CPU: both logit maps, and the tables to read them at the target's cells.
+    """The inputs of the relation loss on the CPU: both logit maps, and neighbour tables to read them at the cells.
+
+    A cell is the area of the image that one target logit covers.
 
     Attributes:
         student, teacher: the `Grid` with which to read each map.
         logits_s: (B, C, hs, ws) contiguous float32 logits of the student.
         logits_t: (B, C, h, w) contiguous float32 logits of the teacher.
-        counted: (B, h, w) float32, the share of each cell's area whose pixels count, 0 to 1. (0, h, w) if all are 1.
-        weight: the same shares with each pixel multiplied by its gate. (0, h, w) if all are 1.
+        counted: (B, h, w) float32, the counted share of each cell: the share of its area whose pixels count, 0 to 1.
+            (0, h, w) if every cell counts and weighs 1.
+        weight: the weight of each cell: the same share with each pixel multiplied by its gate. It has the shape of
+            `counted`.
     """
 
     student: Grid

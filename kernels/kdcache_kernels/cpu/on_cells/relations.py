@@ -112,9 +112,9 @@ def relate(
         student, teacher: (B, C, hs, ws) and (B, C, h, w) logits. The teacher's h x w logits are the cells.
         s_above, s_below, s_down, t_above, t_below, t_down: (Bt, h) uint32 rows of each map above and below a row of
             cells, and the weight of the row below. Bt is B, or 1 if all images share them.
-        s_left, s_next, s_right, t_left, t_next, t_right: (Bt, w) uint32 columns to the left and right of a cell, and
-            the right column's weight.
-        s_moved, t_moved: whether to interpolate the map with these tables. Otherwise its elements are the cells.
+        s_left, s_next, t_left, t_next: (Bt, w) uint32 columns to the left and to the right of a cell.
+        s_right, t_right: (Bt, w) weights of the columns to the right.
+        s_moved, t_moved: whether to interpolate the map with these numbers. Otherwise its elements are the cells.
         counted, weight: (B, h, w) counted share and weight of each cell, or (0, h, w) if all are 1.
         scale: log2(e) / T.
         limit: the largest magnitude of a usable logit. A cell with another logit is lost.

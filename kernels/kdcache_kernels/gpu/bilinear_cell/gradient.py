@@ -64,7 +64,7 @@ def write_gradient(
         student, target, y_first: both logit maps as `grid`, and `y_first`, as in `surface.make_surface`.
         labels, label_gate_ptrs: as in `surface.label_moments`, with strides in elements.
         present: int32. Bit (id modulo 32) is set for each class id in `labels` of any lane.
-        even: moments of the CE weights of all labelled pixels, read only with label smoothing.
+        even: moments of the weights in CE of all labelled pixels, read only with label smoothing.
         ce, kl, teacher, kl_cell: `ce_factors`, `kl_factors`, `teacher_factors` and `kl_log` from `pixel_factors`.
         left_lane: index of the lane with the cell to the left. writes: bool, which lanes write.
         upper_last, upper_step: weight of the top corners in the last pixel row, and its decrease per row.
@@ -76,7 +76,8 @@ def write_gradient(
         pixels: `Pixels`. w: columns of logits. temperature: T. S, ROWS, POWER: as in `softmax_denominators`.
     Returns: (kl, label)
         kl: `kl_cell` plus the sum over pixels and classes of gate * the target's probability * (v - u).
-        label: the sum over labelled pixels of class weight * CE weight * u of the label.
+        label: the sum over labelled pixels of class weight * weight in CE * u of the label. With label smoothing, it
+            is times the share that a label keeps.
     """
     ce_label = kl_cell * 0.0
     last = pixels.num_classes - 1

@@ -119,7 +119,8 @@ def pixel_factors(
         active, i, j, g, h, w: as in `read_labels`. zero: a float32 block of zeros.
     Returns: (ce_factors, kl_factors, teacher_factors, ce_log, kl_log, kl_any)
         ce_factors, kl_factors, teacher_factors: per pixel, k_ce * weight / ce, k_kl * gate / kl, and gate / teacher.
-            weight and gate are the pixel's weights in CE and in KL, 0 if not counted.
+            weight is the pixel's weight in CE times its class weight, after label smoothing. gate is its weight in
+            KL. Both are 0 if the term does not count the pixel.
         ce_log, kl_log: per cell, the sums of weight * log2(ce) and of gate * log2(kl / teacher).
         kl_any: whether KL counts any pixel of the cell.
     """

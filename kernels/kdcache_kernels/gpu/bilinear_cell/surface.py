@@ -117,7 +117,7 @@ def add_powers(sums, sequence, POWER: tl.constexpr, S: tl.constexpr, ROWS: tl.co
 
     Shapes and units:
         sums: tuple of ROWS * S blocks. The pixel in row q, column r of a bilinear cell has index q * S + r.
-        sequence: the exponentials of the pixels, from `exponentials`.
+        sequence: the pixels' exponentials in the form that `exponentials` returns.
         POWER: 1 to 4. S, ROWS: pixels per row, and pixel rows.
     """
     row, ratio, row_ratio, twist = sequence
@@ -148,7 +148,7 @@ def moments(sequence, linear, higher, LINEAR: tl.constexpr, HIGHER: tl.constexpr
     gradient by the pixel's logit, its moments determine the gradient at the cell's corners.
 
     Shapes and units:
-        sequence: the exponentials, from `exponentials`.
+        sequence: the pixels' exponentials in the form that `exponentials` returns.
         linear, higher: tuples of ROWS * S blocks, a factor per pixel.
         LINEAR: whether to include the first summand. HIGHER: exponent of the second, or 0 to leave it out.
         S, ROWS: pixels per row, and pixel rows.
@@ -198,12 +198,12 @@ def moments(sequence, linear, higher, LINEAR: tl.constexpr, HIGHER: tl.constexpr
 def label_moments(
     labels, gate_ptrs, gate_stride_h, gate_stride_w, c, ANY: tl.constexpr, S: tl.constexpr, ROWS: tl.constexpr
 ):
-    """Return the four moments (see `moments`) of the CE weights of a bilinear cell's pixels with label c.
+    """Return the four moments (see `moments`) of the weights in CE of a bilinear cell's pixels with label c.
 
     Shapes and units:
         labels: packed class ids, from `read_labels`.
-        gate_ptrs: pointers to the CE weight of each cell's first pixel, or None for weights of 1. gate_stride_h and
-            gate_stride_w are in elements.
+        gate_ptrs: pointers to the weight in CE of each cell's first pixel, or None for weights of 1. gate_stride_h
+            and gate_stride_w are in elements.
         c: the class id. ANY: True to take the labelled pixels of all classes instead of class c.
         S, ROWS: pixels per row, and pixel rows.
     """
@@ -315,17 +315,19 @@ def class_moments(
     surface, sequence, share, ce, kl, k_kl, pixels, temperature,
     S: tl.constexpr, ROWS: tl.constexpr, POWER: tl.constexpr,
 ):  # fmt: skip
-    """Return the four moments (see `moments`) of the gradient by one class's logit, over the pixels of a bilinear cell.
+    """Return the four moments of the gradient of CE + KL by one class's logit, over the pixels of a bilinear cell.
 
-    The pixels whose label is this class also get a negative part, which is not included: see `label_moments`.
+    They are the sums that `moments` returns, with this gradient as the number G. The gradient's negative part, which
+    comes from the labels, is not included. Subtract it with `label_moments`.
 
     Shapes and units:
-        surface: the student's logits times log2(e) / T, (value, dx, dy, dxy), see `make_surface`.
-        sequence: their exponentials, from `exponentials`.
-        share: the moments of the target's probability of the class times the pixel's gate.
-        ce, kl: tuples of factors per pixel of the exponentials in CE and in KL, from `pixel_factors`.
-        k_kl: factor of KL in the gradient, applied to `share`.
-        pixels: `Pixels`. temperature: T. S, ROWS, POWER: as in `softmax_denominators`.
+        surface: the student's logits times log2(e) / T at the pixels, (value, dx, dy, dxy), see `make_surface`.
+        sequence: `exponentials(surface)`, the exponentials of these logits.
+        share: the four moments of gate * the target's probability of this class, read only with KL.
+        ce, kl: tuples of ROWS * S blocks: each pixel's factors of the exponentials in CE and in KL, from
+            `pixel_factors`.
+        k_kl: factor of KL in the gradient, applied to `share`. pixels: `Pixels`, for the terms to compute.
+        temperature: T. S, ROWS: pixels per row, and pixel rows. POWER: T if it is 1 to 4, else 0.
     """
     if pixels.USE_CE and POWER == 0:
         m = moments(exponentials(scaled(surface, temperature)), ce, ce, False, 1, S, ROWS)

@@ -27,12 +27,12 @@ BLOCKS = (128, 32)
 
 
 class Samples(NamedTuple):
-    """A logit map and the tables to read it at the centres of the target's cells, as kernels take them.
+    """A logit map and the neighbour tables to read it at the centres of the target's cells, as kernels take them.
 
     Attributes:
         logits: the tensor, a pointer inside a kernel.
-        rows, columns: `geometry.Taps` with the neighbouring logits of each row and column of cells. None if the map's
-            elements are exactly the cells.
+        rows, columns: neighbour tables (`geometry.Taps`) of the rows and columns of cells. None if the map's elements
+            are exactly the cells.
     """
 
     logits: Any
@@ -173,8 +173,8 @@ def corners(samples, image, batched, cell_n, h, w, stride_h, stride_w, FLAT: tl.
     """Return the offsets of the four logits around the centre of each cell, and two bilinear weights.
 
     Shapes and units:
-        samples: `Samples`. Without tables, all four offsets are the cell's own logit, and both weights are 0.
-        image: index of the image. batched: 1 if the tables differ between images, else 0.
+        samples: `Samples`. Without neighbour tables, all four offsets are the cell's own logit, and both weights are 0.
+        image: index of the image. batched: 1 if the neighbour tables differ between images, else 0.
         cell_n: indices of the cells in the image. h, w: rows and columns of cells.
         stride_h, stride_w: strides of the logits in elements. FLAT: whether rows follow each other without a gap.
     Returns: (top left, top right, bottom left, bottom right, weight of the bottom, weight of the right).
@@ -268,7 +268,8 @@ def gather_kernel(
 
     Shapes and units:
         cells_ptr: (B, C, h, w) float32, the gradient by the resized logits.
-        row_taps, column_taps: `geometry.Taps`, the student's neighbouring logits of each row and column of cells.
+        row_taps, column_taps: neighbour tables (`geometry.Taps`) of the rows and columns of cells in the student's
+            logits.
         gradient_ptr: (B, C, hs, ws) float32 result.
         rows, columns: the largest number of cells that read a logit, along each axis. blocks: programs per plane.
     """
@@ -296,13 +297,13 @@ def gather_kernel(
 
 
 Axes = tuple[Taps, Taps] | tuple[None, None]
-"""Taps of rows and columns."""
+"""The neighbour tables of rows and of columns."""
 
 
 def launch_tables(problem: RelationProblem) -> tuple[Axes, Axes, Axes]:
     """Compute the neighbour tables that the relation loss needs, see `tables_kernel`.
 
-    Returns: three pairs (rows, columns) of `geometry.Taps`: of label pixels in the view's cells, of the window's cells
+    Returns: three pairs (rows, columns) of neighbour tables: of label pixels in the view's cells, of the window's cells
         in the view's cells, and of cells in the student's logits. The first two are (None, None) without window and
         flip. The third is (None, None) if the student has the target's size.
     """
@@ -333,7 +334,7 @@ def launch_weights(
 
     Args:
         problem: the checked arguments of the relation loss.
-        pixel_taps: (rows, columns) of the label pixels in the view, from `launch_tables`.
+        pixel_taps: the first pair that `launch_tables` returns, the neighbour tables of the label pixels.
         block: cells per program.
     Returns: (counted, weight, counts), or (None, None, None) if each cell counts and weighs 1. counted and weight are
         (B, h, w) float32. counts is float64 with the sum of counted per program.
@@ -358,20 +359,21 @@ def launch_weights(
 
 
 class Laid(NamedTuple):
-    """The inputs that the relation kernels on CUDA share.
+    """The inputs that the kernels of the relation loss on CUDA share.
 
     A cell is the area of the image that one target logit covers.
 
     Attributes:
         samples: the first arguments of the kernels. They are the student's `Samples` and four strides, the teacher's
-            `Samples` and four strides, and 1 if the teacher's tables differ between images, else 0.
-        taps: (rows, columns), the student's neighbouring logits of each row and column of cells. (None, None) if the
-            student has the target's size.
+            `Samples` and four strides, and 1 if the teacher's neighbour tables differ between images, else 0.
+        taps: (rows, columns), neighbour tables with which the student's logits are resized to the cells. (None, None)
+            if the student has the target's size.
         flat: the constants S_FLAT and T_FLAT: whether the rows of the student's and the teacher's logits follow each
             other in memory without a gap.
         block, blocks: cells per program, and programs per image.
-        counted, weight: (B, h, w) counted share and weight of each cell, or None if each is 1.
-        counts: (B * blocks,) float64, the sum of `counted` over each program's cells, or None.
+        counted, weight: (B, h, w) counted share and weight of each cell, or None if each is 1. The counted share is the
+            share of the cell's area whose pixels count, 0 to 1.
+        counts: (B * blocks,) float64, the sum of `counted` over each program's cells. None if `counted` is None.
     """
 
     samples: tuple[Any, ...]
@@ -385,7 +387,7 @@ class Laid(NamedTuple):
 
 
 def lay(problem: RelationProblem) -> Laid:
-    """Return the shared inputs of the relation kernels: neighbour tables, weights of the cells, and launch sizes."""
+    """Return the inputs that the relation loss's kernels share: neighbour tables, cell weights and launch sizes."""
     student, teacher, device = problem.student.detach(), problem.teacher, problem.student.device
     B, (h, w) = student.shape[0], problem.grid
     if teacher.dtype == torch.float64:
