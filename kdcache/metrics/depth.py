@@ -96,7 +96,7 @@ class DepthMetrics:
         silog: 100 times the standard deviation of this difference. A constant factor in depth does not count.
         counted_images: number of images with a valid pixel.
         pixels: number of valid pixels in these images.
-        images: the metrics of each of these images, or None. `==` and JSON leave them out.
+        images: the metrics of each of these images, or None if they were not kept. `==` and JSON leave them out.
     """
 
     rmse: float

@@ -45,7 +45,7 @@ def compare_names(origin: str, theirs: Sequence[str], ours: Sequence[str]) -> st
     Case, spaces, `_` and `-` do not count.
 
     Args:
-        origin: the weights, for messages.
+        origin: where the weights come from, for messages.
         theirs: the names stored with the weights, or (). A single name belongs to the second of two classes.
         ours: the names of the data's classes.
     Returns: a warning if names or their number differ, else None.

@@ -64,7 +64,7 @@ def one_logit_note(origin: str, model: SegmentationModel, names: Sequence[str]) 
     """Return a note that names the class of a single logit, or None if the model has a logit for each class.
 
     Args:
-        origin: the weights, for the note.
+        origin: where the weights come from, for the note.
         model: the model.
         names: the names of the two classes.
     """

@@ -253,7 +253,7 @@ class SegmentationModel(nn.Module):
                 )
 
     def adopt_names(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Return the tensors of a weights file (name -> tensor), renamed to this model's names.
+        """Return the tensors `state` of a weights file (name -> tensor), renamed to this model's names.
 
         Other versions of a library may name the same tensors otherwise.
         """

@@ -118,7 +118,7 @@ class WithAuxiliary(WithHead):
         return Outputs({**outputs.heads, AUXILIARY: logits_BChw}, {tap: outputs.features[tap] for tap in taps})
 
     def adopt_names(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Return the tensors of a weights file (name -> tensor), renamed to this model's names.
+        """Return the tensors `state` of a weights file (name -> tensor), renamed to this model's names.
 
         An auxiliary head of another shape is left out.
         """

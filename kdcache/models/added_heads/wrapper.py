@@ -61,7 +61,7 @@ class Wrapper(SegmentationModel):
         self.model.check_taps(taps)
 
     def adopt_names(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Return the tensors of a weights file (name -> tensor), renamed to the wrapped model's names."""
+        """Return the tensors `state` of a weights file (name -> tensor), renamed to the wrapped model's names."""
         return self.model.adopt_names(state)
 
 

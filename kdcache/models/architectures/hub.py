@@ -11,7 +11,7 @@ from kdcache.models.weights import HUB_FILES, read_state_dict
 
 
 def download_state(repository: str) -> dict[str, Tensor]:
-    """Return the weights of a Hugging Face repository: name -> tensor. They are downloaded once.
+    """Return the weights of a Hugging Face repository (`OWNER/NAME`): name -> tensor. They are downloaded once.
 
     Raises: ModelError if there is no network, or if the repository has no weights.
     """
@@ -35,7 +35,7 @@ def download_state(repository: str) -> dict[str, Tensor]:
 def download_names(repository: str) -> tuple[str, ...]:
     """Return the class names, in the order of the class ids, from the config.json of a Hugging Face repository.
 
-    Return () if they are not available.
+    `repository` is `OWNER/NAME`. Return () if the names are not available.
     """
     from huggingface_hub import hf_hub_download
 

@@ -120,7 +120,7 @@ class SegFormer(SegmentationModel):
         return head.classifier(head.dropout(fused)), fused
 
     def adopt_names(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the tensors of a weights file (name -> tensor) under NVIDIA's names.
+        """Return the tensors `state` of a weights file (name -> tensor), renamed to NVIDIA's names.
 
         Files that transformers 5 wrote have other names.
         """

@@ -60,7 +60,7 @@ class Reading:
         Args:
             answer: the result of `call`.
             size: (H, W) of the images.
-            patch: the side in pixels of a transformer's patches, or None.
+            patch: the side in pixels of a transformer's patches. None if it has no patches.
         """
         return {} if self.declared != {} else maps_of(answer, size, patch)
 

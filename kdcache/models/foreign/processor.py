@@ -17,13 +17,13 @@ class Processor:
 
     Attributes:
         multiple: height and width must be multiples of this number of pixels.
-        fixed_size: the only (height, width) that the network takes, or None.
+        fixed_size: the only (height, width) that the network takes, or None if it takes several sizes.
         native_size: the (height, width) of the network's training images, or None if unknown.
         pads: True if training images were padded to `native_size`, not squashed.
         channels: the order of colours that the first layer reads: `rgb` or `bgr`.
         positions: True if the network has position embeddings. Mirroring an image then does not just mirror its
             features.
-        revision: the commit of the network's Hugging Face repository, or None.
+        revision: the commit of the network's Hugging Face repository, or None if unknown.
     """
 
     multiple: int = 1

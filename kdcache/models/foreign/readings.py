@@ -123,7 +123,7 @@ class Maps(Reading):
         Args:
             answer: the result of `call`.
             size: (H, W) of the images.
-            patch: the side in pixels of a transformer's patches, or None.
+            patch: the side in pixels of a transformer's patches. None if it has no patches.
         """
         maps = maps_of(answer, size, patch)
         return dict(zip(self.stages, maps.values(), strict=True)) if len(self.stages) == len(maps) else maps

@@ -40,7 +40,7 @@ def as_map(feature: object, size: tuple[int, int], patch: int | None, where: str
     Args:
         feature: the output.
         size: (H, W) of the image.
-        patch: the side in pixels of the network's patches, or None.
+        patch: the side in pixels of the network's patches. None if it has no patches.
         where: names the module in the error.
     Raises: ModelError for any other output.
     """
@@ -70,7 +70,7 @@ def maps_of(answer: Any, size: tuple[int, int], patch: int | None) -> dict[str, 
         answer: one feature, a list or a mapping of features, tokens (B, N, c), or an object of transformers with
             `feature_maps` or `last_hidden_state`. Anything else gives {}.
         size: (H, W) of the image.
-        patch: the side in pixels of the network's patches, or None.
+        patch: the side in pixels of the network's patches. None if it has no patches.
     """
     named = any(hasattr(answer, name) for name in ("feature_maps", "last_hidden_state"))
     if isinstance(answer, Mapping) and not named:

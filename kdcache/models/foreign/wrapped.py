@@ -108,9 +108,9 @@ class WrappedModel(SegmentationModel):
         self.register_load_state_dict_pre_hook(_add_prefix)  # type: ignore[no-untyped-call]
 
     def adopt_names(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Return the tensors of a weights file (name -> tensor).
+        """Return the tensors `state` of a weights file (name -> tensor) that the model can take.
 
-        If the model has no head, the tensors of a timm classifier are left out.
+        These are all tensors. But if the model has no head, a timm classifier's tensors are left out.
         """
         names = (getattr(self.network, "pretrained_cfg", None) or {}).get("classifier") or ()
         prefixes = tuple(f"{name}." for name in ([names] if isinstance(names, str) else names))

@@ -272,7 +272,7 @@ class TeacherPass:
     Args:
         probe: the split, the teacher and the options of the build.
         manifest: the manifest of the build.
-        reuse: the earlier cache's records, or None.
+        reuse: the earlier cache's records to copy. None copies nothing.
         of_file: a function that returns a file's digest. None reads the file.
     """
 

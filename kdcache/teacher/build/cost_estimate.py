@@ -39,11 +39,11 @@ class Setting:
 
     Attributes:
         k: number of stored classes, or None without a segmentation head.
-        codec: how arrays are compressed.
+        codec: how arrays are compressed: `default`, `small` or `none`.
         views: number of views per sample.
         features: names of the stored taps.
         pixels: `stored` if images and labels are in the cache, otherwise `source`.
-        feature_dtype: data type of stored features.
+        feature_dtype: data type of stored features, `fp16` or `uint8`.
     """
 
     k: int | None

@@ -27,7 +27,7 @@ def measure_fidelity(
     Args:
         logits: raw logits, float32 (C, h, w), of each measured image. At least one.
         k: number of stored classes.
-        codec: codec of the cache.
+        codec: how arrays are compressed: `default`, `small` or `none`.
         size: (H, W) of the view in pixels.
         align_corners: whether the upsampling aligns corners.
     Memory: O(C*h*w), and a few rows of the view.

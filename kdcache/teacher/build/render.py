@@ -57,7 +57,7 @@ class Rendered:
         labelled: whether the sample has a segmentation label.
         depth: the depth label, float32 (H, W) in metres with NaN for unknown, or None if no depth labels are stored.
         depth_labelled: whether the sample has a depth label.
-        old: number of the same record in an earlier cache, or None.
+        old: number of the same record in an earlier cache, or None if there is none.
         fold: index of the ensemble member that predicts the record, or None without folds.
     """
 

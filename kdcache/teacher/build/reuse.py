@@ -54,7 +54,7 @@ class Reuse:
             old.ledger.check_lines()
 
     def find(self, item: Rendered, sample: str) -> int | None:
-        """Return the number of the earlier cache's record with the same pixels as `item`, or None.
+        """Return the number of the earlier cache's record with the same pixels as `item`, or None if there is none.
 
         The targets of the found record are read and kept for `rows`. `sample` is the id of the item's sample.
         """

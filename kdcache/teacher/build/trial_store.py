@@ -96,10 +96,10 @@ class Trial:
 
         Args:
             k: number of stored classes, or None without a segmentation head.
-            codec: codec of the cache.
+            codec: how arrays are compressed: `default`, `small` or `none`.
             views: number of views per sample.
             features: names of the stored taps.
-            dtype: data type of stored features.
+            dtype: data type of stored features, `fp16` or `uint8`.
         """
         first_sizes, all_sizes = (self._rewritten(cache, k, codec, dtype)[0] for cache in (self._whole, self._both))
         sizes = {}
@@ -119,8 +119,8 @@ class Trial:
         Args:
             paths: paths of the arrays to count.
             k: number of stored classes, or None without a segmentation head.
-            codec: codec of the cache.
-            dtype: data type of stored features.
+            codec: how arrays are compressed: `default`, `small` or `none`.
+            dtype: data type of stored features, `fp16` or `uint8`.
         """
         self._rewritten(self._both, k, codec, dtype)
         arrays = [ShardArray(self._path(self._both, k, codec, dtype) / path) for path in paths]
@@ -133,8 +133,8 @@ class Trial:
 
         Args:
             k: number of stored classes, or None without a segmentation head.
-            codec: codec of the cache.
-            dtype: data type of stored features.
+            codec: how arrays are compressed: `default`, `small` or `none`.
+            dtype: data type of stored features, `fp16` or `uint8`.
         """
         options, view = self._options, self._whole.manifest.view
         part = self._part(min(options.batch_size, len(self._whole)))
@@ -180,8 +180,8 @@ class Trial:
         Args:
             cache: the small cache, with all classes and float16 features.
             k: number of classes to keep, or None without a segmentation head.
-            codec: codec of the new cache.
-            dtype: data type of features in the new cache.
+            codec: how arrays are compressed in the new cache: `default`, `small` or `none`.
+            dtype: data type of features in the new cache, `fp16` or `uint8`.
         Returns: path of each array -> bytes on disk per record, and the seconds.
         """
         out, seconds = self._path(cache, k, codec, dtype), 0.0

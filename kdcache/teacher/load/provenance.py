@@ -45,7 +45,7 @@ def _training(digest: str, labels: str | None, settings: Mapping[str, Any]) -> T
 
 
 def fold_left_out(recipe: Mapping[str, Any]) -> Fold | None:
-    """Return the fold that a run with this recipe left out of its training, or None.
+    """Return the fold that a run with this recipe left out of its training, or None if it left out none.
 
     `recipe` maps flags without dashes to values.
 
