@@ -29,8 +29,8 @@ class Framing:
     """How a model sees an image: resized to its input size, or cut into overlapping windows.
 
     Args:
-        fit: how an image of another aspect ratio is fitted into the input size: "squash", "pad", or "crop", which cuts
-            the image into windows of that size.
+        fit: how an image of another aspect ratio is fitted into the input size: "squash", "pad" or "crop". The
+            fit "crop" cuts the image into windows of that size.
         window: (H, W) of windows in pixels. None cuts windows only for "crop".
         stride: (H, W) from one window to the next, in pixels. None takes two thirds of the window.
         whole: (H, W) that the image is resized to, by `fit`, before windows are cut. None keeps the image's size.

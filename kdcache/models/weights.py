@@ -139,8 +139,8 @@ def load_weights(model: SegmentationModel, state: Mapping[str, Tensor], *, stric
     Args:
         model: the model to change.
         state: the tensors by name.
-        strict_head: True requires every tensor, as for a teacher. False is for the start of a training: weights of a
-            backbone only are enough, and a classifier of another number of classes keeps its random values.
+        strict_head: True requires every tensor, as for a teacher. False is for the start of a training. Weights of a
+            backbone only are then enough, and a classifier of another number of classes keeps its random values.
     Raises: ModelError if tensors are missing, are unknown or have another shape, or if values are not finite.
     """
     model_state: dict[str, Tensor] = model.state_dict()
