@@ -57,7 +57,7 @@ def size_text(height_width: tuple[int, int]) -> str:
 
 
 def public(place: str) -> str:
-    """Return a path or a model spec without the folders of this machine, so that it can be published.
+    """Return `place`, a path or a model spec, without the folders of this machine, so that it can be published.
 
         public("/home/ann/nets/net.py:make@/tmp/w.pth")  # net.py:make@w.pth
 
@@ -77,7 +77,7 @@ def _last_names(text: str) -> str:
 
 
 def public_values(value: Any) -> Any:
-    """Return settings with `public` applied to every text in them, also in nested lists and dicts."""
+    """Return `value`, a text or nested lists and dicts such as settings, with `public` applied to every text in it."""
     return _each_text(value, public)
 
 
@@ -94,7 +94,7 @@ def public_names(runs: Sequence[str]) -> dict[str, str]:
 
 
 def private_places(value: Any) -> dict[str, str]:
-    """Return the private paths in texts, also in nested lists and dicts: path -> public name (see `public`).
+    """Return the private paths in `value`, a text or nested lists and dicts: path -> public name (see `public`).
 
     A path is private if it names a folder of this machine.
     """
@@ -102,7 +102,7 @@ def private_places(value: Any) -> dict[str, str]:
 
 
 def without_places(value: Any, places: Mapping[str, str]) -> Any:
-    """Return a text, or nested lists and dicts of texts, with private paths replaced by their public names.
+    """Return `value`, a text or nested lists and dicts, with private paths replaced by their public names.
 
     `places` is the result of `private_places`: path -> public name.
     """

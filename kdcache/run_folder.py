@@ -80,8 +80,9 @@ class RunModel(BaseModel):
         size: height and width of the training images in pixels.
         fit: how images of another shape are brought to this size.
         mean, std: the normalisation of images with values from 0 to 1, for each channel.
-        trained_on: a digest of the cache or the data set.
-        labels: which samples' labels were used: a flag for each sample, packed into a text by `pack_flags`.
+        trained_on: a digest of the cache or the data set, or ''.
+        labels: which samples' labels were used: a flag for each sample, packed into a text by `pack_flags`. None with
+            several streams.
         heads: the heads other than segmentation: name -> kind.
         untrained: the heads that still have random weights.
         streams: the streams, if there are several. They replace `labels`.

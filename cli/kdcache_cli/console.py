@@ -61,7 +61,7 @@ class Terminal(Console):
             self.quiet = quiet
 
     def render(self, renderable: Any, options: ConsoleOptions | None = None) -> Iterator[Segment]:
-        """Yield rich's segments without control characters.
+        """Yield the segments of rich's `Console.render`, with the same arguments, but without control characters.
 
         A table that is too wide for the terminal is printed as lines of names and values.
         """
@@ -106,7 +106,7 @@ ERRORS = Terminal(stderr=True)
 def figure_table(*header: str, title: str | None = None) -> Table:
     """Return an empty table without borders, with the headings `header`.
 
-    Its first column is for names, and the others are for numbers.
+    Its first column is for names, and the others are for numbers. `title` is printed above it, and None prints none.
     """
     columns = [Column(name, justify="right" if place else "left") for place, name in enumerate(header)]
     above = None if title is None else f"\n{title}"

@@ -25,7 +25,7 @@ JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the figures
 def check_json(path: Path | None) -> None:
     """Check that the result file of --json can be written, before anything is measured.
 
-    Raises: RecipeError if its folder does not exist.
+    `path` is the file. None is without a file and passes. Raises: RecipeError if the file's folder does not exist.
     """
     if path is not None and not path.resolve().parent.is_dir():
         raise RecipeError(

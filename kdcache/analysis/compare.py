@@ -49,6 +49,7 @@ class CompareOptions:
         baseline: the name of a row, or of a run in it. None takes, for each row, the row of the same model that learnt
             from labels only.
         blocks_by: a pattern that finds the sequence in a sample's id. Intervals over images then resample sequences.
+            None resamples single images.
         own_fold: evaluate each run on the fold that its training left out (cross-validation).
         repeats: timed calls per model. 0 measures no latency.
         smoke: the runs come from a shortened recipe (`sweep --smoke`), so all output is marked.

@@ -125,7 +125,10 @@ def stream_settings(settings: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def is_control(settings: Mapping[str, Any]) -> bool:
-    """Return whether labels replaced the teacher in a recipe, in all streams whose loss needs a teacher."""
+    """Return whether labels replaced the teacher in a recipe, in all streams whose loss needs a teacher.
+
+    `settings` is the recipe: flag without its dashes -> value.
+    """
     if not settings.get("stream"):
         return settings.get("teacher") == "labels"
     taught = [stream for stream in stream_settings(settings) if _is_taught(stream)]

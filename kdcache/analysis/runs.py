@@ -86,7 +86,7 @@ class Entry:
 def regressions_of(entry: Entry, classes: ClassList, which: str) -> Mapping[str, RegressionHead]:
     """Return the numeric heads that a run or SPEC@FILE predicts, by name. SPEC@FILE is loaded to find out.
 
-    `which` names the weights. Raises: as `Entry.load`.
+    `classes` are the classes of the data, and `which` names the weights, as in `Entry.load`. Raises: as `Entry.load`.
     """
     return entry.run.model.judged_heads if entry.run is not None else entry.load(classes, which, (1, 1))[1].judged_heads
 

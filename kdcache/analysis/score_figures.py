@@ -23,7 +23,7 @@ _LISTED = 10
 def draw_distribution(scores: ImageScores, colours: Colours, title: str) -> "Figure":
     """Return a figure of two charts: a histogram of the images' mIoU, and the quartiles of IoU for each class.
 
-    `colours` has the RGB colour of each class.
+    `scores` are the scores of each image. `colours` has the RGB colour of each class.
     """
     names = scores.confusion.class_names
     figure = new_figure(13, max(4.8, 1.6 + 0.36 * len(names)), title)

@@ -44,9 +44,9 @@ LEAST_PAIRS = 3
 
 @dataclass(frozen=True)
 class Spread:
-    """Mean and standard deviation (n - 1) of a value over runs.
+    """The mean and the standard deviation `std` (divided by n - 1) of a value over a number of runs.
 
-    The deviation is NaN for one run. Without runs, both are NaN.
+    The deviation is NaN for one run. Without runs, both are NaN. Runs whose value is NaN do not count.
     """
 
     mean: float
@@ -384,7 +384,7 @@ def _incomplete_beta(x: float, a: float, b: float) -> float:
 
 
 def choose_blocks(split: Split, by: str | None, task: str = SEGMENTATION) -> Blocks:
-    """Return the blocks for an interval over images: single images, or sequences if `by` is not None.
+    """Return the blocks of a split for an interval over images: single images, or sequences if `by` is not None.
 
     `by` is a pattern that finds the sequence in a sample's id. Only samples with a label for `task` count.
 

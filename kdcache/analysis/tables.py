@@ -80,7 +80,10 @@ def interval_spans(comparison: Comparison, task: str = SEGMENTATION) -> tuple[st
 
 
 def interval(low: float, high: float, task: str = SEGMENTATION) -> str:
-    """Return the ends of an interval as text, in points of mIoU or metres: "-0.50 to +1.20", or "-" for NaN."""
+    """Return the ends of an interval as text, in points of mIoU or metres: "-0.50 to +1.20", or "-" for NaN.
+
+    `low` and `high` are differences of scores in `task`: fractions for segmentation, metres for depth.
+    """
     text = VIEWS[task].gap_text
     return "-" if math.isnan(low) else f"{text(low)} to {text(high)}"
 

@@ -62,9 +62,9 @@ class Batch:
             that nothing is pasted.
         pasted: the targets of the pasted samples, with windows in pixels of this batch's views. If `own` is set and
             this is None, each sample's neighbour is pasted (samples 2n and 2n + 1 are neighbours).
-        dice: (B, N) float32 random numbers in 0..1, for random draws on the batch's device.
-        record: (B,) int64 record numbers, to gather `targets` that a device keeps.
-        weak: (B, H, W, 3) uint8, the pixels before the colour jitter, if pseudo labels need them.
+        dice: (B, N) float32 random numbers in 0..1, for random draws on the batch's device. None if there are none.
+        record: (B,) int64 record numbers, to gather `targets` that a device keeps. None if it is not needed.
+        weak: (B, H, W, 3) uint8, the pixels before the colour jitter. None if no pseudo labels need them.
         pseudo: `student` or `ema` -> the pseudo labels that this network predicts from `weak`.
     """
 

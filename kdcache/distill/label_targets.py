@@ -62,7 +62,8 @@ class LabelTargets:
     def shares(self, label_BHW: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the share (B, C, h, w) of each class among the labelled pixels of each cell.
 
-        Shares are 0 in a cell without labelled pixels. `label_BHW` holds class ids. Memory: (B, C + 1, H, W) numbers.
+        Shares are 0 in a cell without labelled pixels. `label_BHW` holds class ids, and `dtype` is the result's.
+        Memory: (B, C + 1, H, W) numbers.
         """
         ids_C11 = torch.arange(self.num_classes, device=label_BHW.device)[:, None, None]
         one_hot_BCHW = (label_BHW[:, None] == ids_C11).to(dtype)

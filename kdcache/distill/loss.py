@@ -71,7 +71,7 @@ class DistillLoss(nn.Module):
         gate: weights of the pixels in the teacher's terms. None weighs all 1.
         further: other terms (`kdcache.distill.terms`), each with its own weight.
         scheduled: True if `set_distill_weight_scale` may change the weights of the teacher's terms while training.
-        size: (H, W) of the labels of a whole view, if their aspect ratio differs from the view's.
+        size: (H, W) of the labels of a whole view, if their aspect ratio differs from the view's. None is the view's.
         impl: the implementation of the kernels (see `kdcache_kernels.distill_loss`).
     Raises: RecipeError for an invalid weight, temperature or impl.
     Source: Hinton et al. 2015, arXiv 1503.02531, section 2; focal Lin et al. 2017, arXiv 1708.02002.
@@ -359,7 +359,7 @@ class DistillLoss(nn.Module):
         return cast("Tensor", self.gate(batch, self.targets, impl=self.impl))
 
     def term_batch(self, outputs: StudentOutputs, batch: Batch, gate: Tensor | None) -> "TermBatch":
-        """Return the input of the terms other than cross-entropy and KL.
+        """Return the input of the terms other than cross-entropy and KL, for the student's outputs and a batch.
 
         `gate` holds the weights (B, H, W) of the pixels in teacher terms, or None if all are 1.
         """

@@ -88,7 +88,7 @@ def parse_stream(value: Any) -> Any:
 def to_line(table: Mapping[str, Any]) -> str:
     """Return the settings of a stream as the value of --stream: `kitti,cache=kitti.zarr,share=0.5`.
 
-    `parse_stream` reverses it.
+    `table` maps names, with dashes or underscores, to values. `parse_stream` reverses it.
     """
     fields = [str(table.get("name", ""))]
     for key, value in sorted(table.items(), key=lambda item: item[0] == "term"):

@@ -229,7 +229,7 @@ class LossTerm:
         Args:
             manifest: the cache's manifest, or None if labels replace the teacher.
             student_taps: names of the student's taps. Only terms that compare features read them.
-            grids: tap of the student -> its (h, w), only for terms that compare features.
+            grids: tap of the student -> its (h, w), or None. Only terms that compare features read it.
         Raises: RecipeError if the cache lacks something.
         """
         check_terms([self], manifest)
@@ -257,11 +257,14 @@ class FeatureTerm(LossTerm):
         return height, width
 
     def offered(self, manifest: Any) -> list[str]:
-        """Return the taps in a cache that the term can use. The last is the default."""
+        """Return the taps in the cache of `manifest` that the term can use. The last is the default."""
         return sorted(manifest.features, key=lambda tap: not is_summary(manifest.features[tap]))
 
     def arrays(self, manifest: Any) -> tuple[str, ...]:
-        """Return the paths of the arrays in a cache that the term reads: features, and the scales of 8-bit ones."""
+        """Return the paths of the arrays in a cache that the term reads: features, and the scales of 8-bit ones.
+
+        `manifest` is the cache's manifest.
+        """
         if not self.reads_taps:
             return super().arrays(manifest)
         tap = str(self.teacher_tap)

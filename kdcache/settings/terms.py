@@ -163,14 +163,14 @@ class Attention(FeatureTerm):
     weight: Weight | None = setting(None, "Factor on the term (default: h w / 2 of the teacher's cells).")
 
     def offered(self, manifest: Any) -> list[str]:
-        """Return the usable taps of a cache: first those with features, then those with attention maps.
+        """Return the usable taps in the cache of `manifest`: first those with features, then with attention maps.
 
         The last one is the default.
         """
         return super().offered(manifest) + _made_of(manifest, "at")
 
     def arrays(self, manifest: Any) -> tuple[str, ...]:
-        """Return the paths of the arrays in a cache that the term reads: the stored attention map, or else features."""
+        """Return the paths of the arrays that the term reads in the cache of `manifest`: the map, or else features."""
         mapped = self.teacher_tap in _made_of(manifest, "at")
         return (f"statistics/at.{self.teacher_tap}",) if mapped else super().arrays(manifest)
 
@@ -194,7 +194,7 @@ class TokenSimilarity(FeatureTerm):
     temperature: Positive = setting(0.07, "Temperature of both softmaxes.")
 
     def offered(self, manifest: Any) -> list[str]:
-        """Return the usable taps of a cache: first those with maps of features, then those with similarities.
+        """Return the usable taps in the cache of `manifest`: first those with features, then with similarities.
 
         The last one is the default.
         """
@@ -202,7 +202,7 @@ class TokenSimilarity(FeatureTerm):
         return maps + _made_of(manifest, "similarity")
 
     def arrays(self, manifest: Any) -> tuple[str, ...]:
-        """Return the paths of the arrays in a cache that the term reads: stored similarities, or else features."""
+        """Return the paths of the arrays that the term reads in the cache of `manifest`: similarities, or features."""
         stored = self.teacher_tap in _made_of(manifest, self.kind)
         return (f"statistics/{self.kind}.{self.teacher_tap}",) if stored else super().arrays(manifest)
 
@@ -221,7 +221,7 @@ class Queue(FeatureTerm):
     length: Annotated[int, Ge(1)] = setting(1024, "Summaries that the ring keeps.")
 
     def offered(self, manifest: Any) -> list[str]:
-        """Return the taps in a cache that have one vector per view. The last is the default."""
+        """Return the taps in the cache of `manifest` that have one vector per view. The last is the default."""
         return [tap for tap in super().offered(manifest) if is_summary(manifest.features[tap])]
 
 

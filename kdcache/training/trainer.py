@@ -48,9 +48,10 @@ class Trainer:
         run: an existing folder, for checkpoint.pt, best/last[-ema].safetensors, metrics.jsonl and result.json.
         device: where the model is trained.
         validate: task, or `FEATURES` -> a function that returns a model's score. The score of the first entry chooses
-            the best weights.
-        observer: is told of the training's progress.
-        world: the processes that train together, each with its part of every batch. Process 0 writes the run.
+            the best weights. None validates nothing.
+        observer: is told of the training's progress. None is without one.
+        world: the processes that train together, each with its part of every batch. Process 0 writes the run. None is
+            this process alone.
 
     Attributes:
         eager: the eager step. Compiled and graphed steps are made from it.

@@ -91,9 +91,11 @@ def build_cache(
         out: the cache: a folder or s3://BUCKET/PREFIX.
         split: name of the split. Default: train, or with `reuse` the split of that cache.
         reuse: an earlier, complete cache (`--from`). Its targets are copied for views with unchanged pixels, and its
-            settings are the defaults. It is not modified.
+            settings are the defaults. It is not modified. None copies no targets.
         like: a complete cache whose views the new cache repeats (`--like`), so that `train` can join both caches.
-        worker: "I/N" makes this process worker I of N. "auto" reads both numbers from a job scheduler.
+            None makes views by the settings.
+        worker: "I/N" makes this process worker I of N. "auto" reads both numbers from a job scheduler. None is a
+            single worker, unless torchrun started the process.
         take_over: also write the missing shards of the other workers.
         progress: show a progress bar, or lines without a terminal.
         settings: the other flags of `kdcache build-teacher-cache`, with the same defaults. `help(kdcache.build_cache)`

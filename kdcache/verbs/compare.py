@@ -44,7 +44,7 @@ def compare(
         runs: run folders, folders with runs, RUN@best-ema, or SPEC@FILE.
         data: the data set. Default: the validation data in the runs' recipes.
         split: name of its split. Default: the validation split in the runs' recipes.
-        teacher: a run or SPEC@FILE, shown separately.
+        teacher: a run or SPEC@FILE, shown in its own row, outside the ranking. None shows no teacher.
         progress: show a progress bar, or lines without a terminal.
         settings: the other flags of `kdcache compare`, with the same defaults. `help(kdcache.compare)` lists them.
     Raises: KDCacheError, the base class of all errors of kdcache.

@@ -93,12 +93,13 @@ def copy(
         feature_dtype: "fp16" or "uint8". Default: the source's.
         pixels: "source" leaves out images and labels, "stored" copies them. Default: "source" on the Hub, elsewhere the
             source's.
-        license: licence of a copy on the Hub.
+        license: licence of a copy on the Hub, by the Hub's name, such as "cc-by-4.0". Elsewhere it must be None.
         private: whether a copy on the Hub is private.
-        worker: "I/N" makes this process worker I of N. "auto" reads both numbers from a job scheduler.
+        worker: "I/N" makes this process worker I of N. "auto" reads both numbers from a job scheduler. None is a
+            single worker, unless torchrun started the process.
         take_over: also copy the missing shards of the other workers.
-        cache_dir: folder for local copies of a remote source's files.
-        cache_bytes: maximum size of these local copies in bytes.
+        cache_dir: folder for local copies of a remote source's files. Default: kdcache in the user's cache folder.
+        cache_bytes: maximum size of these copies in bytes, or a text such as "50GiB". Default: half of the free space.
         progress: show a progress bar, or lines without a terminal.
     Raises: KDCacheError, the base class of all errors of kdcache.
     """

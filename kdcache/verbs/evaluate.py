@@ -138,10 +138,11 @@ def evaluate(
         data: folder or spec of a data set, or a split from `open_split` or `from_dataset`. Several data sets are
             evaluated separately, each over the classes that it shares with the model.
         split: name of the split. Default: val. Give one for all data sets, or one for each.
-        fold: evaluate only this fold, such as "0/5", which the training left out by `--fold`.
+        fold: evaluate only this fold, such as "0/5", which the training left out by `--fold`. None evaluates the whole
+            split.
         folds_by: regular expression whose match in a sample id names its sequence. A sequence is never divided between
-            folds.
-        class_map: file that names the data class for each class of the model.
+            folds. None treats each sample on its own.
+        class_map: file that names the data class for each class of the model. None if both have the same classes.
         at_size: resize labels to the model's input size, instead of comparing at the labels' own size.
         json_file: file for the metrics as JSON. Default: a file in the run's folder.
         markdown: file for the metrics as Markdown. Default: a file in the run's folder.

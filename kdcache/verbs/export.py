@@ -36,7 +36,8 @@ def export(
         raw: return logits at the native stride, without the resize to the image's size.
         weights: which weights of a run: "best", "last", "best-ema" or "last-ema".
         size: (H, W) of the images for the check, or a text such as "288x384". Default: the run's.
-        classes: folder with a classes.txt, which names the classes of SPEC@FILE.
+        classes: folder with a classes.txt, which names the classes of SPEC@FILE. None takes the names that the file
+            records, else "class 0" and so on. A run has its own names.
         tolerance: largest accepted difference from the model, divided by the model's largest logit.
     Raises: KDCacheError, the base class of all errors of kdcache.
     """

@@ -27,8 +27,8 @@ def inspect(cache: str | Path | Cache, *, cache_dir: str | Path | None = None, c
 
     Args:
         cache: a folder, an address or an open cache. The cache may be unfinished.
-        cache_dir: folder for local copies of a remote cache's files.
-        cache_bytes: maximum size of these copies in bytes.
+        cache_dir: folder for local copies of a remote cache's files. Default: kdcache in the user's cache folder.
+        cache_bytes: maximum size of these copies in bytes, or a text such as "50GiB". Default: half of the free space.
     Raises: RecipeError for a run; StoreError for anything else that is not an intact cache.
     """
     if isinstance(cache, str | Path) and is_run(Path(cache)):
@@ -51,8 +51,8 @@ def card(subject: str | Path | Cache | Run, *, cache_dir: str | Path | None = No
 
     Args:
         subject: a folder, address or open cache, or a run.
-        cache_dir: folder for local copies of a remote cache's files.
-        cache_bytes: maximum size of these copies in bytes.
+        cache_dir: folder for local copies of a remote cache's files. Default: kdcache in the user's cache folder.
+        cache_bytes: maximum size of these copies in bytes, or a text such as "50GiB". Default: half of the free space.
     Raises: StoreError for something that is neither a cache nor a run.
     """
     if isinstance(subject, Run):
@@ -99,8 +99,8 @@ def audit(
         data: the data set, if the cache does not store images and labels.
         split: name of its split. Default: the split that the cache was built from.
         out: folder for the report. Default: NAME-report next to the cache NAME.zarr.
-        cache_dir: folder for local copies of a remote cache's files.
-        cache_bytes: maximum size of these copies in bytes.
+        cache_dir: folder for local copies of a remote cache's files. Default: kdcache in the user's cache folder.
+        cache_bytes: maximum size of these copies in bytes, or a text such as "50GiB". Default: half of the free space.
         progress: show a progress bar, or lines without a terminal.
     Raises: KDCacheError, the base class of all errors of kdcache.
     """

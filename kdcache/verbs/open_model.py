@@ -28,7 +28,8 @@ def open_model(
         size: (H, W) of the pixels that the model sees, or a text such as "288x384". None takes the size that the run or
             the exported file records.
         weights: which weights of a run, such as "best".
-        classes: a folder with classes.txt, only for `SPEC@FILE`.
+        classes: a folder with classes.txt, only for `SPEC@FILE`. None takes the names that the run or the exported file
+            records, else "class 0" and so on.
         window: (H, W) or a text, used if `size` is None. Runs ignore it.
     Raises: RecipeError without a model or a size, or for `classes` of a run. ModelError for weights that do not fit.
         MismatchError for classes that differ from the file's.

@@ -93,6 +93,7 @@ def plan(
         measure_disk: also write at most 2 GB to the disk of `out`, measure its speed, and delete them.
         records: number of records to measure. More make the estimate more precise.
         student: model spec of a student. Its training is then also estimated, with the cache and with a live teacher.
+            None estimates no training.
         epochs: length of the student's training, in passes over the images.
         progress: show progress bars, or lines without a terminal.
         settings: the other settings of `kdcache.build_cache`, such as `size`, `views` and `top_k`.

@@ -73,7 +73,8 @@ def predict(
         window: (H, W) of a window that slides over the image, whose logits are averaged. None predicts the image at
             once.
         stride: (H, W) from one window to the next. Default: two thirds of `window`.
-        classes: folder with a classes.txt, which names the classes of SPEC@FILE.
+        classes: folder with a classes.txt, which names the classes of SPEC@FILE. None takes the names that the file
+            records, else "class 0" and so on. A run has its own names.
         batch_size: number of images per forward pass.
         threads: number of CPU threads. 0 keeps torch's own choice.
         device: "auto", "cpu" or "cuda".

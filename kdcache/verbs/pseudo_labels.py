@@ -43,8 +43,8 @@ def export_pseudo_labels(
         images: also write the images at view size.
         data: the data set, to measure the precision with its labels. Default: the labels in the cache.
         split: name of its split. Default: the split that the cache was built from.
-        cache_dir: folder for local copies of a remote cache's files.
-        cache_bytes: maximum size of these copies in bytes.
+        cache_dir: folder for local copies of a remote cache's files. Default: kdcache in the user's cache folder.
+        cache_bytes: maximum size of these copies in bytes, or a text such as "50GiB". Default: half of the free space.
         progress: show a progress bar, or lines without a terminal.
     Raises: KDCacheError, the base class of all errors of kdcache.
     """

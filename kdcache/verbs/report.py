@@ -51,15 +51,15 @@ def report(
         out: the .html file, which is replaced.
         data: the data set. Default: the validation data in the runs' recipes.
         split: name of its split. Default: the validation split in the runs' recipes.
-        teacher: a run or SPEC@FILE, shown separately.
+        teacher: a run or SPEC@FILE, shown in its own row, outside the ranking. None shows no teacher.
         title: title of the page. Default: made from the data set's name.
         num: number of best and worst images. Default: 3, or with `draw` 10 for each run.
         draw: folder for pictures, curves and confusion matrices as separate files. None writes none.
-        layout: how panels are arranged in these files: "grid" or "row".
-        format: comma-separated formats of these files, such as "png,pdf". PNG is always written.
+        layout: how panels are arranged in these files: "grid" (the default) or "row". It needs `draw`.
+        format: comma-separated formats of these files, such as "png,pdf". PNG is always written. It needs `draw`.
         audit: paths of report.json files, written by `kdcache inspect --teacher-report`.
-        figure: path of a PNG to show, such as the curve of a sweep.
-        command: the command that the page shows as its origin.
+        figure: path of a PNG to show, such as the curve of a sweep. None shows none.
+        command: the command that the page shows as its origin. None shows none.
         progress: show a progress bar, or lines without a terminal.
         settings: the other flags of `kdcache report`, with the same defaults. `help(kdcache.report)` lists them.
     Raises: KDCacheError, the base class of all errors of kdcache.

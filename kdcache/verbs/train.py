@@ -52,7 +52,7 @@ def train(
         data: the training data: folder or spec of a data set, or a split from `open_split` or `from_dataset`.
         val: the validation data, in the same form. Default: without a cache, the split val of a `data` on disk.
             Otherwise there is no validation.
-        preset: name of a set of settings, such as "few-labels". Explicit `settings` have priority.
+        preset: name of a set of settings, such as "few-labels". Explicit `settings` have priority. None uses none.
         resume: continue the run in `out` from its last checkpoint.
         progress: show a progress bar, or lines without a terminal.
         settings: the other flags of these commands, with the same defaults. `help(kdcache.train)` lists them. Sizes are

@@ -67,15 +67,16 @@ def verify(
     Args:
         cache: a complete cache.
         teacher: a run, SPEC@FILE, or the members of an ensemble. It runs again on some records, and its outputs are
-            compared.
+            compared. None compares no outputs.
         records: number of records on which the teacher runs.
-        seal: the digest that the cache's seal must have, as published elsewhere.
-        data: the data set, which is compared with the one that the cache was built from.
+        seal: the digest that the cache's seal must have, as published elsewhere. None accepts every seal.
+        data: the data set, which is compared with the one that the cache was built from. None compares none.
         split: name of its split. Default: the split that the cache was built from.
-        class_map: file that names the data class for each class of the teacher, as at the build.
+        class_map: file that names the data class for each class of the teacher, as at the build. None if the build
+            had no class map.
         device: device of the teacher: "auto", "cpu" or "cuda".
-        cache_dir: folder for local copies of a remote cache's files.
-        cache_bytes: maximum size of these copies in bytes.
+        cache_dir: folder for local copies of a remote cache's files. Default: kdcache in the user's cache folder.
+        cache_bytes: maximum size of these copies in bytes, or a text such as "50GiB". Default: half of the free space.
         progress: show a progress bar, or lines without a terminal.
     Raises: MismatchError for another seal; RecipeError for a setting without effect; KDCacheError, the base class of
         all errors of kdcache.

@@ -64,7 +64,10 @@ def number(value: float, digits: int = 2) -> str:
 
 
 def points(value: float, digits: int = 2) -> str:
-    """Return a difference of fractions as text in points with its sign: 0.012 becomes "+1.20". NaN becomes "-"."""
+    """Return a difference of fractions as text in points with its sign: 0.012 becomes "+1.20". NaN becomes "-".
+
+    `digits` is the number of decimals.
+    """
     return "-" if math.isnan(value) else f"{100 * value:+.{digits}f}".replace("-", "\N{MINUS SIGN}")
 
 

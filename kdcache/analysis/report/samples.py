@@ -197,7 +197,8 @@ def encode_wrong(
 ) -> bytes:
     """Return the bytes of a PNG of wrong pixels in red on a transparent ground, resized to `size` (H, W).
 
-    Void pixels are transparent. The red differs from all class colours.
+    Wrong pixels are those where the class ids of `label_HW` and `predicted_HW` differ, except void. The red differs
+    from all class colours, which are `colours`.
     """
     wrong = ((label_HW != predicted_HW) & (label_HW != IGNORE_INDEX)).astype(np.uint8)
     picture = _nearest(wrong, size)

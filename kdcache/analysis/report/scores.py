@@ -88,7 +88,7 @@ def class_scores(comparison: Comparison) -> dict[str, Any]:
 
 
 def sortable(comparison: Comparison, columns: Sequence[Column]) -> dict[str, Any]:
-    """Return a sortable table of all rows, as the values that the page's template takes.
+    """Return a sortable table of all rows with the given columns, as the values that the page's template takes.
 
     "header" has pairs (title, explanation). "bodies" has pairs (name, lines): "contestants" and "teachers". A line is
     (index of the row, row, its cells).

@@ -179,7 +179,7 @@ _MACHINE = {"platform": "system", "python": "Python", "cpus": "CPUs", "threads":
 def recipes(comparison: Comparison, runs: Mapping[str, Entry], command: str | None) -> Markup:
     """Return the section with the recipe of each row, and the command that the user typed.
 
-    `runs` are the compared runs by name.
+    `runs` are the compared runs by name. `command` None shows no command.
     """
     return render(
         "recipes.html",
@@ -214,7 +214,10 @@ def _row(row: Row, runs: Mapping[str, Entry], tasks: Sequence[str]) -> dict[str,
 
 
 def streams(settings: Mapping[str, Any]) -> list[list[str]]:
-    """Return texts for each stream of a recipe: name, source, share of the batch in percent, samples, and weight."""
+    """Return texts for each stream of a recipe: name, source, share of the batch in percent, samples, and weight.
+
+    `settings` is the recipe: flag without its dashes -> value. Without streams the result is [].
+    """
     tables, batch = settings.get("stream") or [], settings.get("batch-size")
     if not tables or not isinstance(batch, int):
         return []

@@ -40,7 +40,7 @@ class TermSetup:
         class_weight: (C,) weights of the classes in `pseudo` and `auxiliary`. None weighs all 1.
         label_smoothing: the label smoothing of `auxiliary`, in [0, 1).
         moments: mean and standard deviation of the teacher's channels, (c,) each, for a term with
-            `standardise=channels`.
+            `standardise=channels`. None for other terms.
     """
 
     targets: TermTargets
@@ -123,7 +123,7 @@ class Term(nn.Module):
 
     @classmethod
     def of(cls, spec: Any, setup: TermSetup) -> "Term":
-        """Make the module for a spec. Subclasses may choose another class by the spec's options."""
+        """Make the module for a spec, the settings of a term. Subclasses may choose another class by its options."""
         return cls(spec, setup)
 
     def labellers(self) -> tuple[str, ...]:
@@ -230,7 +230,7 @@ class Term(nn.Module):
             return self.loss(batch, count)
 
     def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
-        """Compute the result of `forward`, with autocast off. Subclasses implement it."""
+        """Compute the result of `forward`, with the same arguments and autocast off. Subclasses implement it."""
         raise NotImplementedError
 
     def count(self, batch: TermBatch) -> Tensor:

@@ -78,7 +78,10 @@ class DepthTerm(Term):
         return self.image_weight(self._reference(batch, dtype)[1], dtype).sum()
 
     def image_weight(self, mask_BHW: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return the weight (B,) of each image's loss in the mean: 1 with a valid pixel, 0 without one."""
+        """Return the weight (B,) of each image's loss in the mean: 1 with a valid pixel, 0 without one.
+
+        `mask_BHW` is True at valid pixels. `dtype` is the result's.
+        """
         return mask_BHW.flatten(1).any(1).to(dtype)
 
     def compared(self, values_BHW: Tensor, head: RegressionHead | None) -> Tensor:
@@ -150,7 +153,10 @@ class DepthL1(DepthTerm):
     kind = "depth-l1"
 
     def image_weight(self, mask_BHW: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return the number of valid pixels (B,) of each image, so that the mean is over pixels."""
+        """Return the number of valid pixels (B,) of each image, so that the mean is over pixels.
+
+        `mask_BHW` is True at valid pixels. `dtype` is the result's.
+        """
         return mask_BHW.sum((1, 2)).to(dtype)
 
     def of_images(self, prediction_BHW: Tensor, reference_BHW: Tensor, mask_BHW: Tensor) -> Tensor:

@@ -67,7 +67,10 @@ class Draws(Dataset[Batch | KDCacheError]):
         return [self.dataset.sample_id(self.visit(draw)[0]) for draw in draws]
 
     def empty(self, *leading: int, pin_memory: bool = False) -> Batch:
-        """Allocate memory for samples. `empty()` is for one sample, `empty(B)` for a batch of B samples."""
+        """Allocate memory for samples. `empty()` is for one sample, `empty(B)` for a batch of B samples.
+
+        `pin_memory` is True for page-locked memory, from which copies to a GPU are fast.
+        """
         return self.dataset.empty(*leading, pin_memory=pin_memory)
 
     def draw_into(self, draw: int, out: Row) -> KDCacheError | None:
@@ -176,7 +179,10 @@ def _data_loader(
 
 
 def next_batch(batches: Iterator[T | KDCacheError]) -> T:
-    """Return the next batch of a loader. Raises: KDCacheError if one of its samples could not be read."""
+    """Return the next batch of an iterator over a loader, whose items may be errors.
+
+    Raises: KDCacheError if a sample of the batch could not be read.
+    """
     return _raised(next(batches))
 
 

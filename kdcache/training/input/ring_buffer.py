@@ -33,7 +33,10 @@ class Items(Protocol):
     """The interface of numbered draws, which may be used by several threads at once."""
 
     def empty(self, *leading: int, pin_memory: bool) -> Batch:
-        """Allocate memory for samples. `empty()` is for one sample, `empty(B)` for a batch of B samples."""
+        """Allocate memory for samples. `empty()` is for one sample, `empty(B)` for a batch of B samples.
+
+        `pin_memory` is True for page-locked memory, from which copies to a GPU are fast.
+        """
 
     def draw_into(self, draw: int, out: Row) -> KDCacheError | None:
         """Write the augmented sample of a draw into the arrays of `out`.

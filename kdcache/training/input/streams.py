@@ -40,7 +40,10 @@ class StreamDraws:
 
 
 def stream_seed(seed: int, number: int) -> int:
-    """Return the seed of a stream's order and augmentation. Stream 0 has the run's seed."""
+    """Return the seed of a stream's order and augmentation. `seed` is the run's, and `number` is the stream's, from 0.
+
+    Stream 0 has the run's seed.
+    """
     if number == 0:
         return seed
     return int(np.random.SeedSequence((seed, number)).generate_state(1, np.uint64)[0] >> np.uint64(1))

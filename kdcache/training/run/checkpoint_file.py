@@ -45,9 +45,9 @@ def keep_checkpoint(run: Path, step: int) -> None:
 
 
 def load_checkpoint(run: Path, device: torch.device) -> dict[str, Any] | None:
-    """Return the last saved state: name of a part -> its state. None if nothing was saved yet.
+    """Return the last saved state in the folder `run`: name of a part -> its state. None if nothing was saved yet.
 
-    The file has tensors and plain values, and no pickled code.
+    Tensors are loaded to `device`. The file has tensors and plain values, and no pickled code.
 
     Raises: RecipeError if the file cannot be read.
     """

@@ -90,7 +90,7 @@ def _of_all(name: str) -> Any:
 
 
 class Observers(Observer):
-    """Several observers as one. Each call goes to all of them, in order."""
+    """The observers `several` as one. Each call goes to all of them, in order."""
 
     def __init__(self, several: Sequence[Observer]) -> None:
         self.several = tuple(several)

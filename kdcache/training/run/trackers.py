@@ -131,7 +131,7 @@ class Loggers(Observer):
         self._write(step, {f"train/{name}": value for name, value in values.items()})
 
     def gradients(self, step: int, norms: dict[str, float]) -> None:
-        """Send gradient norms as `gradients/<term>`."""
+        """Send gradient norms, name of a loss term -> norm, as `gradients/<term>`."""
         self._write(step, {f"gradients/{name}": norm for name, norm in norms.items()})
 
     def balanced(self, step: int, tasks: dict[str, dict[str, float]]) -> None:
@@ -220,17 +220,17 @@ class TensorBoard:
         self._writer.add_text("recipe", "\n".join(lines), beginning.step)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Add scalars to the event file: name -> number."""
+        """Add the scalars of a step to the event file: name -> number."""
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
 
     def draw(self, step: int, pictures: Mapping[str, Array]) -> None:
-        """Add pictures to the event file: name (`samples/<sample>/<task>`) -> uint8 RGB (H, W, 3)."""
+        """Add the pictures of a step to the event file: name (`samples/<sample>/<task>`) -> uint8 RGB (H, W, 3)."""
         for name, picture in pictures.items():
             self._writer.add_image(name, picture, step, dataformats="HWC")
 
     def close(self, completed: bool) -> None:
-        """Close the event file."""
+        """Close the event file, whether the training completed or not."""
         self._writer.close()
 
 

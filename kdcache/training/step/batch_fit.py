@@ -86,7 +86,7 @@ def _parts(config: TrainConfig, fits: int, processes: int) -> int | None:
 
 @contextmanager
 def memory_errors(config: TrainConfig) -> Iterator[None]:
-    """Turn an out-of-memory error of a with block into a ModelError.
+    """Turn an out-of-memory error of a with block into a ModelError, which names the batch size in `config`.
 
     Smaller batches are not tried, because one of several processes cannot do that alone.
 

@@ -48,7 +48,10 @@ def distribute(eager: EagerStep, batch: Streams, world: World) -> None:
 
 
 def share_statistics(model: nn.Module, device: torch.device) -> None:
-    """Replace the model's BatchNorms by layers that use the statistics of all processes' samples."""
+    """Replace the model's BatchNorms by layers that use the statistics of all processes' samples.
+
+    `device` is where the model is trained: on CUDA, PyTorch's own layers are used.
+    """
     if device.type == "cuda":
         nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
         return
