@@ -45,7 +45,7 @@ class Inputs:
         student: (B, C, h, w) logits, the leaf that receives the gradient.
         labels: (B, H, W) uint8, or int16 if 255 is a class.
         target: packed teacher logits.
-        class_weight: (C,) float32 for the cross-entropy, or None.
+        class_weight: (C,) float32 for the cross-entropy, or None for weights of 1.
         window, flip: (B, 4) float64 and (B,) bool, as in `kdcache_kernels.distill_loss`, or None.
         teacher: (B, C, h, w) float32, the target's logits of all classes. Only the rivals, the implementations that
             kdcache is compared with, use this field and the fields below.

@@ -70,7 +70,7 @@ class Taps(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """The tables of positions that one call of the CPU loss needs, for one of the two kernels.
+    """The neighbour tables and the layout of label columns that one call of the CPU loss needs.
 
     There are two layouts: by cells, for the kernel `cells.cells`, and by pixels, for the kernel `pixels.pixels`. Both
     cut a row of label pixels into tiles. By cells, a tile has four phases, each with every fourth of its label columns.
@@ -86,7 +86,8 @@ class Plan(NamedTuple):
         first_target_rows: (Bt, H) int64, `target_rows.low`.
         starts: (h + 1,) int64, the first label row of each cell row (the label rows between two logit rows).
         phases, tiles, pitch, offset, n: layout of the label columns. A row has `tiles` tiles of `phases` phases of n
-            entries. Entry k < pitch of phase p of tile t is label column phases * (t * pitch + k) + p - offset.
+            entries. The first `pitch` entries of a phase are label columns: entry k of phase p of tile t is column
+            phases * (t * pitch + k) + p - offset, if it exists.
         student_nodes, target_nodes: `Taps` of the nodes, the positions on a row of logits whose values a kernel reads.
             By cells, they are (Bt, tiles, n), four label pixels apart. By pixels, they are (1, 1, w + 1), one at each
             logit and the last one twice.

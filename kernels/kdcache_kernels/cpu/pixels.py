@@ -126,7 +126,8 @@ def pixels(
     """Compute the fused CE + KL loss and its gradient for any sizes and windows, for a range of cell rows.
 
     A cell row is the label rows between logit rows i and i + 1. The cell rows are `first` to `last` - 1, and row i of
-    image b has the number b * h + i. Arguments that are not listed are as in `cells.cells`.
+    image b has the number b * h + i. A label row is cut into tiles of n pixels. Arguments that are not listed are as in
+    `cells.cells`.
 
     Shapes and units:
         student, target: (B, h, 1, C, w + 1) float32 logits times log2(e) / T, minus their maximum. The last column is

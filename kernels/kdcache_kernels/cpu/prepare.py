@@ -16,8 +16,9 @@ _f = np.float32
 def to_nodes(first, last, logits, scale, limit, index, fraction, runs, nodes, lost, ranges):
     """Normalise a range of logit rows for the CPU loss, and resample each row to its nodes.
 
-    Nodes are the positions on a logit row where the loss kernels need a value. A normalised logit is (logit - maximum
-    over the classes) * log2(e) / T. The rows are `first` to `last` - 1, and row i of image b has the number b * h + i.
+    Nodes are the positions on a logit row where the loss kernels need a value. A row is cut into tiles of n nodes. A
+    normalised logit is (logit - maximum over the classes) * log2(e) / T. The rows are `first` to `last` - 1, and row i
+    of image b has the number b * h + i.
 
     Shapes and units:
         logits: (B, C, h, w) float32.
@@ -78,7 +79,7 @@ def from_nodes(first, last, upper, lower, index, fraction, gradient):
     """Carry a gradient from the nodes back to a range of logit rows, the transpose of the resampling of `to_nodes`.
 
     The rows are `first` to `last` - 1, and row i of image b has the number b * h + i. Row i gets upper[i] + lower[i -
-    1].
+    1]. A row is cut into tiles of n nodes, see `to_nodes`.
 
     Shapes and units:
         upper, lower: (B, h, tiles, C, n) gradient from the label pixels between logit rows i and i + 1: the share of

@@ -116,7 +116,8 @@ def cells_kernel(
     Results:
         gradient_ptr: (B, C, h, w), except the rows of logits where strips meet. None computes no gradient.
         edges_ptr: (B, strips, planes, C, w) float32, what a strip adds to these rows. Plane 0 is for the row above the
-            strip, the others are for the row below. There are 2 planes, or 4 if S is 8.
+            strip, and plane 1 for the row below. If S is 8, there are 4 planes instead of 2. Plane 1 is then for the
+            row below if `rows` is odd, else plane 2 is. The other planes have intermediate sums.
         partials_ptr: `Buffers.partials`. Row first_partial + program gets the program's sums of CE and KL in nats.
     """
     take_turn(DEPENDENT)
@@ -307,7 +308,7 @@ def choose_tiling(problem: LossProblem) -> Tiling:
 
 
 class Seams(NamedTuple):
-    """How an image is cut into strips of bilinear cells, to add up the gradient where two strips meet.
+    """How an image is cut into strips of bilinear cells, to add up the gradient at the seams, where two strips meet.
 
     Attributes:
         strips: strips per image.
