@@ -26,7 +26,7 @@ _TYPES: dict[Any, Any] = {int: Integral, float: Real, tuple: tuple | list}
 
 @dataclass(frozen=True)
 class Fix:
-    """A mark for the type of an argument: the fix that the error shows if a value does not have that type.
+    """A mark for the type of an argument. `text` is the fix in the error for a value that does not have that type.
 
     `Annotated[int, Fix("Give a whole number.")]` is an example.
     """

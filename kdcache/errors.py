@@ -75,7 +75,7 @@ class KDCacheError(Exception):
         return _rebuild, (type(self), self.problem, self.fix, self.rule)
 
     def within(self, place: str, *, fix: str | None = None) -> Self:
-        """Return a copy of this error whose problem begins with `PLACE: `.
+        """Return a copy of this error whose problem begins with `place`, such as a file or a stream, and a colon.
 
         If `fix` is given, it replaces the error's fix.
         """

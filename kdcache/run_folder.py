@@ -441,7 +441,7 @@ def train_again(folder: Path) -> str:
 
 
 def no_log(path: Path, what: str) -> RecipeError:
-    """Return the error for a log (metrics.jsonl) that cannot be read. `what` is the reason."""
+    """Return the error for the log `path` (metrics.jsonl), which cannot be read. `what` is the reason."""
     return RecipeError(
         f"Cannot read {path}: {what}",
         fix="Restore it from a copy, or remove it: everything but the curves is drawn without it.",

@@ -301,7 +301,7 @@ class Comparison:
         return named | public_names(runs)
 
     def without_folders(self, text: str) -> str:
-        """Return a text in which public names replace the folders of this machine."""
+        """Return `text` with public names (see `kdcache.display.public`) instead of the comparison's private paths."""
         return str(without_places(text, self._places))
 
     @property

@@ -39,7 +39,7 @@ class FixedBalance(nn.Module):
         weights: head -> the weight of its loss, finite and at least 0.
 
     Attributes:
-        reads_counts: False, because `forward` ignores `counted`.
+        reads_counts: False, because `forward` ignores `counted`, the denominators of the losses.
     Raises: RecipeError for any other weight, and if there is no head.
     """
 
@@ -87,7 +87,7 @@ class UncertaintyBalance(nn.Module):
             depth terms.
 
     Attributes:
-        reads_counts: True, because `forward` reads `counted`.
+        reads_counts: True, because `forward` reads `counted`, the denominators of the losses.
     Raises: RecipeError for an unknown form, and if there is no head.
     Source: Kendall, Gal and Cipolla 2018, arXiv 1705.07115.
     """

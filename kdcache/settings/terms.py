@@ -38,7 +38,8 @@ class Projected(FeatureTerm):
 class PseudoLabels(LossTerm):
     """A base class of loss terms that learn from pseudo labels. `quantile` None uses `threshold`.
 
-    `normalise` is explained in `kdcache.distill.terms.unlabelled.pseudo.Pseudo`.
+    `normalise` divides the loss of confident pixels by their class weights (`kept`) or by all counted pixels (`all`).
+    `share` is the mean over all counted pixels, confident or not, times the share of confident ones.
     """
 
     follows_paste = True

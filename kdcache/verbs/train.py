@@ -49,7 +49,8 @@ def train(
     Args:
         out: the run folder. It must be new or empty, or with `resume` an earlier run.
         model: a model spec, such as "kdcache:tiny" or "path/to/file.py:function".
-        data: the training data: folder or spec of a data set, or a split from `open_split` or `from_dataset`.
+        data: the training data: folder or spec of a data set, or a split from `open_split` or `from_dataset`. None
+            takes the data of the settings `cache` or `stream`.
         val: the validation data, in the same form. Default: without a cache, the split val of a `data` on disk.
             Otherwise there is no validation.
         preset: name of a set of settings, such as "few-labels". Explicit `settings` have priority. None uses none.

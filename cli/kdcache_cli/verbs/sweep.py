@@ -191,7 +191,7 @@ def flags_of(group: Any) -> dict[str, set[str]]:
 
 
 class InProcess:
-    """A callable that runs a job of a sweep in this process. Call it with the job.
+    """A callable that runs a job of a sweep in this process. Call it with the job. It returns None.
 
     `group` is the Typer group of all verbs.
     """

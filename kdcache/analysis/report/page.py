@@ -101,10 +101,10 @@ def page(
         matrices: pairs of an index into `comparison.rows` and the confusion matrix of that row's first run.
         size_of_cache: function from a cache's path to its `CacheSize`, or to None if it cannot be read.
         audits: audits of the teachers.
-        figure: a PNG of scores, such as the curve of a sweep.
-        pictures: a folder of further pictures to mention.
+        figure: a PNG of scores, such as the curve of a sweep, or None.
+        pictures: a folder of further pictures to mention, or None.
         device: the name of the device on which the runs were evaluated, or None.
-        command: the command that the user typed.
+        command: the command that the user typed, or None.
     Raises: RecipeError for an invalid log of a run.
     """
     by_text = {run.text: run for run in runs}

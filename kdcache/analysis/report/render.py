@@ -54,7 +54,7 @@ def data_uri(content: bytes, kind: str) -> str:
 
 
 def firm(text: str) -> str:
-    """Return a text with no-break spaces before percent signs, so a number and its sign stay on one line."""
+    """Return a text in which no-break spaces replace spaces before percent signs, so "12 %" stays on one line."""
     return text.replace(" %", "\N{NO-BREAK SPACE}%")
 
 

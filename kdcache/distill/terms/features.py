@@ -75,7 +75,7 @@ class Projected(Term):
         return resize(self.projection(student_Bchw), grid), teacher_Bchw, cells
 
     def standardised(self, teacher_Bchw: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return the teacher's features, standardised per channel if the spec has `standardise=channels`, in `dtype`.
+        """Return the teacher's features, standardised per channel if the term has `standardise=channels`, in `dtype`.
 
         Without that option the features are returned unchanged, in their own dtype.
         """
@@ -86,7 +86,7 @@ class Projected(Term):
 
 
 def tap_channels(spec: FeatureTerm, setup: TermSetup) -> tuple[int, int]:
-    """Return the number of channels of the student's tap, and of the teacher's tap. `spec` must name both taps."""
+    """Return the number of channels of the student's tap, and of the teacher's tap. The term `spec` must name both."""
     assert spec.student_tap is not None and spec.teacher_tap is not None, "taps are filled in"  # noqa: PT018
     return setup.student_taps[spec.student_tap], setup.targets.manifest.features[spec.teacher_tap].channels
 

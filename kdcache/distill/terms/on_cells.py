@@ -193,7 +193,7 @@ class Relations(OnCells):
 class Similarity(Term):
     """The loss term `sp`: compares which images of a batch have similar features, for student and teacher.
 
-    Q is the matrix of features, one row (c h w) per image, and G is Q Q^T with each row divided by its norm. The loss
+    Q has a tap's features, one row (c h w) per image, and G is Q Q^T with each row divided by its norm. The loss
     is the sum of the squared differences between the teacher's and the student's G, divided by the squared number of
     images. The images of all processes count together. Student and teacher keep their own channels and cells. Each cell
     is weighted by its share of counted pixels, and by the gate.
@@ -295,7 +295,7 @@ class ChannelLogits(OnCells):
 
     @classmethod
     def of(cls, spec: specs.Channels, setup: TermSetup) -> Term:
-        """Make the module of the loss term `cwd`: for features if the spec names a tap, else for logits."""
+        """Make the module of the loss term `cwd`: for features if the settings `spec` name a tap, else for logits."""
         return ChannelFeatures(spec, setup) if spec.reads_taps else cls(spec, setup)
 
     def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:

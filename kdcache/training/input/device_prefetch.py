@@ -71,7 +71,8 @@ def feed_over_side_stream(
     Args:
         batches: the batches of a loader. A KDCacheError in place of a batch is yielded unchanged.
         device: the CUDA device.
-        targets: the targets of all records, if the device keeps them, or None.
+        targets: the targets of all records, if the device keeps them, or None. The batches then have record numbers,
+            which are replaced by targets.
     """
     side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     slots: Iterator[_Slot] | None = None

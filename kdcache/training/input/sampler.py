@@ -108,8 +108,8 @@ class Rare:
     """An order that prefers rare classes. Each draw takes a class, then one of the records that show the class.
 
     Class c has the probability softmax((1 - f_c) / T), where f_c is its share among all labelled pixels. All records
-    that show the class are equally probable. A record shows a class that has more than RARE_SHARE (0.15 %) of its
-    pixels. If no record has so many, any pixel is enough. Classes without any label are never drawn.
+    that show the class are equally probable. A record shows a class that has more than RARE_SHARE (0.15 %) of the
+    record's pixels. If no record has so many, any pixel is enough. Classes without any label are never drawn.
 
     Args:
         counts_RC: number of pixels of each class in each record.

@@ -124,7 +124,7 @@ def check_room(dataset: DrawnDataset, shuffle: str, note: Callable[[str], None])
 def window_samples(dataset: DrawnDataset) -> int:
     """Return the least number of samples that `--shuffle window` shuffles together.
 
-    It may shuffle up to twice as many.
+    `--shuffle window` may shuffle up to twice as many.
     """
     return min(len(dataset), max(WINDOW_RECORDS, WINDOW_SHARDS * (dataset.shard_records or 1)))
 

@@ -108,9 +108,9 @@ def _zoom_of_depth(config: TrainConfig, cache: Cache) -> DepthZoom:
 
 
 def drawn_scale(config: TrainConfig) -> tuple[float, float]:
-    """Return the smallest and the largest zoom to draw: the user's range, or a default range.
+    """Return the smallest and the largest zoom to draw: the user's range, or by default 0.5 to 2.
 
-    The default is no zoom (1 to 1) if the training compares depth in metres, and `--depth-zoom` does not say how a zoom
+    The default is 1 to 1 (no zoom) if a loss term compares depth in metres, and `--depth-zoom` does not say how a zoom
     changes depth.
     """
     still = config.compares_metres and config.augmentation.depth_zoom == "none"
