@@ -38,8 +38,8 @@ class Projected(FeatureTerm):
 class PseudoLabels(LossTerm):
     """A base class of loss terms that learn from pseudo labels. `quantile` None uses `threshold`.
 
-    `normalise` divides the loss of confident pixels by their class weights (`kept`) or by all counted pixels (`all`).
-    `share` is the mean over all counted pixels, confident or not, times the share of confident ones.
+    `normalise` divides the sum over confident pixels by their class weights (`kept`) or the number of counted pixels
+    (`all`). `share` is the mean over all counted pixels, confident or not, times the share of confident ones.
     """
 
     follows_paste = True
@@ -157,7 +157,7 @@ class Pseudo(PseudoLabels):
 
 
 class Attention(FeatureTerm):
-    """Settings of the loss term `at`: the difference between the attention maps of student and teacher, at taps."""
+    """Settings of the loss term `at`: the difference between the attention maps of a student's and a teacher's tap."""
 
     kind = "at"
     stored = ("the attention map or features of {}", "--statistics at:{}")
@@ -343,7 +343,7 @@ class Consistency(PseudoLabels):
 
 
 class Adversarial(LossTerm):
-    """Settings of the loss term `adversarial`: a discriminator shall not tell two streams apart by predictions."""
+    """Settings of the loss term `adversarial`: predictions on two streams should look alike to a discriminator."""
 
     kind = "adversarial"
     learns_from = "predictions"
