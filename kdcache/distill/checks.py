@@ -203,8 +203,9 @@ def check_heads(terms: "Sequence[Term]", batch: Batch, heads: Mapping[str, Tenso
 def shows_otherwise(batch: Batch, form: TargetFormat, whole: Size | None) -> bool:
     """Return True if the labels' shape proves that they were not cut by the batch's windows.
 
-    This is so if all windows have the view's aspect ratio, but the labels differ from the aspect ratio of `whole` by
-    more than a pixel. In all other cases return False.
+    If all windows have the view's aspect ratio, or the batch has no windows, cut labels would keep the aspect ratio of
+    `whole`. Then return True if the labels' height and width are both a pixel or more off this ratio. In all other
+    cases return False.
 
     Args:
         batch: the batch to check.

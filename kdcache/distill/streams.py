@@ -96,7 +96,10 @@ class Criterion(nn.Module):
             term.gather = gather
 
     def after_step(self, streams: Streams) -> None:
-        """Let terms with a memory store the streams' batches (see `DistillLoss.after_step`)."""
+        """Let terms with a memory, such as `queue`, store their streams' batches. Call it after the optimizer's step.
+
+        `streams` has a batch for each of `losses`.
+        """
         for loss, batch in zip(self.losses, streams, strict=True):
             loss.after_step(batch)
 

@@ -273,9 +273,12 @@ class TrainConfig:
         return self.changed(**settings)
 
     def with_streams(self, resolved: "Sequence[TrainConfig]") -> "TrainConfig":
-        """Return a copy whose `stream` tables have the values that were filled in for each stream.
+        """Return a copy with the settings of `resolved` in its `stream` tables, one table for each stream.
 
-        `resolved` has the resolved settings of each stream, in order.
+        Copied are the settings that depend on a stream's data: `augment`, `scale`, `flip`, `shuffle`, `labelled_share`.
+
+        Args:
+            resolved: the settings of each stream after `TrainConfig.resolved`, in the order of the tables.
         """
         tables = []
         for table, config in zip(self.data.stream, resolved, strict=False):

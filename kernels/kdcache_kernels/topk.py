@@ -92,7 +92,16 @@ class PackedTarget:
 
 
 def pack(logits_BChw: Tensor, k: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Compute `kdcache_kernels.pack` with PyTorch operations on any device. float64 logits are processed in float64."""
+    """Keep the k largest logits of every pixel, with PyTorch operations on any device.
+
+    This is the reference for `kdcache_kernels.pack`, and returns the same.
+
+    Args:
+        logits_BChw: any floating dtype. Computed in float32, or in float64 if it is float64.
+        k: 1 to C. C keeps every class in class order.
+    Returns: (values, indices, tail) as in `PackedTarget`. indices and tail are None for k = C.
+    Raises: ShapeError for a tensor that is not (B, C, h, w) of floats, ValueRangeError for k.
+    """
     check_logits(logits_BChw, k)
     num_classes = logits_BChw.shape[1]
     logits_BChw = logits_BChw.detach().to(compute_dtype(logits_BChw.dtype))

@@ -98,7 +98,7 @@ def read_tasks(run: Run) -> dict[str, dict[str, Points]]:
 
 
 def curves(trainings: Sequence[Training]) -> Markup | None:
-    """Return the section of training curves, or None if no run has a log."""
+    """Return the HTML section with charts of scores, losses and speed, a line per run. None if `trainings` is empty."""
     if not trainings:
         return None
     parts = dict.fromkeys(name for run in trainings for name in run.curves.losses if name != "loss")

@@ -47,7 +47,7 @@ class Targets(NamedTuple):
     ignore_index: int
 
     def image(self, index: int) -> "Targets":
-        """Return the targets of the batch's image number `index`, with the counts of the whole batch.
+        """Return the targets of image number `index` only. `ce_count` and `kl_count` still count the whole batch.
 
         The losses of all images then add up to the loss of the batch.
         """

@@ -146,9 +146,9 @@ class ClassIds:
     classes: int
 
     def decode(self, path: Path) -> Pixels:
-        """Return the class ids in a label file, uint8 (H, W). Ids may still be out of range, which `check` finds.
+        """Return the class ids in a label file, uint8 (H, W). Unknown ids are not an error here, but in `check`.
 
-        Raises: DataError for a file that cannot be read, or if `LabelIds.check` raises it.
+        Raises: DataError for a file that cannot be read, or whose numbers contradict its name.
         """
         label = read_label(path, self.label_ids.colours)
         if self.label_ids.check is not None:

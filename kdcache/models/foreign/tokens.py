@@ -18,11 +18,12 @@ SUMMARY = "summary"
 def token_map(tokens_BNc: Tensor, size: tuple[int, int], patch: int | None) -> Tensor | None:
     """Return a transformer's tokens as a feature (B, c, h, w), or None if their number does not fit the image.
 
-    Class tokens and register tokens are left out.
+    Up to 16 class and register tokens at the start are left out. Each other token must stand for a square of 1, 2 x 2,
+    4 x 4 or 8 x 8 patches.
 
     Args:
-        tokens_BNc: the tokens.
-        size: (H, W) of the image.
+        tokens_BNc: the N tokens of each image, with c numbers each.
+        size: (H, W) of the image in pixels.
         patch: the side in pixels of the network's patches. None gives None.
     """
     count = tokens_BNc.shape[1]

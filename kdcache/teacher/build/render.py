@@ -175,9 +175,9 @@ class StoredArray(Source[Any]):
 
 
 def stored_views(split: LikeSplit, records: Sequence[int]) -> list[Rendered]:
-    """Read the views of the records with the numbers `records` from the existing cache of `split`.
+    """Read views from the existing cache `split.like`, instead of rendering them from the data set.
 
-    Raises: CorruptError for a damaged cache.
+    `records` are the numbers of their records, from 0. Raises: CorruptError for a damaged cache.
     """
     like, read = split.like, list[Rendered]()
     paths = [path for path in like.specs if path.startswith(("pixels/", "labels/", "records/"))]

@@ -39,9 +39,9 @@ class ShardQueue:
             self._pool.shutdown(wait=True)
 
     def add(self, batch: Sequence[Rendered], outputs: Mapping[str, Array]) -> None:
-        """Add some records of one shard, in any order. The last record of a shard starts its writing.
+        """Add some records of one shard, in any order. The last record of a shard starts its writing in a thread.
 
-        This call waits if the previous shard is still being written.
+        That last call first waits until the previous shard is written. The other calls do not wait.
 
         Args:
             batch: the records.

@@ -62,8 +62,8 @@ class Item:
         shapes: the shapes in drawing order, or None if nobody labelled the image.
         size: (height, width) in pixels that the export states, or None.
         folders: folders below the data set's folder in which the image is searched first.
-        place: a folder below the data set's folder, in which the image is searched next. It is not part of sample ids.
-            None searches the whole data set, and `sample_id` makes the ids.
+        place: a folder below the data set's folder, in which the image is searched next. The sample's id is the path
+            below it, without suffix. None searches the whole data set, and also drops folders such as images/train/.
     """
 
     image: str
