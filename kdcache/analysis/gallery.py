@@ -291,7 +291,8 @@ class Gallery:
 def strip(pictures: Sequence[Panel]) -> Array:
     """Return a thumbnail, uint8 (H, W, 3): image, ground truth and prediction next to each other.
 
-    It shows classes, or depth if there are no classes. `pictures` are those of `Gallery.one_model`.
+    It shows classes, or depth if there are no classes. `pictures` are all pictures of one image, as pairs (title,
+    picture) that `Gallery.one_model` returns.
     """
     named = {name: picture for name, picture in pictures if name != "overlay" and not _is_error(name)}
     further = [name for name in named if name.startswith(tuple(VIEWS[task].prefix for task in FURTHER))]

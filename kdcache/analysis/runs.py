@@ -72,7 +72,7 @@ class Entry:
         Args:
             classes: the classes of the data, which the model must have.
             which: weights of the run, such as "best" or "last".
-            size: (H, W) of its input. None takes the run's size.
+            size: (H, W) of the model's input in pixels. None takes the size of the run or the exported file.
         Raises: MismatchError for other classes. RecipeError if the run does not have weights. ModelError if they do not
         fit.
         """

@@ -227,9 +227,18 @@ class Record:
     ) -> "Record":
         """Return the record of an evaluation. It reads the files of weights and class map for their digests.
 
-        `description` describes the model, as `Entry.load` returns it. `weights` is a file, or None if the weights come
-        from a library. `class_map` is a file, or None without a class map. `digest` is the `data_digest` of `split`.
-        `framing` None squashes the image to `size`. The other arguments are as in the attributes of `Record`.
+        Args:
+            description: describes the model, as `Entry.load` returns it.
+            weights: the file of weights, or None if the weights come from a library.
+            split: the evaluated split.
+            digest: the `data_digest` of `split`.
+            size: (H, W) in pixels that the model sees.
+            which: weights of a run, such as "best", or None for SPEC@FILE.
+            fold: the evaluated fold of the split, or None for the whole split.
+            at_size: whether labels are resized to `size`.
+            class_map: the class map's file, or None without a class map.
+            depth: the depth labels that count, or None if depth is not evaluated.
+            framing: how images are fitted to `size`. None squashes them.
         """
         return cls(
             which,

@@ -55,7 +55,8 @@ def read_image(path: Path, bits: int | None = None) -> Pixels:
             None makes such images an error.
 
     Raises:
-        DataError: a file that cannot be read, or an image with too many bits.
+        DataError: a file that cannot be read, or an image with more than 8 bits per channel that is not scaled: without
+            `bits`, of more than 16 bits, or with signed or float levels.
         RecipeError: a pixel value that needs more than `bits` bits.
     """
     stored, plain = _header_bits(path)

@@ -167,9 +167,10 @@ class ConfidenceCounts:
         )
 
     def threshold_keeping(self, share: float) -> float:
-        """Return the largest threshold for all classes that keeps at least `share` (0 to 1) of all pixels.
+        """Return the largest confidence threshold that keeps at least `share` (0 to 1) of all pixels.
 
-        It is 1 if there are no pixels.
+        A pixel is kept if its confidence is at least the threshold, which is the same for all classes. Return 1 if
+        there are no pixels.
         """
         kept_V = self.predicted_CV.sum(0)[::-1].cumsum()[::-1]
         enough_V = (kept_V >= share * kept_V[0]) & (kept_V > 0)

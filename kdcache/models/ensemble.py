@@ -48,7 +48,9 @@ class Tta:
 
     @classmethod
     def parse(cls, text: str) -> "Tta":
-        """Return the settings of a text such as `flip`, `scales=0.75:1.0:1.25` or `flip,scales=0.75:1.0:1.25`.
+        """Return the test-time augmentation that a text names, such as `flip` or `flip,scales=0.75:1.0:1.25`.
+
+        `flip` adds mirrored images, and `scales` lists the scales of the input. Both are optional.
 
         Raises: RecipeError for any other text.
         """

@@ -74,7 +74,7 @@ def prepare(
     Args:
         data: folder or spec of a data set, or a split.
         split: name of the split, or None for train.
-        teacher: where the teacher comes from, as in `kdcache.build_cache`.
+        teacher: a run folder, SPEC@FILE, a module, a loaded teacher, or a sequence of runs and SPEC@FILE.
         settings: name -> value of all settings of the build.
         out: the cache to build.
         note: called with each text that the user should see.

@@ -224,10 +224,12 @@ def distill_denominators(
     Pass the sums over all parts of a batch to each part's `distill_loss`. The parts' losses then add up to the loss of
     the whole batch. (DistributedDataParallel averages gradients, so multiply the loss by the number of ranks.)
 
-    The arguments are as in `distill_loss`. `num_classes` is the student's. Pass labels_BHW, target or both.
+    Pass labels_BHW, target or both. `num_classes` is the student's number of classes. Every other argument must have
+    the value that `distill_loss` gets, which explains it.
 
-    Returns: (ce, kl), 0-dimensional float64 on the device, 0 without labels or target. A class id out of range does not
-        count.
+    Returns: (ce, kl), 0-dimensional float64 on the device. ce is the sum of the class weights of the labelled pixels,
+        or 0 without labels. kl is the number of pixels that KL counts, or 0 without a target. A label outside 0 to
+        `num_classes` - 1 does not count in ce.
     Raises: ShapeError, ValueRangeError naming the argument.
     Memory: nothing of label size. The reference needs several times the labels in int64.
     """

@@ -66,7 +66,7 @@ class LossProblem:
 
     @property
     def use_kl(self) -> bool:
-        """Return True if KL is computed, that is, if there is a target."""
+        """True if KL is computed, that is, if there is a target."""
         return self.target is not None
 
     @property

@@ -18,7 +18,12 @@ _JSON: dict[str, Any] = {"allow_nan": False, "separators": (",", ":")}
 
 
 def render(template: str, **values: Any) -> Markup:
-    """Return an HTML template of this package, filled with `values`. All values except Markup are escaped."""
+    """Return one of this package's HTML templates, filled with values.
+
+    Args:
+        template: file name in the folder `templates`, such as "scores.html".
+        values: name in the template -> value. All except Markup are escaped.
+    """
     return Markup(_environment().get_template(template).render(values))
 
 
@@ -64,7 +69,9 @@ def number(value: float, digits: int = 2) -> str:
 
 
 def points(value: float, digits: int = 2) -> str:
-    """Return a difference of fractions as text in points with its sign: 0.012 becomes "+1.20". NaN becomes "-".
+    """Return a difference of fractions as text in percentage points, with its sign: 0.012 becomes "+1.20".
+
+    NaN becomes "-".
 
     `digits` is the number of decimals.
     """

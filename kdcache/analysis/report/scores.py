@@ -90,8 +90,8 @@ def class_scores(comparison: Comparison) -> dict[str, Any]:
 def sortable(comparison: Comparison, columns: Sequence[Column]) -> dict[str, Any]:
     """Return a sortable table of all rows with the given columns, as the values that the page's template takes.
 
-    "header" has pairs (title, explanation). "bodies" has pairs (name, lines): "contestants" and "teachers". A line is
-    (index of the row, row, its cells).
+    "header" has pairs (title, explanation). "bodies" has pairs (name, lines): "contestants" for the compared rows, and
+    "teachers". A body without lines is left out. A line is (index of the row, row, list of the row's cells).
     """
     lines = [(place, row, [column.cell(row) for column in columns]) for place, row in enumerate(comparison.rows)]
     for number_of_column, column in enumerate(columns):

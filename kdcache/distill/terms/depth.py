@@ -58,9 +58,10 @@ class DepthTerm(Term):
             self.teacher_align_corners = setup.targets.manifest.heads[DEPTH].align_corners
 
     def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
-        """Return the mean of `of_images` over the images with a valid pixel, 0-dimensional.
+        """Return the mean loss over the images with a valid pixel, 0-dimensional.
 
-        `count` is the denominator, 0-dimensional. None uses the batch's own number of such images.
+        The subclass's method `of_images` computes the loss of each image. `count` is the denominator, 0-dimensional.
+        None uses the number of images with a valid pixel in `batch`.
         """
         raw_B1HW = resize(wide(batch.student.heads[DEPTH]), batch.rows.size, self.student_align_corners)
         prediction_BHW = self.compared(self.student.values(raw_B1HW)[:, 0], self.student)

@@ -27,7 +27,10 @@ class OnCells(Term):
     spec: specs.OfLogits | specs.Channels
 
     def prepare(self, batch: TermBatch) -> None:
-        """Remember how the student's logits are resized, for `describe`."""
+        """Store how the student's logits of `batch` are resized to the target's cells, as text for `describe`.
+
+        Without a target in the batch, nothing is stored.
+        """
         if batch.rows.target is not None:
             self.note_resize(batch.student.logits, batch.rows.target.values)
 

@@ -31,7 +31,10 @@ class Resize(NamedTuple):
 
 
 class NotingResizes(TorchFunctionMode):
-    """A context manager in which `resize_of` finds the input of each bilinear upsampling."""
+    """A context manager that records the input of each bilinear upsampling by `F.interpolate`.
+
+    `resize_of` then returns this input for the upsampled tensor.
+    """
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))

@@ -173,7 +173,8 @@ def reading_as(task: str, network: Any, sentence: Tensor | None = None) -> Readi
     """Return the adapter that calls a transformers network and reads its output, or None if it returns logits.
 
     Args:
-        task: `semantic`, `depth`, `universal` or `features` (see `task_of`).
+        task: the network's task, as `task_of` returns it: `semantic` (logits, so the result is None), `depth`,
+            `universal` (masks with classes) or `features` (only feature maps).
         network: the transformers model.
         sentence: the tokens (1, N) of the sentence that names the task, for OneFormer. None for other networks.
     Raises: ModelError for a OneFormer without `sentence`.

@@ -72,10 +72,13 @@ class Mix:
 
     @torch.no_grad()
     def paste(self, batch: Batch, other: Batch) -> Batch:
-        """Return `batch` with pixels and labels of `other` pasted in: from each sample into the sample of equal index.
+        """Return `batch` with pixels of `other` pasted in: from each sample into the sample of equal index.
 
-        `own` of the result is False for pasted pixels. Both batches have equally many samples. The method never waits
-        for the device.
+        Labels and pseudo labels of these pixels are pasted with them. `kind` and the random numbers `batch.dice` choose
+        the pixels: a box, or half of the classes in the label of `other`. Without a paste, a sample stays as it is.
+
+        Both batches have equally many samples and the same size. `own` of the result is False for pasted pixels. The
+        method never waits for the device.
         """
         dice_BN = batch.dice
         assert batch.pixels is not None

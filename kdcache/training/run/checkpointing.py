@@ -162,7 +162,7 @@ class RunState:
     def keep_best(self, score: float, *, ema: bool = False) -> bool:
         """Save the model's weights as the best ones if `score` is above all earlier scores. Return True if so.
 
-        `ema` of True saves the moving average instead, which has scores of its own.
+        True for `ema` saves the moving average of the weights instead. Its scores are compared only with each other.
         """
         now = self.now
         if not score > (now.ema_best_score if ema else now.best_score):

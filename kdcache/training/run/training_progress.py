@@ -37,7 +37,7 @@ class TrainingProgress(Observer):
         self._bar.console.print(f"note: {text}", markup=False)
 
     def advanced(self, step: int) -> None:
-        """Move the bar to a step."""
+        """Show on the progress bar that `step` steps are done."""
         assert self._task is not None
         self._bar.update(self._task, completed=step)
 

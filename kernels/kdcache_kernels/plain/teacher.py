@@ -127,7 +127,8 @@ class SparseTeacher(NamedTuple):
     def gradient(self, p_BCP: Tensor, factor_B1P: Tensor) -> Tensor:
         """Overwrite `p_BCP`, the student's probabilities p, with (p - q) * factor, and return it.
 
-        q are the teacher's probabilities. Because images have one pixel, p and q are (B, C) and `factor_B1P` is (B, 1).
+        q are the teacher's probabilities. This class is for images of one pixel, so tensors do not have the axis P: p
+        and q are (B, C), and `factor_B1P` is (B, 1).
         """
         rest_B1 = self.rest.exp()
         gradient_BC = p_BCP.sub_(rest_B1).mul_(factor_B1P)

@@ -101,7 +101,10 @@ def exponentials(surface):
 
 @triton.jit
 def scaled(surface, factor):
-    """Return the surface (value, dx, dy, dxy) multiplied by the number `factor`, see `make_surface`."""
+    """Return a surface with all logits multiplied by the number `factor`.
+
+    A surface is a tuple (value, dx, dy, dxy), from which every logit in a bilinear cell follows (see `make_surface`).
+    """
     return surface[0] * factor, surface[1] * factor, surface[2] * factor, surface[3] * factor
 
 

@@ -341,7 +341,8 @@ def relation_loss(problem: RelationProblem) -> tuple[Tensor, Tensor]:
     Returns: the loss, 0-dimensional float32, and its float32 gradient by the student's (B, C, hs, ws) logits. The
         gradient is empty if it is not needed.
     Raises: ShapeError for an image of 2^31 logits or more, or whose strides reach as many elements.
-    Memory: the gradient at both sizes, 28 bytes per cell, and 20 bytes per class and block of cells.
+    Memory: the gradient in the student's size and in the cells' size, 28 bytes per cell, and 20 bytes per class and
+        block of cells.
     """
     student, device = problem.student, problem.student.device
     shape = student.shape if problem.need_gradient else (0,)
