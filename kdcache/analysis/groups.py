@@ -100,10 +100,10 @@ class Group:
         return is_control(self.settings)
 
     def likeness(self, other: "Group") -> float:
-        """Return in how many settings two rows differ. 0 means that their settings are equal.
+        """Return how unlike two rows are: the number of settings in `differs` whose values differ. 0 means equal.
 
-        Only settings that distinguish rows count. If both rows have streams, the streams together count as one setting:
-        the share (0 to 1) of their settings that differ.
+        If both rows have streams, all their streams together count as one setting. It adds the share (0 to 1) of the
+        streams' settings that differ.
         """
         streams = [*(self.settings.get("stream") or ()), *(other.settings.get("stream") or ())]
         both = bool(self.settings.get("stream")) and bool(other.settings.get("stream"))

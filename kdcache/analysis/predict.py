@@ -179,9 +179,9 @@ def predict_images(
 
 
 def units_per_metre(head: RegressionHead) -> int:
-    """Return the units per metre of 16-bit depth PNGs: 1000 if the head's depths fit, else 256 as in KITTI.
+    """Return the units per metre of a 16-bit depth PNG: 1000 if the head's largest depth fits, else 256 as in KITTI.
 
-    Raises: RecipeError for depth that is not in metres, or that may exceed 16 bits.
+    Raises: RecipeError if the depth is not in metres, has no limit, or does not fit with 256 either.
     """
     fitting = [units for units in (1000, 256) if head.max_depth is not None and head.max_depth * units <= _LARGEST]
     if head.unit != METRES or not fitting:

@@ -110,9 +110,10 @@ def cost_table(comparison: Comparison) -> Table:
 
 
 def class_table(comparison: Comparison, mark: Mark = BOLD) -> Table:
-    """Return a table with a line for each row: the IoU of every class, then mIoU, mAcc and aAcc, in percent.
+    """Return a table of scores in percent: a line for each row of the comparison.
 
-    `mark` is the text before and after the best value.
+    Its columns are the IoU of every class, then mIoU, mAcc and aAcc. `mark` is the pair of texts before and after the
+    best value of each column.
     """
     header = ["row", *comparison.class_names, "mIoU", "mAcc", "aAcc"]
     columns = [_iou(number) for number in range(len(comparison.class_names))]

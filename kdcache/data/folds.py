@@ -41,7 +41,8 @@ class Fold(NamedTuple):
     def holds(self, ids: Sequence[str]) -> npt.NDArray[np.bool_]:
         """Return whether each sample is in this fold, bool (N,). `ids` are all ids of the split.
 
-        Raises: RecipeError if the split cannot have these folds.
+        Raises: RecipeError unless there are 2 to 255 folds, with a sample or sequence for each. Also for an invalid
+            pattern.
         """
         held: npt.NDArray[np.bool_] = folds_of(ids, self.folds, self.by) == self.number
         return held

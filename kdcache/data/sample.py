@@ -145,7 +145,10 @@ class Source(Pickled, ABC, Generic[Values]):
         """
 
     def raw(self) -> Values:
-        """Return the array like `read`, but without checking a label against its image and classes. Reports use it."""
+        """Return the array like `read`, but do not check that a label fits its image's size and its classes.
+
+        Reports use it, to show faulty labels.
+        """
         return self.read()
 
     def size(self) -> tuple[int, int]:

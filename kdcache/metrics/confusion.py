@@ -122,7 +122,7 @@ class Metrics:
         )
 
     def over(self, names: Sequence[str]) -> "Metrics":
-        """Return the metrics of the classes `names` only. No other class may have labelled pixels.
+        """Return the metrics of the classes `names` only. No other class may have labelled pixels (asserted).
 
         `miou` and `macc` become means over these classes. A pixel that is predicted as another class still counts as
         wrong.

@@ -108,9 +108,10 @@ def figure_table(results: Sequence[OnDataSet], task: str) -> Table:
 
 
 def tables(results: Sequence[OnDataSet], class_names: Sequence[str]) -> list[Table]:
-    """Return the table of `class_table`, then a table of `figure_table` for each numeric task.
+    """Return the tables of a model's scores on several data sets. A table without columns of data sets is left out.
 
-    The arguments are those of `class_table`. A table without data sets is left out.
+    They are the IoU of `class_names` as in `class_table`, then the figures of each numeric task as in `figure_table`.
+    `results` has the scores on each data set.
     """
     others = (figure_table(results, task) for task in EVALUATORS if task != SEGMENTATION)
     return [table for table in (class_table(results, class_names), *others) if len(table[0]) > 1]

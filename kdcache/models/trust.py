@@ -33,7 +33,7 @@ def trusting(trust: bool = True) -> Iterator[None]:
 
 
 def is_trusting() -> bool:
-    """Return True inside a `trusting()` block."""
+    """Return True inside a `with trusting():` block, in which code that a file names may be imported."""
     return CODE_ALLOWED.get()
 
 

@@ -26,7 +26,8 @@ def to_recipe(settings: Mapping[str, Any]) -> dict[str, Any]:
 def settings_of(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings of a recipe.toml, without the key `format`. Names and values stay as in the file.
 
-    Settings of earlier versions that no longer exist are also left out, if their value has no effect.
+    If an earlier version wrote a setting that no longer exists, it is left out if its value has no effect. Otherwise it
+    is returned.
 
     Raises: RecipeError if a later version of kdcache wrote the recipe.
     """

@@ -250,15 +250,17 @@ class TrainConfig:
     def resolved(
         self, samples: int, size: tuple[int, int], shuffle: str = "full", labelled_share: float | None = None
     ) -> "TrainConfig":
-        """Return a copy with size, iterations, val_every, shuffle and labelled_share filled in.
+        """Return a copy in which the training data has decided the settings that the user left open.
 
-        Lengths in epochs become iterations.
+        Lengths in epochs become iterations. Without a length, the default number of iterations is used. `val_every`
+        becomes a tenth of the iterations if it is not set.
 
         Args:
             samples: number of samples of the training data.
             size: (H, W) to use if the user gave no size.
             shuffle: `full` or `window`, used instead of `auto`.
-            labelled_share: share of every batch that has labels. None draws all samples with equal probability.
+            labelled_share: the copy's `labelled_share`: the share of every batch that has labels. None draws all
+                samples with equal probability.
         """
         optimizer, run = self.optimizer, self.run
         iterations = optimizer.iterations or DEFAULT_ITERATIONS

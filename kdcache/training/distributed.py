@@ -135,7 +135,7 @@ class World:
         Args:
             batch_size: samples in a batch of all processes.
             together: size of groups of samples that must stay in one process.
-            parts: number of accumulated parts.
+            parts: number of parts into which each process divides its share, to accumulate gradients (`--accumulate`).
         """
         unit = self.size * together * parts
         if batch_size % unit:

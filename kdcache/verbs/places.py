@@ -43,7 +43,9 @@ def copies_of(cache_dir: str | Path | None, cache_bytes: Any) -> tuple[Path | No
 def use_machine(threads: int, device: str) -> torch.device:
     """Set torch's number of threads, unless `threads` is 0, and return the device.
 
-    `device` is "auto", "cpu" or "cuda".
+    `device` is "auto", "cpu" or "cuda". "auto" is a GPU if there is one.
+
+    Raises: RecipeError for a device that this machine lacks.
     """
     if threads:
         torch.set_num_threads(threads)

@@ -250,7 +250,10 @@ def denominators(
     flip: Tensor | None,
     anchor: Tensor,
 ) -> Tensor:
-    """Compute the denominators of CE and KL as a registered operator, see `kdcache_kernels.distill_denominators`.
+    """Compute the denominators of the mean CE and KL, as a registered operator of torch.
+
+    The denominator of CE is the sum of the class weights of the labelled pixels. The denominator of KL is the number of
+    pixels that it counts.
 
     Args:
         family: "numba" or "triton", the implementation.

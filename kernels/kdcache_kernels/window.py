@@ -46,8 +46,12 @@ class ViewPositions(NamedTuple):
     def hat_matrices(self, grid: Size, align_corners: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return the bilinear weights that resample a map of the view to the image.
 
-        They are (B, H, h) for the rows and (B, W, w) for the columns. `grid` is (h, w), the rows and columns of the
-        map. `align_corners` is as in `hat_matrix`, and `dtype` is the result's.
+        Args:
+            grid: (h, w), the rows and columns of the map.
+            align_corners: whether the centres of the view's corner pixels lie on the centres of the map's corner
+                elements. Otherwise the outer edges coincide.
+            dtype: dtype of the result.
+        Returns: (B, H, h) for the rows and (B, W, w) for the columns.
         """
         return (
             hat_matrix(self.y, self.view_size[0], grid[0], align_corners, dtype),

@@ -91,7 +91,7 @@ class Measured:
 
     @property
     def host_bound(self) -> bool:
-        """Return True if the GPU waits for the CPU, so that `time` measures the CPU's launches."""
+        """True if the GPU waits for the CPU, so that `time` measures the CPU's launches."""
         if self.host is None or self.time is None:
             return False
         # Without a graph the device's own time is not known; events around a step that waits have the host's.

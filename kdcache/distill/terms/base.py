@@ -178,7 +178,7 @@ class Term(nn.Module):
 
     @property
     def scheduled(self) -> bool:
-        """True if `DistillLoss.set_distill_weight_scale` changes the term's weight."""
+        """True if the term learns from the teacher. Then `--distill-schedule` can change its weight over time."""
         return self.reads_teacher
 
     def student_taps(self) -> tuple[str, ...]:

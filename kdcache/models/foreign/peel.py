@@ -66,7 +66,10 @@ def peels() -> bool:
 
 @contextmanager
 def whole_answers() -> Iterator[None]:
-    """Keep the last bilinear resize of wrapped networks (see `WrappedModel`), in a with block."""
+    """Let wrapped networks return their output at full size, in a with block.
+
+    Outside the block, `WrappedModel` leaves out a network's last bilinear resize.
+    """
     token = _WHOLE.set(True)
     try:
         yield

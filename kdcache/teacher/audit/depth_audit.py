@@ -33,12 +33,12 @@ _LEAST = 1e-3
 
 @dataclass(frozen=True)
 class RangeError:
-    """The teacher's depth errors on pixels at a range of distances.
+    """The errors of the teacher's depth on pixels in one range of labelled depths. This is a result, not an exception.
 
     Attributes:
         low: smallest labelled depth of the range in metres.
         high: largest labelled depth of the range in metres, infinite for the last range.
-        pixels: number of these pixels.
+        pixels: number of pixels whose label is in the range.
         rmse: root mean squared error in metres.
         abs_rel: mean of |error| / true depth.
     """

@@ -71,7 +71,7 @@ class Bound(NamedTuple):
     build_seconds: float
 
     def to_json(self, disk: DiskRate) -> dict[str, Any]:
-        """Return the bottleneck and the disk's rates as JSON values."""
+        """Return the bottleneck's fields and those of `disk`, the disk's measured speed, as one dict of JSON values."""
         measured = {**asdict(disk), "slows_down": disk.slows_down}
         return {**measured, "bound": self.name, "seconds_per_record": self.seconds, "build_seconds": self.build_seconds}
 

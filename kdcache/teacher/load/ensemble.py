@@ -34,7 +34,7 @@ def load_teachers(
     """Load one teacher, or several as an ensemble.
 
     Args:
-        origins: where each teacher comes from, as in `load_teacher`.
+        origins: for each teacher a run folder, `RUN@best-ema`, `SPEC@FILE` or `SPEC@default`.
         classes: the classes of the data set.
         weights: weight of each teacher's probabilities. Default: equal.
         tta: test-time augmentation. None uses the image only.
@@ -46,7 +46,7 @@ def load_teachers(
         std: RGB standard deviation of the normalisation, for pixels from 0 to 1. Default: each teacher's own.
         trust: whether a function that a run names as its model may be imported and called.
         classified: True if the segmentation head is used. Its classes must then fit the data set.
-    Raises: RecipeError for a wrong number of weights or teachers; ModelError or MismatchError for a teacher that does
+    Raises: RecipeError for a wrong number of weights or teachers. ModelError or MismatchError for a teacher that does
         not fit the data set.
     """
     _check_plain(origins)

@@ -56,16 +56,16 @@ def teach(
 def coarser(logits_BChw: Tensor, grid: tuple[int, int]) -> Tensor:
     """Average probabilities over the cells of a coarser grid, and return them as logits.
 
-    In a measurement on CamVid (34 images, teacher at 288x384, grid of 144x192), the result had a KL of 0.012 nats to
-    the teacher's own grid. Averaged logits had 0.013, and antialiased logits 0.019.
-
     In each coarser cell, the log-sum-exp over the classes is the mean of the input's, so raw logits keep about their
     scale.
 
+    On 34 images of CamVid, teacher at 288x384 and grid of 144x192, the result's KL divergence from the teacher's
+    original probabilities was 0.012 nats. Averaged logits had 0.013, antialiased logits 0.019.
+
     Args:
         logits_BChw: logits (B, C, h, w).
-        grid: height and width of the coarser grid.
-    Returns: float32 (B, C, *grid).
+        grid: height and width of the coarser grid. They need not divide h and w.
+    Returns: float32 (B, C, *grid). If `grid` is (h, w), the input itself.
     """
     if tuple(logits_BChw.shape[-2:]) == tuple(grid):
         return logits_BChw

@@ -78,10 +78,11 @@ def check_folder(
         config: the training's settings.
         run: the folder.
         resume: True to resume the folder's run.
-        identity: the result of `identity_of` for the training's samples.
+        identity: the text from `identity_of` that identifies the training's samples.
         samples: digests of the samples, which a resumed run must match. None skips this check.
-        labels: the result of `labels_of`, which a resumed run must match. None skips this check.
-    Raises: RecipeError for any other folder. MismatchError if the data changed.
+        labels: the text from `labels_of`: which samples' labels are used. A resumed run must match it. None skips this
+            check.
+    Raises: RecipeError for a folder that the training may not use. MismatchError if the data changed.
     """
     if resume and not run.exists() and not _torchrun_restarts():
         raise RecipeError(
@@ -193,12 +194,13 @@ def hold_folder(config: TrainConfig, run: Path, resume: bool, identity: str, loc
 
 
 def untrained_heads(model: SegmentationModel, tasks: Sequence[str], init: str | Path | None = None) -> tuple[str, ...]:
-    """Return the heads that start with random weights and are not trained.
+    """Return the names of the model's heads that start with random weights and are not trained.
 
     Args:
         model: the model, with its initial weights.
         tasks: the tasks, `segmentation` or `depth`, whose heads are trained. Empty if only features are learnt.
-        init: the file or run of the initial weights, or None. Heads that were not trained there count as random.
+        init: the file or run that the initial weights come from, or None. A head that was still untrained there counts
+            as random.
     """
     report = model.load_report
     begun = None if init is None else describe_weights(init)

@@ -33,7 +33,7 @@ def sample_panels(
         split: the validation data.
         size: (H, W) of the pixels that the model sees.
         device: where the model is.
-        fit: how images of another shape are fitted into `size`.
+        fit: how images with another aspect ratio fill `size`: `squash`, `crop` or `pad`.
     Returns: a function that returns `<sample>/<task>` -> uint8 RGB (H, W', 3): image, ground truth, prediction and, for
         segmentation, errors side by side. If images are not squashed, pictures may be smaller than `size`.
     """

@@ -201,7 +201,7 @@ class EagerStep:
 
 
 def row(losses: Losses) -> Tensor:
-    """Return the loss, the terms and the task losses as one detached tensor (n,), in the order of `Losses`."""
+    """Return all numbers of a loss as one detached tensor (n,): `loss`, then the values of `terms`, then of `tasks`."""
     return torch.stack([part.detach() for part in pytree.tree_leaves(losses)])
 
 

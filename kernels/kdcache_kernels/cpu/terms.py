@@ -64,16 +64,17 @@ def smoothing_terms(n, sum_1, mix, total_weight, spread_Pn, ce_factor, slope_1, 
     """Add the part of label smoothing to the cross-entropy of a row of label pixels and to its gradient's factors.
 
     The part is the sum over all classes of spread * class weight * the cross-entropy with that class. Call it after
-    `pixel_terms`, which says how arrays without a shape are stored.
+    `pixel_terms`. An array without a shape has 4 * TILE float32 entries. Its entry p * TILE + k is for pixel k of phase
+    p.
 
     Shapes and units:
         n: pixels of each of the P phases.
-        sum_1: sum over the classes of the student's exponentials at T = 1.
-        mix: sum over the classes of class weight * log2 of the same exponential.
+        sum_1: sum over the classes of e, the student's exponential at T = 1.
+        mix: sum over the classes of class weight * log2(e).
         total_weight: sum of the class weights.
         spread_Pn: (P, n) share of a label that each class gets, times the pixel's weight. 0 if not labelled.
         ce_factor: factor of CE in the gradient.
-        slope_1: factor of the exponentials at T = 1 in the gradient, increased.
+        slope_1: factor of e in the gradient by every class's logit, increased.
         even: result. Subtract even * class weight from the gradient by every class's logit.
         loss: (8 * TILE,) float64. Its first half, CE in bits, is increased.
     """

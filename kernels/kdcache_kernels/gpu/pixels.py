@@ -144,12 +144,12 @@ def pixels_kernel(
     """Compute the fused CE + KL loss and its gradient for student logits of label size.
 
     Nothing is interpolated: each student logit meets exactly one target logit. Of N programs, each handles every N-th
-    block of BLOCK_N pixels. Images with route 0 are skipped, see `Prepared.route`.
+    block of BLOCK_N pixels. Images with route 0 are skipped, because the kernel `tiles` computes them.
 
     Shapes and units:
-        student_ptr, target_ptr: (B, C, h, w) and (B, C, ht, wt) float32 logits, as in `Prepared`.
+        student_ptr, target_ptr: (B, C, h, w) and (B, C, ht, wt) float32 logits, normalised as in `Prepared`.
         student_lost_ptr, target_lost_ptr: (B, h, w) and (B, ht, wt) uint8, 1 where a logit is unusable.
-        tables_ptr, route_ptr, factors_ptr, mix_ptr, target_batch: the fields of `Prepared`.
+        tables_ptr, route_ptr, factors_ptr, mix_ptr, target_batch: the fields of `Prepared` with these names.
         pixels: `Pixels`, labels and pixel weights. batch: B. temperature: T.
         plane, target_plane: h * w and ht * wt. image_blocks, num_blocks: blocks per image, and of all images.
         MOVED: whether there is a window or a flip. SINGLE: whether images have one pixel, so a block has many images.

@@ -97,9 +97,10 @@ class Adversarial(Term):
         return (Discrimination(self),)
 
     def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
-        """Return the student's loss, 0-dimensional: small if this stream's predictions look like the other stream's.
+        """Return the student's loss, 0-dimensional: small if the discriminator takes this stream for the other one.
 
-        The discriminator gets no gradient. `count` is ignored, because every image has equally many patches.
+        Only the student gets a gradient, not the discriminator. `count` is ignored: the loss is a plain mean over the
+        discriminator's outputs.
         """
         fixed = {name: parameter.detach() for name, parameter in self.discriminator.named_parameters()}
         passes = torch.func.functional_call(

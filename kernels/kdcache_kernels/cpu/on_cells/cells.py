@@ -176,7 +176,8 @@ def weigh(weighted, counted, weight, b, i, start, usable, own, n):
 
     Shapes and units:
         weighted: False if every cell counts and weighs 1. `counted` and `weight` are then not read.
-        counted, weight: (B, h, w) float32, from `weigh_rows`.
+        counted: (B, h, w) float32, the share of each cell's area that counts.
+        weight: (B, h, w) float32, the weight of each cell if its logits are usable.
         usable: (n,) uint8, 0 for a cell with an unusable logit. Its weight becomes NaN if the cell counts, else 0.
         own: (n,) float32 result.
     """
@@ -322,9 +323,10 @@ class Laid(NamedTuple):
 
     @property
     def arguments(self) -> tuple[Array | bool, ...]:
-        """Return the kernel arguments as a flat tuple.
+        """The arguments by which a kernel gets this data, as a flat tuple.
 
-        They are the student's logits and `Grid`, the teacher's logits and `Grid`, `counted` and `weight`.
+        They are the student's logits and the fields of its `Grid`, the same for the teacher, then `counted` and
+        `weight`.
         """
         student = self.logits_s.numpy(), *self.student.arguments
         return *student, self.logits_t.numpy(), *self.teacher.arguments, self.counted, self.weight
