@@ -220,7 +220,10 @@ def _csv_spreads(row: Row, task: str) -> list[str]:
 
 
 def to_text(comparison: Comparison) -> str:
-    """Return a small table as plain text: row, mIoU (0 to 1), depth, parameters, and milliseconds per image."""
+    """Return a small table as plain text, a line per row: mIoU (0 to 1), parameters, and milliseconds per image.
+
+    If there are depth labels, it also has the rmse of depth. The table has a heading, and notes below it.
+    """
     tasks = [task for task in comparison.tasks if task in FURTHER]
     further = "".join(f"{_text_head(task):<20}" for task in tasks)
     header = f"{'Knowledge Distillation':<36}{'mIoU':<20}{further}{'# Parameters':<19}{'Inference Speed (ms)':<25}"

@@ -126,7 +126,8 @@ def score_run(run: Entry, name: str, split: Split, judging: EvalSettings, progre
         judging: how to evaluate.
         progress: called with (what is done, images done, images in total).
 
-    Raises: as `Entry.load`. ModelError if memory is too small.
+    Raises: MismatchError if the model has other classes than the split. RecipeError if the run has no weights.
+        ModelError if the weights do not fit the model, or memory is too small.
     """
     model, description = judging.load(run, split.classes)
     framing = judging.framing(description.fit)

@@ -74,7 +74,10 @@ class Criterion(nn.Module):
         return tuple(dict.fromkeys(tap for loss in self.losses for tap in loss.student_taps))
 
     def set_distill_weight_scale(self, scale: float) -> None:
-        """Multiply the teacher terms' weights by `scale` from now on, in the streams that have a schedule."""
+        """Set the factor on the weights of all teacher terms, in the streams that have a schedule.
+
+        `scale` replaces the factor of an earlier call. The first one is 1.
+        """
         for loss in self.losses:
             if loss.distill_weight_scale is not None:
                 loss.set_distill_weight_scale(scale)

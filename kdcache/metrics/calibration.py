@@ -126,7 +126,9 @@ class ConfidenceCounts:
             np.add.at(self.right_CV.reshape(-1), cell_HW[counted & (label_HW == class_HW)], 1)
 
     def calibration(self, bins: int = BINS) -> Calibration:
-        """Return the calibration of the labelled pixels, in `bins` equal intervals of confidence, closed on the right.
+        """Return how far the confidence of the labelled pixels agrees with the share of them that is right.
+
+        The confidence from 0 to 1 is cut into `bins` equal intervals, closed on the right.
 
         Source: Guo et al. 2017, arXiv 1706.04599, equation 3.
         """

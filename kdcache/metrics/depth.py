@@ -184,9 +184,9 @@ class DepthErrors:
     def update(self, predicted: Tensor, label: Tensor, sample_id: str = "") -> None:
         """Add the metrics of an image: its predicted and true depth in metres, (H, W) each.
 
-        `sample_id` names the image in the results. An image without a valid pixel is left out.
+        A pixel counts if its label lies in the depth range and crop. An image without such a pixel is left out.
 
-        Raises: DataError if the two shapes differ.
+        `sample_id` names the image in the results. Raises: DataError if the two shapes differ.
         """
         if predicted.shape != label.shape or label.ndim != 2:
             raise DataError(

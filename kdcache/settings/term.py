@@ -133,7 +133,7 @@ class LossTerm:
 
     @property
     def needs_labels(self) -> bool:
-        """True if the term is active and fails on data without labels."""
+        """True if the term, with a weight other than 0, fails on data without labels."""
         return self.reads_labels and self.active and not self.partly_labelled
 
     @property

@@ -146,11 +146,12 @@ def distill_loss(family: str, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, 
 
 
 def checked_loss(problem: LossProblem, family: str) -> LossResult:
-    """Check the values inside a problem's tensors, then compute its loss with an implementation.
+    """Compute the loss of a problem with an implementation, and raise an error if its tensors have invalid values.
 
     `family` is "numba" or "triton".
 
-    Raises: ValueRangeError for values that the loss cannot use, see `checks.check_values`.
+    Raises: ValueRangeError for invalid class weights, windows or class ids. With KDCACHE_DEBUG=1, also for a loss that
+        is not finite.
     """
     checks.check_values(problem, ids=family != "numba")
     result = computed(problem, family)

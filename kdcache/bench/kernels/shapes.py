@@ -42,7 +42,7 @@ class Kind:
 
     @property
     def on_cells(self) -> bool:
-        """Return True if the loss compares student and teacher on the target's cells instead of every label pixel."""
+        """True if the loss compares student and teacher on the target's cells instead of every label pixel."""
         return self.loss != "distill"
 
 

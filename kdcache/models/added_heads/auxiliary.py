@@ -97,7 +97,7 @@ class WithAuxiliary(WithHead):
 
     @property
     def training_heads(self) -> dict[str, HeadKind]:
-        """The auxiliary head (name -> kind), which has the model's classes."""
+        """The head that is added for training, as a dict with one entry: name -> kind. It has the model's classes."""
         return {AUXILIARY: CategoricalHead(self.num_classes)}
 
     @property

@@ -48,10 +48,10 @@ class DepthSpec:
 
 
 def split_depth(spec: str) -> tuple[str, DepthSpec | None]:
-    """Split `MODEL+depth,OPTIONS` into MODEL and the options of its depth head.
+    """Split `MODEL+depth,OPTIONS` into MODEL and the options of its depth head, such as `tap=head,as=exp,max=10`.
 
-    For a MODEL with a depth head of its own, OPTIONS follow without `+depth`. Return (spec, None) if the spec has
-    neither `+depth` nor such options.
+    For a MODEL that has a depth head itself, the spec is `MODEL,OPTIONS`. Return (spec, None) if the spec has neither
+    `+depth` nor such options.
 
     Raises: ModelError for an unknown option.
     """

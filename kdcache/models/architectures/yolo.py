@@ -97,7 +97,10 @@ class YoloModel(WrappedModel):
         self.train()
 
     def train(self, mode: bool = True) -> "YoloModel":
-        """Set the mode of all layers and return the model. The head keeps the output that it has in eval mode."""
+        """Set the mode of all layers, True for training and False for eval, and return the model.
+
+        The head's last layer always stays in eval mode, so that its output has the same form in both modes.
+        """
         super().train(mode)
         self.network.model[-1].training = False  # of the layer itself: those below it normalise by the batch
         return self

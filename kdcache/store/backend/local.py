@@ -182,9 +182,9 @@ class Folder(Place):
             folder = folder.parent
 
     def publish_exclusive(self, key: str, content: bytes) -> bool:
-        """Write `content` to the file `key` as `publish` does, and return True.
+        """Write `content` to the file `key`, completely or not at all, and flush it to the disk. Return True.
 
-        The caller has claimed the file's shard, so no other process writes the file.
+        The result is never False, because the caller has claimed the file's shard, so no other process writes the file.
         """
         self.publish(key, content)  # its shard is claimed: there is nobody else
         return True

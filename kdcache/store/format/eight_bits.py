@@ -178,7 +178,7 @@ class Loss:
         self.records, self._cells = self.records + 1, self._cells + len(cosine_n)
 
     def figures(self) -> FeatureFidelity:
-        """Return the errors over all added records. Call `add` at least once before."""
+        """Return the errors of 8-bit storage over all records passed to `add`. Call `add` at least once before."""
         assert self._sums is not None
         sum_c, square_c = self._sums
         spread = float(np.maximum(square_c - np.square(sum_c) / self._cells, 0).sum())

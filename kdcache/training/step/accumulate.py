@@ -53,7 +53,7 @@ class AccumulatedStep(EagerStep):
         return losses, self._norms(total.items())._replace(weights=weights)
 
     def held(self, batch: Streams) -> Streams:
-        """Return the first part of a batch, because only one part at a time goes through the model."""
+        """Return the first part of a batch, the most samples that go through the model at once."""
         return self.part_of(batch, 0)
 
     def _learn_parts(self, batch: Streams, total: dict[str, list[Tensor | None]] | None) -> Tensor:

@@ -129,7 +129,7 @@ class EagerStep:
         return None if self.average is None else average_counts(self.criterion.counts(batch), self.average)
 
     def mixed(self, batch: Streams) -> Streams:
-        """Return the batch after pasting between samples, or unchanged without `mix`."""
+        """Return the batch after pixels were pasted between its samples, or unchanged without `--mix` and `paste`."""
         return batch if self._mix is None else self._mix(batch)
 
     def held(self, batch: Streams) -> Streams:

@@ -82,10 +82,14 @@ def add_gradients(total: dict[str, list[Tensor | None]], more: Iterable[tuple[st
 
 
 def task_lines(losses: Mapping[str, float], norms: Norms) -> dict[str, dict[str, float]]:
-    """Return four numbers for each task, as a dict: task -> `loss`, `weight`, `norm` and `ratio`.
+    """Return what the log says about each task, as a dict: task -> `loss`, `weight`, `norm` and `ratio`.
 
-    `norm` is the task's gradient norm, and `ratio` is this norm divided by the other task's norm (NaN if that is 0).
-    `losses` is task -> its loss.
+    `weight` is the task's weight from the balance, and `norm` is the norm of its gradient. `ratio` is this norm divided
+    by the other task's norm (NaN if that is 0).
+
+    Args:
+        losses: task -> its loss.
+        norms: the norms and weights of the same step. Without a balance, the result is empty.
     """
     lines = {}
     for task, norm in norms.tasks.items():

@@ -121,8 +121,8 @@ class Needs(NamedTuple):
     Attributes:
         programs: number of Triton programs of the launch. Each writes its sums of CE and KL to a row of
             `Buffers.partials`.
-        scratch: number of float32 elements of `Buffers.scratch`, needed only to compute a gradient. `loss.add_up` also
-            reads the scratch of `cells.cells_kernel`, so no other kernel may overwrite it before.
+        scratch: number of float32 elements of `Buffers.scratch`, needed only to compute a gradient. `loss.add_up` still
+            reads what `cells.cells_kernel` wrote there, so no kernel may overwrite it in between.
     """
 
     programs: int

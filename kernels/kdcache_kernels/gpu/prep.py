@@ -230,23 +230,26 @@ def prepare_kernel(
         student_ptr: (B, C, h, w) logits. student_strides: their strides in elements.
         target_ptr: (B, k, ht, wt) values of the packed target, or None. indices_ptr: (B, k, ht, wt) class ids, and
             tail_ptr: (B, ht, wt) tails, or None if k = C.
-        class_weight_ptr: (C,) weights of the classes in mix_ptr, or None. pixels: `Pixels`, for counting.
-        window_ptr: (B, 4) float64 edges in pixels of the view, or None for the whole view. flip_ptr: (B,) uint8, or
-            None.
+        class_weight_ptr: (C,) class weights, for mix_ptr, or None for weights of 1. pixels: `Pixels`, for counting.
+        window_ptr: (B, 4) float64 edges in pixels of the view, or None for the whole view. flip_ptr: (B,) uint8, 1 if
+            the image is mirrored, or None.
         plane, target_plane: h * w and ht * wt. H, W: label size. view_height, view_width: size of the view in pixels.
         student_blocks, target_blocks, count_blocks: how many programs of an image read the student, read the target,
             and count, in this order.
         student_limit, target_limit: the largest magnitude of a usable logit. scale: log2(e) / T. stretch: 1 / min(T,
             1).
-        FLAT: whether rows of the student's logits follow each other without a gap. DEPENDENT: see `take_turn`.
+        FLAT: whether rows of the student's logits follow each other without a gap. DEPENDENT: whether the kernel may
+            start before the previous one has ended, see `take_turn`.
         STUDENT_C, TARGET_C: classes that are read at a time. COLUMNS: label columns that are read at a time.
     Results:
-        student_out_ptr, student_lost_ptr, target_out_ptr, target_lost_ptr, mix_ptr: the fields of `Prepared`.
-            target_out_ptr is None if the target is read in place.
+        student_out_ptr, student_lost_ptr, target_out_ptr, target_lost_ptr, mix_ptr: the fields `student`,
+            `student_lost`, `target`, `target_lost` and `mix` of `Prepared`. target_out_ptr is None if the target is
+            read in place.
         ranges_ptr: (B, student_blocks + target_blocks) float32, one number per program that reads logits. At each
             position, the maximum minus the minimum over the classes is a range. The number is the largest range of the
             program's positions, times stretch.
-        counts_ptr: (B, count_blocks, 2) float64, from `count_block`.
+        counts_ptr: (B, count_blocks, 2) float64, per program that counts: the sum of the class weights of labelled
+            pixels, and the number of pixels that KL counts.
     """
     take_turn(DEPENDENT)
     programs = student_blocks + target_blocks + count_blocks

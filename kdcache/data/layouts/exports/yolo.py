@@ -43,7 +43,10 @@ class Yolo(Export):
         return next((path.name for path in _tables(root)), next(iter(places.values())) + "/")
 
     def lists_classes(self, root: Path) -> bool:
-        """Return False. A `classes.txt` in this layout is YOLO's own list of names, which `names` reads."""
+        """Return False: the names in a `classes.txt` are the layout's own, and do not replace them.
+
+        YOLO exports list their class names in this file, and `names` reads it.
+        """
         return False
 
     def names(self, root: Path) -> list[str]:

@@ -279,7 +279,9 @@ def gather_cells(first, last, cells, above, below, down, left, following, right,
 
 
 def weigh_cells(problem: RelationProblem) -> tuple[Array, Array]:
-    """Return which share of each cell counts and the cell's weight, see `weigh_rows`.
+    """Return the share of each cell's area whose pixels count, and the cell's weight.
+
+    The weight is the same share, but with each pixel multiplied by its `pixel_weight`.
 
     Returns: (counted, weight), float32 arrays of shape (B, h, w), or (0, h, w) if every cell counts and weighs 1.
     """

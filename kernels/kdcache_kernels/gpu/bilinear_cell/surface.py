@@ -320,8 +320,8 @@ def class_moments(
 ):  # fmt: skip
     """Return the four moments of the gradient of CE + KL by one class's logit, over the pixels of a bilinear cell.
 
-    They are the sums that `moments` returns, with this gradient as the number G. The gradient's negative part, which
-    comes from the labels, is not included. Subtract it with `label_moments`.
+    They are the weighted sums that `moments` returns, with this gradient as the number G. The gradient of CE lacks its
+    negative part, which comes from the labels. The caller subtracts it with `label_moments`.
 
     Shapes and units:
         surface: the student's logits times log2(e) / T at the pixels, (value, dx, dy, dxy), see `make_surface`.
