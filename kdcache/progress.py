@@ -105,7 +105,7 @@ class Bar(Progress):
         return super().add_task(description, total=total, completed=completed, begun=completed, **fields)
 
     def start(self) -> None:
-        """Show the bar. If there can be no bar, start the thread that prints lines."""
+        """Show the bar. Where a bar cannot be shown, such as in a file, start the thread that prints lines."""
         super().start()
         if self.disable and not self.console.quiet:
             self._lines.start()

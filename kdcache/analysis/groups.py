@@ -116,9 +116,10 @@ class Group:
 
 
 def stream_settings(settings: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Return the settings of each stream of a recipe.
+    """Return one dict of all settings, name -> value, for each stream of a recipe.
 
-    A setting that a stream does not have comes from the whole training.
+    `settings` are the recipe's, with those of its streams as a list in "stream". A setting that a stream does not have
+    comes from the whole training. A recipe without streams gives one dict.
     """
     streams: Sequence[Mapping[str, Any]] = settings.get("stream") or ({},)
     return [{**settings, **stream} for stream in streams]

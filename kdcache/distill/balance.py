@@ -79,8 +79,9 @@ class FixedBalance(nn.Module):
 class UncertaintyBalance(nn.Module):
     """The sum of the heads' losses, each with a learnt weight.
 
-    The parameters are `log_variance.<head>` in the state dict and start at 0. Give them to the optimizer without weight
-    decay, which pulls every weight to 1. Save them in the checkpoint.
+    With s = `log_variance.<head>`, a head adds exp(-s) * loss + s / 2. For the form `squared`, exp(-s) is halved, and
+    for `absolute`, s is added instead of s / 2. These parameters start at 0. Save them in the checkpoint. Give them to
+    the optimizer without weight decay, which pulls s to 0.
 
     Args:
         forms: head -> the form of its loss: `classes` for cross-entropy, `squared` for squared errors, `absolute` for

@@ -84,14 +84,14 @@ class Gate(nn.Module):
 
     @torch.no_grad()
     def forward(self, batch: Batch, form: TargetFormat, *, impl: str = "auto") -> Tensor | None:
-        """Return the weights (B, H, W) float32 of a batch's pixels, or None if all are 1.
+        """Return the weights (B, H, W) float32 of a batch's pixels. Return None if the gate weighs all pixels 1.
 
         It never waits for the device.
 
         Args:
             batch: the batch, with a segmentation target.
             form: the format of the targets, such as an open cache.
-            impl: the implementation, as in `kdcache_kernels.distill_loss`.
+            impl: the implementation of the kernels: "auto", "triton", "numba", "torch" or "reference".
         """
         if self.open:
             return None

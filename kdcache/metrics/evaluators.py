@@ -102,7 +102,10 @@ class NumericEvaluator(Evaluator[Of]):
 
     @abstractmethod
     def merged(self, parts: Sequence[Any]) -> Of:
-        """Return the metrics over several processes, or NaN if no pixel counts. `parts` are their accumulators."""
+        """Return the metrics over the images of several processes. They are NaN if no pixel counts.
+
+        `parts` has the accumulator of each process.
+        """
 
 
 class ClassCounts:

@@ -46,10 +46,11 @@ def compare_names(origin: str, theirs: Sequence[str], ours: Sequence[str]) -> st
 
     Args:
         origin: where the weights come from, for messages.
-        theirs: the names stored with the weights, or (). A single name belongs to the second of two classes.
+        theirs: the names stored with the weights, or () for none. A single name belongs to the second of two classes.
         ours: the names of the data's classes.
-    Returns: a warning if names or their number differ, else None.
-    Raises: MismatchError if the classes have another order. Its fix has the class map to write.
+    Returns: a warning if the number of names differs, or if weights have names that the data lacks. None if all names
+        are equal, or if there are none to compare.
+    Raises: MismatchError if a class of the data has another number in the weights. Its fix has the class map to write.
     """
     theirs = _of_two(theirs, ours)
     if not theirs:

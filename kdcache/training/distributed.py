@@ -152,7 +152,8 @@ class World:
     def seed(self, seed: int, step: int) -> int:
         """Return this process's own seed for a training that begins or resumes at `step`.
 
-        `seed` is the run's seed. Process 0 uses it unchanged.
+        `seed` is the run's seed. Process 0 gets it unchanged. Every other process gets a number that depends on the
+        seed, the process and the step.
         """
         if self.first:
             return seed

@@ -58,9 +58,9 @@ def compare(
 def places_of(
     runs: str | Path | Run | Sequence[str | Path | Run], data: Data | None, split: str | None
 ) -> tuple[list[str], str | None, str | None]:
-    """Convert the arguments of `compare` to texts: the names of the runs, the data set's spec, and the split's name.
+    """Return three arguments of `compare` as texts: the runs, the data set's spec, and the split's name.
 
-    Spec and split are None if `data` and `split` are None. A split in `data` also gives the name.
+    The spec is None if `data` is None. If `split` is None and `data` is an open split, the name is the open split's.
 
     Raises: RecipeError for a split that is only a part of its data set.
     """
@@ -72,9 +72,9 @@ def places_of(
 
 
 def judging_of(settings: Mapping[str, Any]) -> EvalSettings:
-    """Convert settings to the settings of an evaluation, and set torch's number of threads.
+    """Return the settings of an evaluation. Also set torch's number of threads to the setting `threads`, unless 0.
 
-    `settings` maps names of settings to values.
+    `settings` has the flags of `kdcache compare` about evaluation, such as `batch_size`: name -> value.
 
     Raises: RecipeError for an invalid value.
     """
@@ -94,9 +94,9 @@ def judging_of(settings: Mapping[str, Any]) -> EvalSettings:
 
 
 def options_of(settings: Mapping[str, Any]) -> CompareOptions:
-    """Convert settings to the options of a comparison, and set torch's number of threads.
+    """Return the options of a comparison. Also set torch's number of threads to the setting `threads`, unless 0.
 
-    `settings` maps names of settings to values.
+    `settings` has all flags of `kdcache compare`: name -> value.
 
     Raises: RecipeError for an invalid value.
     """

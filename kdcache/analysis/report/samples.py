@@ -84,7 +84,8 @@ class FirstRuns:
     """The first run of each row of a comparison, with its scores for every image.
 
     Attributes:
-        split: the images. With `own_fold`, they are the fold that the first run left out.
+        split: the images. If the comparison judges each run on the fold that it left out (`own_fold`), they are the
+            fold of the first row's run.
         models: for each row: its index in `Comparison.rows`, the run, and the model with its scores.
     """
 

@@ -28,8 +28,13 @@ class Targets(NamedTuple):
     """The teacher's logits, labels and settings for `eager_loss` and `eager_relations`, of a whole batch or one image.
 
     Attributes:
-        teacher, mask, grid, class_weight, ce_count, kl_count: as in `Inputs`.
+        teacher: (B, C, h, w) float32 logits.
         labels: (B, H, W) int64.
+        mask: (B, H*, W*) float32, 1 for pixels that count in the loss against the teacher, else 0. `Inputs` explains
+            H*, W* and masks of cells.
+        grid: (B, H*, W*, 2) float32, where `grid_sample` samples the teacher, or None for whole views.
+        class_weight: (C,) float32 for the cross-entropy, or None for weights of 1.
+        ce_count, kl_count: 0-dimensional, the denominators of the cross-entropy and of the loss against the teacher.
         temperature: T.
         threshold: the least confidence of the teacher at which a pixel counts in the KL, 0 to 1, or None to count all.
         ignore_index: the label of void pixels.

@@ -74,7 +74,7 @@ class Shape:
 
     @property
     def native(self) -> tuple[int, int]:
-        """Return (h, w), the size of the logits: the label size divided by the stride, rounded up."""
+        """The size (h, w) of the logits: the label size divided by the stride, rounded up."""
         return math.ceil(self.height / self.stride), math.ceil(self.width / self.stride)
 
     @property

@@ -52,5 +52,8 @@ def find(data: str, split: str) -> Split:
 
 
 def names(data: str) -> list[str]:
-    """Return the sorted names of the splits that are registered for a data set, such as "memory:NAME@DIGEST"."""
+    """Return the sorted names of the splits that are registered for a data set. An unknown one gives [].
+
+    `data` is the data set's spec, such as "memory:NAME@DIGEST".
+    """
     return sorted(split for name, split in list(_OPENED) if name == data)

@@ -33,12 +33,13 @@ class TermSetup:
     Attributes:
         targets: an open cache, or `LabelTargets`.
         arrays: paths of the cache's arrays that the term reads, such as `features/stage4`.
-        student_taps: name of a tap of the student -> its number of channels. The last tap is the most useful one.
+        student_taps: name of a tap of the student -> its number of channels. A term without a chosen tap takes the
+            tap with the same name as the teacher's, or else the last one.
         student_heads: name of a head that the student has in training -> its kind.
         align_corners: True if the student's own final resize aligns corners.
-        impl: the implementation of the kernels, as in `distill_loss`. Only terms with a kernel use it.
-        class_weight: (C,) weights of the classes in `pseudo` and `auxiliary`. None weighs all 1.
-        label_smoothing: the label smoothing of `auxiliary`, in [0, 1).
+        impl: the implementation of the kernels, such as `auto` or `reference`. Only terms with a kernel use it.
+        class_weight: (C,) weights of the classes in the terms `pseudo` and `auxiliary`. None weighs all 1.
+        label_smoothing: the label smoothing of the term `auxiliary`, in [0, 1).
         moments: mean and standard deviation of the teacher's channels, (c,) each, for a term with
             `standardise=channels`. None for other terms.
     """

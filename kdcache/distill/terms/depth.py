@@ -211,10 +211,11 @@ class DepthGradient(DepthTerm):
 class DepthSsi(DepthTerm):
     """The loss term `depth-ssi`: the difference of inverse depths, after aligning each map's shift and scale.
 
-    Each map is shifted by its median, and divided by the mean absolute deviation from this median. The largest
-    20 % of an image's differences are left out. `alpha` (default 0.5) times the gradient matching of the aligned maps
-    is added. The loss is the mean over the images with a valid pixel. Depth in metres is inverted. Other units, as in
-    MiDaS and Depth Anything, already are inverse depth up to a scale and a shift.
+    Depth in metres is inverted. Other units, as in MiDaS and Depth Anything, already are inverse depth up to a scale
+    and a shift. Each map is shifted by its median, and divided by the mean absolute deviation from this median. The sum
+    of an image's absolute differences, without the largest 20 %, is divided by twice the number of valid pixels.
+    `alpha` (default 0.5) times `gradient_matching` of the aligned maps is added. The loss is the mean over the images
+    with a valid pixel.
     """
 
     kind = "depth-ssi"

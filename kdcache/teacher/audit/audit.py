@@ -71,11 +71,12 @@ class Audit:
         counts: int64 (C, C), number of pixels by label (rows) and predicted class (columns).
         metrics: the scores against labels, or None without labels.
         calibration: how well the teacher's confidence matches its accuracy, or None without labels.
-        confused: the 10 most confused pairs of classes, the largest share first.
+        confused: the 10 most confused pairs (labelled class, predicted class), the largest share of the labelled
+            class's pixels first.
         coverage: for each confidence in THRESHOLDS (0.5 to 0.99), the number of pixels with at least that confidence.
         quality: for each confidence in THRESHOLDS, the predictions of these pixels, used as pseudo labels and compared
             with labels. Empty without labels.
-        gradient: the error of the KL gradient if the cache kept fewer classes.
+        gradient: the error of the KL gradient for caches that would keep fewer classes per pixel than this one.
         worst: the images with the lowest mIoU, the lowest first.
     """
 

@@ -112,9 +112,9 @@ class Trial:
         return {path: size for path, size in sizes.items() if path in taps or not path.startswith(_OF_FEATURES)}
 
     def error(self, paths: Iterable[str], k: int | None, codec: Codec, dtype: StoredAs = "fp16") -> float:
-        """Return the relative standard error of the mean bytes per record.
+        """Return the relative standard error of the trial's mean bytes per record, as an estimate for the whole split.
 
-        It is 0 if the small cache has all samples of the split.
+        It is 0 if the trial has all samples of the split.
 
         Args:
             paths: paths of the arrays to count.

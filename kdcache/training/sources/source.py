@@ -171,7 +171,8 @@ def shared_fit(
 ) -> Fit:
     """Return how images of another shape are fitted into the views: `squash`, `pad` or `crop`.
 
-    Caches decide, then the setting, then the shapes of the images.
+    If there is a cache, it is the fit that its views were built with. Otherwise it is the setting `fit`. If this is
+    `auto`, it is `pad` for images whose aspect ratio differs from `size`, and else `squash`.
 
     Args:
         config: the training's settings.

@@ -70,8 +70,8 @@ def _drawn_contents(dataset: DrawnDataset) -> Contents | None:
 def shared_with_judge(config: TrainConfig, dataset: DrawnDataset, val: Split | None) -> str | None:
     """Return a warning that names the sequences (videos) with images in training and validation, or None.
 
-    Validation means the validation data and the fold that the training leaves out. `shared_sequences` has the rule for
-    ids without `--folds-by`.
+    Validation means the validation data and the fold that the training leaves out. `--folds-by` says which ids form a
+    sequence. Without it, ids with regular numbers, such as the frames of a video, do (see `shared_sequences`).
 
     Args:
         config: the stream's settings.

@@ -24,9 +24,10 @@ from kdcache.training.step.gradient_norms import Norms, add_gradients
 
 
 class AccumulatedStep(EagerStep):
-    """An eager step that learns from its batches in equal parts, to need less memory.
+    """An eager step that runs each batch through the model in equal parts, to need less memory.
 
-    The loss equals the loss of the whole batch.
+    The gradients of the parts are added, and the optimizer then takes one step. The loss equals the loss of the whole
+    batch.
 
     Args:
         others, named: the arguments of `EagerStep`.

@@ -79,8 +79,9 @@ def totals_kernel(
         ce_weight_ptr, kl_weight_ptr: one float each. loss_ptr, ce_ptr, kl_ptr: one float32 result each.
         edges_ptr: the shares that `cells_kernel` left, or None if there are no strips. gradient_ptr: (B, C, h, w),
             completed.
-        num_classes: C. strips, rows, GROUPS: as in `cells.Seams`. BLOCK: partial sums that are read at a time.
-            DEPENDENT: see `take_turn`.
+        num_classes: C. strips: strips per image. rows: rows of bilinear cells per strip.
+        GROUPS: 4 at stride 8, else 1, as in `cells.Seams`. BLOCK: partial sums that are read at a time.
+        DEPENDENT: see `take_turn`.
     """
     take_turn(DEPENDENT)
     if tl.program_id(0) > 0:

@@ -255,7 +255,8 @@ class Tiling(NamedTuple):
         strip_rows: rows of logits per strip.
         lanes: lanes per program, one warp on a GPU.
         block_sums: classes that are summed at a time, a divisor of C.
-        block_classes: classes whose gradient is computed at a time. It is 1 on a GPU, so each lane is one thread.
+        block_classes: classes whose gradient is computed at a time. It is 1 on a GPU, where each lane is one thread,
+            and up to 4 in Triton's interpreter.
         unroll: blocks of block_classes per iteration of the loop.
         programs: the largest number of programs to launch. Each has a scratch buffer, 21 KiB at stride 4 and 21
             classes.

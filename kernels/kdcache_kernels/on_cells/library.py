@@ -130,9 +130,9 @@ class _DirectLoss(torch.autograd.Function):
 
 @torch.library.custom_op("kdcache::relation_moments", mutates_args=(), schema=f"({_INPUTS}) -> Tensor")
 def relation_moments(family: str, *arguments: Any) -> Tensor:
-    """Compute the (6, C) float64 `RelationProblem.moments` of this batch's cells, as a registered operator.
+    """Compute the (6, C) float64 `RelationProblem.moments` of this batch's cells. It is a registered operator of torch.
 
-    `family` is "numba" or "triton", and `arguments` are from `arguments_of`.
+    `family` is "numba" or "triton", the implementation. `arguments` is the flattened problem, from `arguments_of`.
 
     Raises: ValueRangeError for windows that are empty, reversed or not finite.
     """

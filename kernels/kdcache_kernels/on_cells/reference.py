@@ -35,7 +35,7 @@ class Seen(NamedTuple):
 
     @property
     def predictions(self) -> tuple[Tensor, Tensor]:
-        """Return the student's and the teacher's probabilities, (B, C, h, w) each."""
+        """The student's and the teacher's probabilities, (B, C, h, w) each."""
         return self.student.softmax(1), self.teacher.softmax(1)
 
 
