@@ -61,9 +61,9 @@ class Changes:
         return ", ".join(parts)
 
     def notes(self) -> list[str]:
-        """Return sentences about the comparison itself, often none.
+        """Return sentences on how far the two data sets could be compared. The list is often empty.
 
-        They say that labels were not recorded, or how many samples have changed files with the same content.
+        They say that the cache does not record labels, or how many samples have the same content in a changed file.
         """
         if not self.recorded:
             return [UNRECORDED]

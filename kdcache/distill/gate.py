@@ -79,7 +79,7 @@ class Gate(nn.Module):
 
     @property
     def open(self) -> bool:
-        """True if every pixel passes with weight 1."""
+        """True if the gate has no effect: the weight of every pixel is 1."""
         return self.spec.kind == "none" and self.class_weight is None
 
     @torch.no_grad()

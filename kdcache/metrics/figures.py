@@ -74,7 +74,10 @@ def save_figure(
 
 
 def check_formats(formats: Sequence[str]) -> tuple[Format, ...]:
-    """Return the formats to save pictures in: PNG and the named ones. Raises: RecipeError for an unknown format."""
+    """Return the formats to save pictures in: `png`, which is always saved, and the formats named in `formats`.
+
+    Raises: RecipeError for a name other than `png`, `svg` and `pdf`.
+    """
     known: tuple[Format, ...] = get_args(Format)
     if strange := [name for name in formats if name not in known]:
         raise RecipeError(f"Unknown format in --format: {','.join(strange)!r}", fix=f"Choose from: {','.join(known)}")

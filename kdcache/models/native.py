@@ -156,7 +156,7 @@ class SegmentationModel(nn.Module):
 
     @std.setter
     def std(self, value: Iterable[float]) -> None:
-        """Set the deviation. Raises: ModelError unless these are three finite numbers above 0."""
+        """Set the standard deviation of RGB. Raises: ModelError unless `value` is three finite numbers above 0."""
         std = _rgb("std", value)
         if min(std) <= 0:
             raise ModelError(f"Invalid std {std}: it must be above 0", fix="Give std of RGB in 0..1.")

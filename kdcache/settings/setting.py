@@ -127,7 +127,7 @@ class Entry:
     def text(self) -> Any:
         """The default as a user would type it, such as `288x384`.
 
-        None for settings that are required, repeated or automatic, and for a default None without a text.
+        None for settings that are required, repeated or automatic, and if no text stands for the default None.
         """
         if self.setting.automatic or self.setting.repeated or self.required:
             return None

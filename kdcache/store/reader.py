@@ -179,7 +179,7 @@ class Cache:
         """Read record number `record` of the arrays `paths`, such as "features/stage4".
 
         Returns: path -> new array with the shape and dtype of one record.
-        Raises: CorruptError if a file fails its checksum; StoreError if there is no such array.
+        Raises: CorruptError if a file fails its checksum. StoreError if the cache has no such array.
         """
         rows = {}
         for path in paths:

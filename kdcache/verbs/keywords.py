@@ -52,7 +52,7 @@ def _type(entry: Entry) -> Any:
 
 
 def default_of(entry: Entry) -> Any:
-    """Return a setting's default value as a keyword of a function.
+    """Return the default of the setting `entry` if it becomes a keyword argument of a Python function.
 
     It is None if the default depends on the data or the machine, and `inspect.Parameter.empty` for a required setting.
     """

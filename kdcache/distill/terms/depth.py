@@ -222,9 +222,9 @@ class DepthSsi(DepthTerm):
     spec: specs.DepthSsi
 
     def compared(self, values_BHW: Tensor, head: RegressionHead | None) -> Tensor:
-        """Convert metres to inverse depth, and leave other units unchanged.
+        """Return metres as inverse depth (1 / metres), and values in other units unchanged: (B, H, W).
 
-        `head` is the kind of head that the values (B, H, W) come from, or None for labels in metres.
+        `head` is the head that predicted `values_BHW`, and has their unit. None stands for labels, which are in metres.
         """
         if head is not None and head.unit != METRES:
             return values_BHW

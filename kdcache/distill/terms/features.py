@@ -106,8 +106,9 @@ class Hint(Projected):
     spec: specs.Hint
 
     def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
-        """Return the mean squared (or smooth L1) difference of the features over cells, 0-dimensional.
+        """Return the mean squared difference between the student's projected features and the teacher's, 0-dimensional.
 
+        The mean is over channels and cells. With the option `distance=smooth-l1` it is the mean smooth L1 difference.
         `count` is the denominator, 0-dimensional. None uses the batch's own number of counted cells.
         """
         student_Bchw, teacher_Bchw, cells = self.both_features(batch)
@@ -128,9 +129,10 @@ class Cosine(Projected):
     kind = "cosine"
 
     def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
-        """Return the mean of 1 - cosine over cells, 0-dimensional.
+        """Return the mean over cells of 1 - the cosine between student's and teacher's feature vector, 0-dimensional.
 
-        `count` is the denominator, 0-dimensional. None uses the batch's own number of counted cells.
+        The student's features are projected to the teacher's channels before. `count` is the denominator,
+        0-dimensional. None uses the batch's own number of counted cells.
         """
         student_Bchw, teacher_Bchw, cells = self.both_features(batch)
         return self.mean(1 - cosine(student_Bchw, teacher_Bchw), cells, count)

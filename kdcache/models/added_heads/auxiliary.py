@@ -120,7 +120,7 @@ class WithAuxiliary(WithHead):
     def adopt_names(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Return the tensors `state` of a weights file (name -> tensor), renamed to this model's names.
 
-        An auxiliary head of another shape is left out.
+        An auxiliary head in the file is left out if the shape of its first layer differs from this model's.
         """
         state = super().adopt_names(state)
         first = f"{AUXILIARY_HEAD}0.weight"

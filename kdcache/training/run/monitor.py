@@ -111,9 +111,9 @@ class Watch:
         self._unchecked.append((step, losses))
 
     def check_finite(self) -> list[float]:
-        """Check all losses that were added since the last check. Return the newest, in the order of the names.
+        """Check all losses that `add` got since the last check. Return the losses of the newest step.
 
-        The list is empty if none was added. Losses are averaged over the processes.
+        They are in the order of `names`, and averaged over the processes. The list is empty without a new step.
 
         Raises: ModelError with the term, iteration and samples of a loss that is not finite.
         """

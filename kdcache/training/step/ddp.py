@@ -31,7 +31,8 @@ def distribute(eager: EagerStep, batch: Streams, world: World) -> None:
 
     Args:
         eager: the step, which is changed.
-        batch: this process's part of the first batch. A trial finds parameters that get no gradient.
+        batch: this process's part of a first batch. A trial step with it, which is undone, finds out whether some
+            parameters get no gradient.
         world: the processes that train together.
     """
     eager.average = world.mean

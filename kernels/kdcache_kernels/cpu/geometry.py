@@ -59,10 +59,13 @@ class Taps(NamedTuple):
         return cls(index, (clamped - low).astype(np.float32))
 
     def reaches(self, marked_hw: Array, axis: int) -> Array:
-        """Return a bool array, True where a position has a marked logit among its neighbours with a weight above 0.
+        """Return which positions of this table interpolate from a marked logit. Neighbours of weight 0 do not count.
 
-        `marked_hw` is (h, w) bool, True for marked logits. The positions lie along axis `axis` of `marked_hw`. In the
-        shape of the result, the shape of `low` replaces this axis: N positions along axis 0 give (N, w).
+        Args:
+            marked_hw: (h, w) bool, True for marked logits.
+            axis: the axis of `marked_hw` on which the table's positions lie.
+        Returns: bool, (N, w) for N positions on axis 0, or (h, N) on axis 1. If the table has several axes, all of them
+            replace N.
         """
         following = self.low + (self.fraction > 0)
         spread: Array = marked_hw.take(self.low, axis) | marked_hw.take(following, axis)

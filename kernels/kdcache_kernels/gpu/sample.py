@@ -123,9 +123,13 @@ def student_logits(top_cn, bottom_cn, blend_q):
 
 @triton.jit
 def along_rows(rows, columns, offset_c):
-    """Interpolate three rows of target logits at each lane's label column. Return three (c, n) float32 blocks.
+    """Interpolate three rows of target logits at each lane's label column, for a block of c classes.
 
-    `rows` is a tuple of pointers to the three rows. Each row, `columns` and `offset_c` are arguments of `along_row`.
+    Shapes and units:
+        rows: a tuple with the three rows. Each has n pointers to the row's class 0, one per lane.
+        columns: (left logit, right logit, weight of the right one), one per lane.
+        offset_c: offset of each class in elements.
+    Returns: a tuple of three (c, n) float32 blocks.
     """
     return (
         along_row(rows[0], columns, offset_c),
@@ -197,12 +201,16 @@ def softmax_sums(
 def softmax_sums_below_peaks(
     student_rows, student_columns, target_rows, target_columns, blend, sizes, temperature, pixels
 ):
-    """Return the sums of `softmax_sums` relative to the largest u and v of each label pixel, for logits of any range.
+    """Return four sums over all classes and two maxima for ROWS label rows, for logits of any range.
 
-    Arguments are as in `softmax_sums`.
+    u and v are the student's and the target's logits times log2(e) / T at a label pixel. The sums are of 2^(T u), 2^u,
+    2^v and 2^v (v - u), after subtracting the pixel's largest u from every u and its largest v from every v.
+
+    Arguments are as in `sample.softmax_sums`: rows of logits (pointers), columns and weights by which to interpolate
+    them, element counts, temperature T, and the terms to compute.
 
     Returns: the four sums, the last one times 2^-12, then the largest u and the largest v. Each is a tuple of ROWS
-        blocks.
+        blocks, one per label row.
     """
     zero = tl.zeros(blend[0][0].shape, tl.float32)
     s1 = of_rows(zero)

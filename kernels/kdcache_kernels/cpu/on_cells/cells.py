@@ -48,9 +48,9 @@ class Grid(NamedTuple):
     """The neighbouring logits and bilinear weights with which to read a logit map at the centres of the target's cells.
 
     Attributes:
-        rows, columns: (low, following, fraction) for each row or column of cells. They are the uint32 indices of its
-            two neighbours in the map, and the float32 weight of the second. Each array is (B, h) for rows and (B, w)
-            for columns, where B is 1 if all images share it.
+        rows, columns: three arrays (low, following, fraction) with an element per row or column of cells. low and
+            following are the uint32 indices of the two neighbours in the map. fraction is the float32 weight of the
+            second neighbour. The arrays are (B, h) for rows and (B, w) for columns. B is 1 if all images share them.
         moved: True if reading needs interpolation. False if the map's elements are exactly the cells.
     """
 
@@ -85,10 +85,14 @@ class Grid(NamedTuple):
 
 @lru_cache(maxsize=32)
 def whole_grid(view_size: Size, array: Size, grid: Size) -> Grid:
-    """Return the `Grid` for reading a logit map at the cells of a whole, unmirrored view. Results are cached.
+    """Return the tables for reading a logit map at the centres of the cells of a whole, unmirrored view.
 
-    `view_size` is (height, width) in pixels. `array` is (rows, columns) of the map, and `grid` the (h, w) numbers of
-    cells.
+    Results are cached.
+
+    Args:
+        view_size: (height, width) of the view in pixels.
+        array: (rows, columns) of the map, which covers the view.
+        grid: (h, w), the numbers of cells that tile the view.
     """
     return Grid.of(None, None, view_size, array, grid)
 
@@ -335,7 +339,7 @@ class Laid(NamedTuple):
 
     @property
     def cells_counted(self) -> float:
-        """Return the sum of `counted` over all cells, the denominator of a mean over cells."""
+        """The sum of `counted` over all cells of the batch, the denominator of a mean over cells."""
         B, _, h, w = self.logits_t.shape
         return float(self.counted.sum(dtype=np.float64)) if len(self.counted) else float(B * h * w)
 
