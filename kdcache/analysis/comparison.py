@@ -97,7 +97,8 @@ class Row:
     """The runs of one recipe, which differ only in seed and fold, with their mean scores.
 
     Attributes:
-        name: its name, made of the settings that distinguish it, or of folder names.
+        name: its name, from `--name`, or else from the settings that distinguish it. If there are none, or if two rows
+            would get the same name, it is made of folder names.
         model: the spec of the model.
         differs: the settings that distinguish the row from other rows, by flag.
         runs: the metrics of each run.

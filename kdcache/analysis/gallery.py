@@ -122,13 +122,13 @@ def best_cases(ranking: Sequence[tuple[int, float]], best: int, worst: int, scor
 
 @dataclass(frozen=True)
 class Gallery:
-    """How to draw the images of a split.
+    """How to draw pictures of a split: its images with the predictions of models.
 
     Attributes:
         split: the images.
         teacher, baseline: models with a panel in the pictures of every other model, or None.
         above: a warning above every picture, or None.
-        layout: "grid" or "row". A row has no overlay and no errors.
+        layout: "grid" or "row". A row leaves out the panels with the overlay and with the errors.
         formats: file formats of every picture.
     """
 

@@ -154,7 +154,10 @@ def check_taps(terms: "Sequence[Term]", features: Mapping[str, Tensor]) -> None:
 
 
 def check_pseudo(terms: "Sequence[Term]", batch: Batch) -> None:
-    """Raise RecipeError if an active term needs pseudo labels that `batch.pseudo` lacks."""
+    """Raise RecipeError if `batch.pseudo` lacks the pseudo labels of a network, `student` or `ema`, that a term reads.
+
+    `terms` are the terms with a weight other than 0.
+    """
     makers = dict.fromkeys(by for term in terms for by in term.labellers())
     missing = [by for by in makers if by not in batch.pseudo]
     if missing:

@@ -169,7 +169,8 @@ def at_image(
         model: the model, whose `align_corners` the resize uses.
         output_Chw: the head's output.
         image_size: (H, W) of the image.
-        view: the part of the image that the model saw, in pixels of the image. None is the whole image.
+        view: the part of the image that the model saw, in pixels of the image. None is the whole image. Pixels outside
+            it get the values at its edge.
         size: (H, W) of the model's input. Needed with `view`.
     """
     if view is None or view == Window.full(*image_size) or size is None:

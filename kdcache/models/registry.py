@@ -165,7 +165,7 @@ def is_function(spec: str) -> bool:
 
 
 def is_shipped(spec: str) -> bool:
-    """Return True if a spec names a model that needs no user's code, so that an error may suggest it."""
+    """Return True if a spec is valid and does not name a user's function. An error may then suggest this model."""
     try:
         return not is_function(spec)
     except ModelError:

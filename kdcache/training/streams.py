@@ -137,10 +137,12 @@ def read_tables(values: Sequence[Any]) -> list[Mapping[str, Any]]:
 
 
 def check_pastes(streams: Sequence[Stream[Any]], mix: str | None) -> None:
-    """Check the settings for pasting between streams. `mix` is the value of `--mix`, or None.
+    """Check the settings of streams with `paste`, which copies another stream's pixels into their samples.
 
-    Raises: RecipeError if a paste does not take its samples from another stream, or if `--mix` is also given. Also if
-        a teacher term of the stream does not work with pasted pixels.
+    `mix` is the value of `--mix`, or None.
+
+    Raises: RecipeError if `paste` or `paste_from` is missing or invalid, if `--mix` is also given, or if the stream has
+        a teacher term that does not work with pasted pixels.
     """
     names = [stream.name for stream in streams]
     for stream in streams:

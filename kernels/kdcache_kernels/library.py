@@ -196,7 +196,10 @@ def distill_gradient(family: str, *arguments: Any) -> Tensor:
 
 
 def direct_gradient(family: str, *arguments: Any) -> Tensor:
-    """Compute `distill_gradient` from the same arguments without PyTorch's operator registry, which is faster."""
+    """Compute the result of `distill_gradient` without PyTorch's operator registry, which is faster.
+
+    `family` is "numba" or "triton", the implementation. `arguments` are the flattened problem, from `loss_arguments`.
+    """
     problem = loss_problem(arguments)
     result = computed(problem, family)
     return scaled(result.gradient, torch.ones_like(result.loss), result.loss, problem.student.dtype)
@@ -305,9 +308,10 @@ def _(logits: Tensor, k: int, family: str) -> list[Tensor]:
 
 @torch.library.custom_op("kdcache::densify", mutates_args=())
 def densify(values: Tensor, indices: Tensor, tail: Tensor, num_classes: int, family: str) -> Tensor:
-    """Return the (B, C, h, w) float32 logits of `kdcache_kernels.densify` for k < C, as a registered operator.
+    """Compute `kdcache_kernels.densify` as a registered operator. The result is (B, C, h, w) float32.
 
-    `family` is "numba" or "triton".
+    `values`, `indices` and `tail` are the fields of a `PackedTarget` that keeps k < C classes, and `num_classes` is C.
+    `family` is "numba" or "triton", the implementation.
     """
     dense: Tensor = module_of(family, "topk").densify(values, indices, tail, num_classes)
     return dense

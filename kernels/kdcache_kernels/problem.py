@@ -71,7 +71,7 @@ class LossProblem:
 
     @property
     def gradient_dtype(self) -> torch.dtype:
-        """Return the dtype in which the kernels write the gradient: bfloat16 for bfloat16 logits, else float32.
+        """The dtype in which the kernels write the gradient: bfloat16 for bfloat16 logits, else float32.
 
         It is never float16, in which small gradients would become 0.
         """

@@ -63,17 +63,17 @@ class PackedTarget:
 
     @property
     def k(self) -> int:
-        """Return the number of kept classes per pixel."""
+        """The number of kept classes per pixel."""
         return self.values.shape[1]
 
     @property
     def batch_size(self) -> int:
-        """Return B, the number of images."""
+        """The number of images, B."""
         return self.values.shape[0]
 
     @property
     def device(self) -> torch.device:
-        """Return the device of the tensors."""
+        """The device of the tensors."""
         return self.values.device
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "PackedTarget":

@@ -28,7 +28,10 @@ _SHOWN = 24
 
 
 def classes(comparison: Comparison) -> Markup:
-    """Return the section of IoU bars for each class, in an order that the reader chooses, and the same as a table."""
+    """Return the HTML of the section "Class by class": for each class, a bar with the IoU of each row.
+
+    The reader can choose the order of the classes. A table repeats the numbers.
+    """
     gaps = [gap for row in comparison.contestants for gap in row.class_differences]
     return render(
         "classes.html",

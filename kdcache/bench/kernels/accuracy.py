@@ -121,17 +121,17 @@ class Judged:
 
     @property
     def loss_share(self) -> float:
-        """Return the error of the loss divided by its bound. A value above 1 fails, and so does NaN."""
+        """The error of the loss divided by its bound. A value above 1 fails, and so does NaN."""
         return self.loss_error / self.loss_bound
 
     @property
     def gradient_share(self) -> float:
-        """Return the error of the gradient divided by its bound. A value above 1 fails, and so does NaN."""
+        """The error of the gradient divided by its bound. A value above 1 fails, and so does NaN."""
         return self.gradient_error / self.gradient_bound
 
     @property
     def passed(self) -> bool:
-        """Return True if both errors are within their bounds."""
+        """True if both errors are within their bounds."""
         return self.loss_error <= self.loss_bound and self.gradient_error <= self.gradient_bound
 
     def to_json(self) -> dict[str, Any]:

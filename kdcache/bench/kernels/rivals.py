@@ -44,7 +44,7 @@ LIGER_MODULES = {
 
 
 class UnavailableError(Exception):
-    """Raised if a rival cannot run on this machine. The message is one line with the reason."""
+    """Raised if a rival, an implementation other than kdcache's, cannot run here. Its message is a line, the reason."""
 
 
 @dataclass(frozen=True)

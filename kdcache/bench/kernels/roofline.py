@@ -54,7 +54,7 @@ class Ceilings:
 
     @property
     def instructions(self) -> float:
-        """Return the instructions per second that the GPU can issue, counted per lane (thread)."""
+        """The instructions per second that the GPU can issue, counted per lane (thread)."""
         return LANES_PER_SFU_LANE * self.exps
 
     def to_json(self) -> dict[str, float]:

@@ -86,7 +86,7 @@ class Measured:
 
     @property
     def headline(self) -> Spread | None:
-        """Return the time of the CUDA graph if it was measured, else `time`."""
+        """The time of the CUDA graph if it was measured, else `time`."""
         return self.graph or self.time
 
     @property

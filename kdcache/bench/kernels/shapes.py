@@ -69,7 +69,7 @@ class Shape:
 
     @property
     def size(self) -> tuple[int, int]:
-        """Return (H, W), the label size in pixels."""
+        """The label size (H, W) in pixels."""
         return self.height, self.width
 
     @property
@@ -79,17 +79,17 @@ class Shape:
 
     @property
     def ignore_index(self) -> int:
-        """Return the label of void pixels: 255, or -1 if 255 is a class id."""
+        """The label of void pixels: 255, or -1 if 255 is a class id."""
         return 255 if self.num_classes <= 255 else -1
 
     @property
     def divides(self) -> bool:
-        """Return True if the stride divides the label's height and width."""
+        """True if the stride divides the label's height and width."""
         return self.height % self.stride == 0 and self.width % self.stride == 0
 
     @property
     def class_pixels(self) -> int:
-        """Return B * C * H * W, the number of elements of each label-size tensor of a rival."""
+        """B * C * H * W, the number of elements of each label-size tensor of a rival."""
         return self.batch * self.num_classes * self.height * self.width
 
     def __str__(self) -> str:
@@ -175,7 +175,7 @@ class Case:
 
     @property
     def k(self) -> int:
-        """Return the number of classes that the target keeps per pixel.
+        """The number of classes that the target keeps per pixel.
 
         It is `kept`, at most C. If `kept` is None, it is all C classes if C is at most 32, else 8, as in a cache.
         """

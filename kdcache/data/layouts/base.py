@@ -50,7 +50,9 @@ def _numbers_of_classes(numbers: Mapping[int, int]) -> LabelIds:
 
 
 class Layout(ABC):
-    """One way in which data sets lie on disk. In all methods, `root` is the folder that `find` returned.
+    """One way in which data sets lie on disk.
+
+    In all methods, `root` is the folder in which the data set begins, as the method `find` returns it.
 
     A subclass sets `name`, `looks_for` and `split_is`. It defines `matches`, `splits`, `_classes` and `_scan`.
 

@@ -235,10 +235,10 @@ class Term(nn.Module):
         raise NotImplementedError
 
     def count(self, batch: TermBatch) -> Tensor:
-        """Return the denominator of `loss`: the sum over cells of their share of counted pixels, 0-dimensional.
+        """Return the denominator of `loss`: the sum over all cells of a cell's share of counted pixels, 0-dimensional.
 
-        It depends on the student's logits only by their dtype and number of rows. A term whose formula has several sums
-        over the batch returns a tensor with several numbers.
+        Of the student's logits, only the dtype and the number of images matter. Subclasses may count something else,
+        such as images. A subclass whose loss has two denominators returns a tensor (2,).
         """
         return self.cells(batch, self.grid(batch), wide(batch.student.logits)).counted.sum()
 
@@ -290,7 +290,11 @@ class Term(nn.Module):
         return divide((loss_Bhw * cells.weight).sum(), cells.counted.sum() if count is None else count)
 
     def of_all(self, rows_Nx: Tensor) -> Tensor:
-        """Return the rows (N, ...) of all processes, concatenated. Only this process's rows carry a gradient."""
+        """Return this process's rows (N, ...) together with the rows of all other processes, in the order of ranks.
+
+        N is equal in all processes. Only this process's rows carry a gradient. If training has one process, the rows
+        are returned unchanged.
+        """
         return rows_Nx if self.gather is None else self.gather(rows_Nx)
 
 

@@ -235,7 +235,7 @@ class Similarity(Term):
 
 
 def images_counted(term: Term, batch: TermBatch) -> Tensor:
-    """Return the number of images of a batch with a counted pixel, 0-dimensional. `term` has the grid of the cells."""
+    """Return the number of images of a batch that have a counted pixel in a cell of `term`, 0-dimensional."""
     counted_Bhw = term.cells(batch, term.grid(batch), wide(batch.student.logits)).counted
     return _images_of(counted_Bhw)
 

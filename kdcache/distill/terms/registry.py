@@ -45,5 +45,8 @@ def _subclasses(cls: type[Term]) -> Iterator[type[Term]]:
 
 
 def with_companions(modules: Sequence[Term]) -> list[Term]:
-    """Return the given terms in order, each followed by the terms that its `companions` method adds."""
+    """Return the given terms in order, each followed by the terms that it needs.
+
+    A term's `companions` method returns these, such as the loss that trains its discriminator.
+    """
     return [each for module in modules for each in (module, *module.companions())]

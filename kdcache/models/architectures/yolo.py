@@ -108,7 +108,8 @@ class YoloModel(WrappedModel):
     def normalise(self, pixels_BHW3: Tensor) -> Tensor:
         """Return the network's input, float32 (B, 3, H, W), for uint8 RGB pixels (B, H, W, 3).
 
-        Padding around the image becomes grey, as in Ultralytics. Raises: ModelError for another dtype or shape.
+        Rows and columns at the edges that have only the padding colour OUTSIDE_RGB become grey, as in Ultralytics.
+        Raises: ModelError for another dtype or shape.
         """
         x_B3HW = super().normalise(pixels_BHW3)
         outside_BHW = (pixels_BHW3 == pixels_BHW3.new_tensor(OUTSIDE_RGB)).all(-1)

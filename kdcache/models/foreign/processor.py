@@ -50,7 +50,11 @@ class Processor:
 
     @classmethod
     def of_all(cls, processors: Iterable[Self]) -> "Processor":
-        """Return the combined requirements of several networks that get the same images."""
+        """Return the combined requirements of several networks that get the same images. One is returned unchanged.
+
+        `multiple` becomes the least common multiple, and `fixed_size` the first that is not None. `pads` and
+        `positions` are True if one network has them. The other fields get their defaults.
+        """
         first, *others = processors
         fixed = next((processor.fixed_size for processor in (first, *others) if processor.fixed_size is not None), None)
         return replace(

@@ -223,9 +223,10 @@ class DrawnDataset(Dataset[Batch], ABC):
         return fields | ({"dice": ((self.dice,), torch.float32)} if self.dice else {})
 
     def empty(self, *leading: int, pin_memory: bool = False) -> Batch:
-        """Allocate memory for samples. `empty()` is for one sample, `empty(B)` for a batch of B samples.
+        """Return a `Batch` of uninitialised tensors with the shapes and dtypes of this dataset's samples.
 
-        `pin_memory` is True for page-locked memory, from which copies to a GPU are fast.
+        `empty()` is for one sample, `empty(B)` for a batch of B samples. `pin_memory` is True for page-locked memory,
+        from which copies to a GPU are fast.
         """
         return Batch.from_dict(
             {

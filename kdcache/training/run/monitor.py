@@ -68,9 +68,9 @@ def check_logits(cache: Cache, *, needed: bool = True) -> None:
 
 
 def outcome(metrics: Metrics) -> str | None:
-    """Return a note if the last validation of a training was no better than chance, else None.
+    """Return a note if a trained model segments no better than a constant or random prediction, else None.
 
-    `metrics` are the segmentation metrics of this validation.
+    `metrics` are the segmentation metrics of the training's last validation.
     """
     nothing = at_chance(metrics)
     if nothing is None:

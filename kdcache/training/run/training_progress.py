@@ -67,7 +67,10 @@ class TrainingProgress(Observer):
         self._bar.console.print(f"  gradient norms at {step}: {texts}", markup=False)
 
     def balanced(self, step: int, tasks: dict[str, dict[str, float]]) -> None:
-        """Print each task's gradient norm and ratio, if they were measured."""
+        """Print the gradient norm of each of two tasks, and its ratio to the other task's norm, if they were measured.
+
+        `tasks` maps a task to its values, in which `norm` and `ratio` were measured at optimizer step `step`.
+        """
         texts = [
             f"{task} {values['norm']:.3g} ({values['ratio']:.2g} times)"
             for task, values in tasks.items()

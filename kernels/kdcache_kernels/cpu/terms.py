@@ -91,9 +91,8 @@ def smoothing_terms(n, sum_1, mix, total_weight, spread_Pn, ce_factor, slope_1, 
 def focal_terms(n, sum_1, own, weight_Pn, gamma, slope_1, hot, loss):
     """Turn the cross-entropy of `pixel_terms` into the focal loss: multiply it by (1 - p)**gamma.
 
-    p is the probability of the pixel's label. The factors of the gradient, `slope_1` and `hot`, are multiplied by (1 -
-    p)**gamma - gamma * (1 - p)**(gamma - 1) * p * log(p). Call it after `pixel_terms`, which says how arrays without a
-    shape are stored.
+    p is the probability of the pixel's label. Call this function after `pixel_terms`, whose docstring says how arrays
+    without a shape are stored.
 
     Shapes and units:
         n: pixels of each of the P phases.
@@ -101,6 +100,8 @@ def focal_terms(n, sum_1, own, weight_Pn, gamma, slope_1, hot, loss):
         own: log2 of the exponential of the pixel's label.
         weight_Pn: (P, n) weight in CE, 0 if not counted.
         gamma: exponent, > 0.
+        slope_1, hot: factors of the gradient, from `pixel_terms`. They are multiplied by (1 - p)**gamma - gamma * (1 -
+            p)**(gamma - 1) * p * log(p).
         loss: (8 * TILE,) float64. Its first half, CE in bits, is corrected.
     """
     for p in range(weight_Pn.shape[0]):

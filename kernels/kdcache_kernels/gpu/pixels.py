@@ -288,7 +288,7 @@ def _blocks(problem: LossProblem, tiling: Tiling) -> tuple[int, int]:
 
 
 def needs(problem: LossProblem, tiling: Tiling) -> Needs:
-    """Return the number of programs of `launch` for the same problem and tiling. It needs no scratch memory."""
+    """Return the number of programs that `launch` starts for this problem and tiling, with no scratch memory."""
     return Needs(min(_blocks(problem, tiling)[1], tiling.programs))
 
 

@@ -58,22 +58,22 @@ class RelationProblem:
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Return (h, w), the rows and columns of the teacher's logits. Each logit covers one cell."""
+        """The rows and columns (h, w) of the teacher's logits. Each logit covers one cell."""
         return self.teacher.shape[2], self.teacher.shape[3]
 
     @property
     def is_resized(self) -> bool:
-        """Return True if the student's logits differ from the teacher's in height or width."""
+        """True if the student's logits differ from the teacher's in height or width."""
         return tuple(self.student.shape[2:]) != self.grid
 
     @property
     def is_moved(self) -> bool:
-        """Return True if a window or a flip is given, even one that shows the whole, unmirrored view."""
+        """True if a window or a flip is given, even one that shows the whole, unmirrored view."""
         return self.window is not None or self.flip is not None
 
     @property
     def is_weighted(self) -> bool:
-        """Return True if cells may have different weights, because a window, a flip, a gate or a mask is given."""
+        """True if cells may have different weights, because a window, a flip, a gate or a mask is given."""
         return self.is_moved or self.pixel_weight is not None or self.counted is not None
 
 

@@ -118,7 +118,10 @@ class SparseTeacher(NamedTuple):
         return cls(target.indices.flatten(1).long(), log_q_Bk, rest_B1, missing)
 
     def divergence(self, student: Softmax) -> Tensor:
-        """Return KL(teacher || student) of every image, (B,) in nats, over the kept and the dropped classes."""
+        """Return KL(teacher || student) at the one pixel of each image, (B,) in nats, over all classes.
+
+        `student` has arrays without the axis P.
+        """
         kept_Bk, rest_B = student.logits.gather(1, self.ids), self.rest[:, 0]
         others_B = student.logits.sum(1) - kept_Bk.sum(1)
         of_kept_B = (self.log_q.exp() * (self.log_q - kept_Bk + student.total[:, None])).sum(1)

@@ -261,7 +261,7 @@ class Confident(Term):
         return divide(confident, counted if count is None else count.double()).to(wide(batch.student.logits).dtype)
 
     def count(self, batch: TermBatch) -> Tensor:
-        """Return the denominator of the share: the number of counted pixels, 0-dimensional float64."""
+        """Return the denominator of the share of confident pixels: all counted pixels, 0-dimensional float64."""
         return self._consistency[0].confident_and_counted(batch)[1]
 
 
