@@ -70,7 +70,7 @@ class Group:
 
     @property
     def model(self) -> str:
-        """The spec of its model. Without a recipe, it is the row's name."""
+        """The spec of the row's model. If its runs have no recipe, it is the row's name."""
         return str(self.settings.get("model", self.name))
 
     @property

@@ -31,9 +31,9 @@ class ImageScore:
     """The scores of one image.
 
     Attributes:
-        number: its position in the split.
-        sample: its id.
-        scores: its score by task. A task without a label is missing.
+        number: the image's position in the split, from 0.
+        sample: the image's id.
+        scores: task -> score. A task is missing if the image has no label for it.
         iou: the IoU of each class, NaN if the class is neither in the label nor predicted.
     """
 
@@ -204,7 +204,10 @@ def ranked(scores: Sequence[ImageScores], score: Score = MIOU) -> list[tuple[int
 def best_and_worst(ranking: Sequence[tuple[int, float]], best: int, worst: int) -> tuple[list[int], list[int]]:
     """Return positions of the best images (best first) and of the worst images (worst first), without overlap.
 
-    `ranking` is from `ranked`. `best` and `worst` are the most images to return of each kind.
+    Args:
+        ranking: pairs (position, score), the best image first, as `ranked` returns them.
+        best: the most best images to return. If there are fewer than `best` + `worst` images, the lists share them.
+        worst: the most worst images to return.
     """
     upper = min(best, max(len(ranking) - worst, -(-len(ranking) // 2)))
     lower = min(worst, len(ranking) - upper)

@@ -162,9 +162,10 @@ class Batch:
         return Batch(targets=self.targets, window=window, flip=self.flip, inside=inside, zoom=self.zoom)
 
     def with_pasted_targets(self) -> "Batch":
-        """Return a copy with the targets and windows of the pasted samples, instead of the batch's own.
+        """Return a copy whose targets and windows are those of the samples that were pasted into it.
 
-        Pixels and labels stay the same.
+        These are in `pasted`. If that is None, each sample gets its neighbour's (samples 2n and 2n + 1). Pixels and
+        labels stay the same.
         """
         source = self.targets_alone().map(neighbours) if self.pasted is None else self.pasted
         return replace(self, **{name: getattr(source, name) for name in _OF_TARGETS})

@@ -226,12 +226,14 @@ def shows_otherwise(batch: Batch, form: TargetFormat, whole: Size | None) -> boo
 
 
 def window_error(form: TargetFormat, size: Size, whole: Size | None) -> DataError:
-    """Return the DataError for labels that were cropped, although the batch's windows do not show this crop.
+    """Return the DataError for a batch whose labels were cropped, but whose windows do not say so.
+
+    The message names the sizes, and its fix shows how to give the windows.
 
     Args:
         form: the format of the targets, such as an open cache.
-        size: (H, W) of the labels.
-        whole: (H, W) of the labels of a whole view. None is the view's own size.
+        size: (H, W) of the batch's labels.
+        whole: (H, W) of labels that cover a whole view. None is the view's own size.
     """
     view = "x".join(map(str, form.view_size))
     stretched = "" if whole is None else f", whose labels are {'x'.join(map(str, whole))}"

@@ -69,8 +69,12 @@ def berhu(prediction_BHW: Tensor, reference_BHW: Tensor, mask_BHW: Tensor) -> Te
 def silog(prediction_BHW: Tensor, reference_BHW: Tensor, mask_BHW: Tensor) -> Tensor:
     """Return the scale-invariant logarithmic loss (B,) of each image: 10 sqrt(mean g^2 - 0.85 (mean g)^2).
 
-    g is log prediction - log reference at valid pixels. If all g are 0, the gradient is 0. Arguments are as in `l1`,
-    and both maps must be above 0.
+    g is log prediction - log reference at valid pixels. If all g are 0, the gradient is 0.
+
+    Args:
+        prediction_BHW: the student's depth, above 0, float32 or float64. Only it gets a gradient.
+        reference_BHW: the reference depth, above 0, of the same dtype and unit.
+        mask_BHW: bool, True for valid pixels.
     """
     p_BHW, r_BHW = _filled(prediction_BHW, reference_BHW, mask_BHW)
     g_BHW = p_BHW.log() - r_BHW.log()
@@ -113,7 +117,13 @@ def gradient_matching(prediction_BHW: Tensor, reference_BHW: Tensor, mask_BHW: T
 
     The error is prediction - reference. Its map is subsampled at strides of 1, 2, 4 and 8 pixels. At each stride, the
     absolute differences between valid neighbours are summed, and divided by the number of valid pixels. The loss is the
-    sum over the strides. `scales` is the number of strides. The other arguments are as in `l1`.
+    sum over the strides.
+
+    Args:
+        prediction_BHW: the student's depth, float32 or float64. Only it gets a gradient.
+        reference_BHW: the reference depth, of the same dtype and unit.
+        mask_BHW: bool, True for valid pixels.
+        scales: the number of strides. The default, 4, gives the strides above.
     """
     error_BHW = _error(prediction_BHW, reference_BHW, mask_BHW)
     loss_B = error_BHW.new_zeros(len(error_BHW))

@@ -39,12 +39,12 @@ class MergedTargets(nn.Module):
 
     @property
     def align_corners(self) -> bool:
-        """True if the teacher's resize aligns corners."""
+        """True if the last resize of the cache's teacher, from its logits to the image, aligns corners."""
         return self.store.align_corners
 
     @property
     def manifest(self) -> Any:
-        """The cache's manifest, but with the training's number of classes in the segmentation head."""
+        """The manifest of `store`, but with the training's number of classes in the segmentation head."""
         manifest = self.store.manifest
         merged = {"classes": self.num_classes, "k": self.num_classes, "raw": False}
         heads = {**manifest.heads, SEGMENTATION: manifest.heads[SEGMENTATION].model_copy(update=merged)}

@@ -44,7 +44,7 @@ class OnDataSet:
         return cls(split.data, split.split, metrics, match.missing, match.void)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the metrics and the names of the classes that are not shared, as JSON values."""
+        """Return the metrics, and the class names that only the model or only the data have, as JSON values."""
         return {"missing_classes": list(self.missing), "void_classes": list(self.void), **self.metrics.to_json()}
 
     def notes(self) -> Iterator[str]:

@@ -98,7 +98,10 @@ class Evaluator(ABC, Generic[Of]):
 
 
 class NumericEvaluator(Evaluator[Of]):
-    """How a numeric task such as depth is evaluated. Errors from several processes can be merged."""
+    """How a numeric task such as depth is evaluated.
+
+    The results of several processes, each for other images, can be merged.
+    """
 
     @abstractmethod
     def merged(self, parts: Sequence[Any]) -> Of:

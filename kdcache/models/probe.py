@@ -31,15 +31,17 @@ class NotLogits(NamedTuple):
 
 
 def not_logits(model: SegmentationModel, size: tuple[int, int] | None = None) -> NotLogits | None:
-    """Return why a network's outputs are not logits, or None if they are.
+    """Return why a network's outputs are not logits, or None if they seem to be or the network fails.
 
-    The network runs on a black image, a smooth image and noise. Outputs that all lie in 0 to 1 are not logits. Outputs
-    without negative numbers may not be. If the model declares other outputs (`outputs=sigmoid`), they must match.
+    The network runs on a black image, a smooth image and noise. If all outputs lie in 0 to 1, they are not logits. If
+    no output is negative, they may not be logits, and the result has `certain` False. If the model declares other
+    outputs, such as `outputs=sigmoid`, the numbers must match this instead. A listed model, and `outputs=logits`, give
+    None without a run.
 
     Args:
         model: the network. For an ensemble, its members are tested in turn. For a class-mapped model, the classes
             before the map are tested.
-        size: (H, W) of the images to try if the network does not take those of its `probe_size`. None tries no others.
+        size: (H, W) of the images to try if the network fails on images of its `probe_size`. None tries no others.
     """
     if isinstance(model, EnsembleModel):
         found = [not_logits(part, size) for part in model.parts]

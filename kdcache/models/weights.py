@@ -208,8 +208,8 @@ def count_classes(state: Mapping[str, Tensor], classifier_keys: Sequence[str]) -
 
     Args:
         state: the tensors by name.
-        classifier_keys: prefixes of the classifier's tensors. The first counts.
-    Raises: ModelError if the weights have no classifier.
+        classifier_keys: prefixes of the names of the classifier's tensors. Only the first prefix is used.
+    Raises: ModelError if `state` has no tensor with the name of this prefix plus `weight`.
     """
     name = f"{classifier_keys[0]}weight"
     if name not in state:

@@ -389,7 +389,7 @@ class DepthSsi(Depth):
 
     @property
     def in_metres(self) -> bool:
-        """True if the term compares with labels, which are in metres."""
+        """True if the student's depth is compared with labels, in metres. False if with the teacher's depth."""
         return self.reads_labels
 
     def check_unit(self, whose: str, head: Any) -> None:

@@ -48,8 +48,8 @@ class Records:
             store: the cache's path or address.
             data: folder or spec of the data set that the cache was built from. None uses only the cache.
             split: name of the split. Default: the split that the cache was built from.
-        Raises: MismatchError for another data set; DataError if it cannot be opened; StoreError if the cache cannot be
-            opened.
+        Raises: MismatchError if the cache was built from another data set; DataError if the data set cannot be opened;
+            StoreError if the cache cannot be opened.
         """
         cache = open_cache(store)
         return cls(cache, open_split(data, split or cache.manifest.dataset.split) if data else None)

@@ -101,9 +101,10 @@ def _keeps_any(
 
 
 def none_confident(cache: Cache, threshold: float, counts: ConfidenceCounts) -> RecipeError:
-    """Return the error for a threshold that no pixel of the cache reaches.
+    """Return the error for a confidence threshold that no pixel of the cache reaches.
 
-    `counts` are the confidences of all samples.
+    The message names the largest confidence in `counts`, and its fix a lower threshold. `counts` has the confidences of
+    all samples.
     """
     dataset = cache.manifest.dataset
     return RecipeError(

@@ -353,9 +353,13 @@ def densify(
     -6e4 to 6e4. This is computed in float64 and rounded once, except for the sum of exponentials, whose relative error
     is 3e-7.
 
-    `values`, `indices` and `tail` are as in `PackedTarget`, and `num_classes` is C. `impl` is as in `pack`. Only
-    float32 uses the fused kernels. For another `dtype`, the reference computes.
-
+    Args:
+        values: (B, k, h, w), logit minus the pixel's largest logit, for the k kept classes.
+        indices: (B, k, h, w) uint8 or uint16, the kept classes, or None if k = C.
+        tail: (B, h, w), log-odds of the dropped classes' mass, or None if k = C.
+        num_classes: C.
+        dtype: dtype of the result. Only float32 uses the fused kernels, any other dtype the reference.
+        impl: "auto", "triton", "numba", "torch" or "reference". "torch" is the reference here.
     Returns: (B, C, h, w) in `dtype`, contiguous for k < C.
     Raises: ShapeError, ValueRangeError naming the argument. A class id of C or more is an error on the CPU. On CUDA,
         where checking would wait for the device, the pixel is NaN (with KDCACHE_DEBUG=1 also an error).

@@ -124,9 +124,16 @@ def densify(
     num_classes: int,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Compute `kdcache_kernels.densify` with PyTorch operations on any device.
+    """Return logits (B, C, h, w) of every class from packed logits, with PyTorch operations on any device.
 
-    The arguments and the result are the same. There is no `impl`.
+    This is the reference of `kdcache_kernels.densify`, and gives the same result.
+
+    Args:
+        values: (B, k, h, w), logit minus the pixel's largest logit, for the k kept classes.
+        indices: (B, k, h, w), the ids of the kept classes, or None if k = C.
+        tail: (B, h, w), log-odds of the dropped classes' mass, or None if k = C.
+        num_classes: C.
+        dtype: dtype of the result.
     """
     check_packed(values, indices, tail, num_classes)
     values = values.to(dtype)

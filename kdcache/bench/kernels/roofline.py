@@ -74,8 +74,8 @@ class Work:
 def least_work(case: Case) -> Work:
     """Return the least work of one forward and backward of the fused kernel for a case.
 
-    Bytes count each input and the gradient once. Exponentials and instructions are counted in the machine code for
-    sm_90.
+    The bytes are those of each input and of the gradient, moved once. The exponentials and instructions are the numbers
+    that the compiled kernel for sm_90 needs, counted in its machine code.
     """
     shape = case.shape
     h, w = shape.native

@@ -82,9 +82,10 @@ class FolderWriter:
         return "file"
 
     def write_depth(self, index: int) -> None:
-        """Write or link a sample's depth label, unless it exists already or the sample has none.
+        """Write a sample's depth label to the new data set, unless it exists there or the sample has none.
 
-        `index` is the sample's position in the split.
+        A file whose unit is known is linked as it is. Any other label is written as metres in a .npy file. `index` is
+        the sample's position in the split.
         """
         source = self.source.samples[index].labels.get(DEPTH)
         if source is None:

@@ -64,10 +64,11 @@ def draw_window(
     flip: bool,
     share: tuple[float, float] = (1.0, 1.0),
 ) -> tuple[Window, bool]:
-    """Draw a random window with a view's aspect ratio, and whether to flip it.
+    """Draw a random window of a view, and whether to flip it.
 
-    A scale s is drawn uniformly. With the default `share`, the window measures (H/s, W/s). Along each axis, a smaller
-    window lies at a random position inside the view. A larger window contains the view at a random position.
+    A scale s is drawn uniformly. With the default `share`, the window measures (H/s, W/s) and so has the view's aspect
+    ratio. Along each axis, a smaller window lies at a random position inside the view. A larger window contains the
+    view at a random position.
 
     Args:
         rng: the only source of randomness.

@@ -19,7 +19,10 @@ from kdcache_kernels.window import Size
 
 
 class TermTargets(TargetFormat, Protocol):
-    """The interface of the targets that loss terms need. An open cache and `LabelTargets` have it."""
+    """The format of the targets that loss terms read, and a cache's manifest.
+
+    An open cache and `LabelTargets` have this interface.
+    """
 
     @property
     def manifest(self) -> Any:
@@ -124,7 +127,7 @@ class Term(nn.Module):
 
     @classmethod
     def of(cls, spec: Any, setup: TermSetup) -> "Term":
-        """Make the module for a spec, the settings of a term. Subclasses may choose another class by its options."""
+        """Make the module for a term's settings, `spec`. Some options give a module of another class."""
         return cls(spec, setup)
 
     def labellers(self) -> tuple[str, ...]:

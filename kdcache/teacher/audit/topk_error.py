@@ -39,7 +39,7 @@ class GradientErrors:
 
 
 def candidates(kept: int) -> tuple[int, ...]:
-    """Return the powers of two, from 1, that are below `kept`, the number of stored classes."""
+    """Return the values of k to measure: the powers of two, from 1, below the number `kept` of stored classes."""
     return tuple(takewhile(lambda k: k < kept, (2**n for n in count())))
 
 

@@ -59,12 +59,12 @@ class CacheDataset(DrawnDataset):
             as the teacher saw them, another one in every epoch, with colour jitter. `none` gives the whole image
             without jitter. `auto` replays a cache of several views or of crops, and warps others.
         size: (H, W) of the pixels. None is the view's size.
-        targets: the heads whose targets are read. True is all heads. False is none, and pixels and labels stay the
-            same.
+        targets: the heads whose targets are read. True is all heads, False is none. Pixels and labels do not depend on
+            it.
         augmentation: scale, flip and colour jitter. None is the default `Augmentation()`.
         extras: paths of further arrays that a sample has, such as `features/stage4`.
         part: which samples, labels and views are used. None is all.
-        labelled_only: True leaves out samples without a label of any of the tasks.
+        labelled_only: True leaves out samples that have no label for any task in `tasks`.
         tasks: tasks whose labels are used. Depth labels come from the cache, or with `--pixels source` from the data
             set.
         depth_zoom: what a warp's zoom does to metres in labels and targets. `divide` divides them by the zoom. `keep`

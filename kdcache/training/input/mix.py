@@ -137,9 +137,12 @@ class Paste:
 
 
 class Pastes:
-    """Applies several pastes between the streams of a batch. Calling it with the streams returns the pasted streams.
+    """Pastes samples of some streams of a mixed batch into others. Call it with the batches of all streams.
 
-    The order of the pastes does not matter, because all of them read the original pixels.
+    The call returns the batches of all streams after pasting. Every paste copies from the batches before any pasting.
+
+    Args:
+        pastes: what to paste: from which stream, into which stream, and how.
     """
 
     def __init__(self, pastes: Sequence[Paste]) -> None:

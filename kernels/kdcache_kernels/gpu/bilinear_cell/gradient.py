@@ -61,11 +61,15 @@ def write_gradient(
     and the target's logits times log2(e) / T at a pixel.
 
     Shapes and units:
-        student, target, y_first: both logit maps as `grid`, and `y_first`, as in `surface.make_surface`.
-        labels, label_gate_ptrs: as in `surface.label_moments`, with strides in elements.
+        student, target: both logit maps, each a tuple as `grid` of `surface.make_surface`.
+        y_first: weight of the bottom corners in the cell's first pixel row, 0 to 1.
+        labels: packed class ids, from `read_labels`.
+        label_gate_ptrs: pointers to the weight in CE of each cell's first pixel, or None for weights of 1.
+        label_gate_stride_h, label_gate_stride_w: strides of these weights in elements.
         present: int32. Bit (id modulo 32) is set for each class id in `labels` of any lane.
         even: moments of the weights in CE of all labelled pixels, read only with label smoothing.
-        ce, kl, teacher, kl_cell: `ce_factors`, `kl_factors`, `teacher_factors` and `kl_log` from `pixel_factors`.
+        ce, kl, teacher: each pixel's factors in the gradient, which `pixel_factors` returns first.
+        kl_cell: the cell's sum of logarithms for KL, `kl_log` of `pixel_factors`.
         left_lane: index of the lane with the cell to the left. writes: bool, which lanes write.
         upper_last, upper_step: weight of the top corners in the last pixel row, and its decrease per row.
         step: number of the cell's row in its strip (see `cells_kernel`), from 0.
@@ -73,7 +77,8 @@ def write_gradient(
         gradient_ptrs: pointers to the gradient's class 0 at each cell's top left corner, or None for no gradient.
         edge_ptrs: pointers to class 0 of the same column in the strip's part of `cells_kernel`'s `edges_ptr`, or None.
         k_ce, k_kl: factors of the terms in the gradient. label_factors: from `load_label_factors`.
-        pixels: `Pixels`. w: columns of logits. temperature: T. S, ROWS, POWER: as in `softmax_denominators`.
+        pixels: `Pixels`. w: columns of logits. temperature: T.
+        S, ROWS: pixels per row, and pixel rows. POWER: T if it is 1 to 4, else 0.
     Returns: (kl, label)
         kl: `kl_cell` plus the sum over pixels and classes of gate * the target's probability * (v - u).
         label: the sum over labelled pixels of class weight * weight in CE * u of the label. With label smoothing, it

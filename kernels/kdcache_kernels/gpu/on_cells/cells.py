@@ -198,7 +198,9 @@ def corners(samples, image, batched, cell_n, h, w, stride_h, stride_w, FLAT: tl.
 
 @triton.jit
 def logit(ptr, corners, exists, SAMPLED: tl.constexpr):
-    """Return one class's float32 logits at a block of cells, interpolated bilinearly if SAMPLED.
+    """Return one class's float32 logits at a block of cells.
+
+    If SAMPLED, each is interpolated bilinearly from four logits. Otherwise it is the cell's own logit.
 
     Shapes and units:
         ptr: pointer to the class's logits of the image.
