@@ -196,7 +196,7 @@ class Row:
 
 
 def collapse(row: Row, name: str) -> str | None:
-    """Return a warning that runs of a row have learnt nothing, or None if all have learnt something.
+    """Return a warning if the scores of some of a row's runs are at chance level, or None if no run's scores are.
 
     `name` is the row's name in the warning.
     """

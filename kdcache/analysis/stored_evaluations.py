@@ -79,9 +79,12 @@ class EvalSettings:
         return Framing.of(images, JudgeSettings(window=self.window, stride=self.stride), trained)
 
     def load(self, entry: Entry, classes: ClassList) -> tuple[SegmentationModel, RunModel]:
-        """Load a run or SPEC@FILE. Return the model and its description, which has the size that these settings choose.
+        """Load the model of `entry`, a run or SPEC@FILE. Return the model and its description.
 
-        `classes` are the classes of the data. Raises: as `Entry.load`.
+        The size in the description is the size that these settings choose. `classes` are the classes of the data.
+
+        Raises: MismatchError for a model with other classes. RecipeError for a run without weights. ModelError for
+            weights that do not fit.
         """
         return entry.load(classes, self.which, self.size or (self.window if entry.run is None else None))
 

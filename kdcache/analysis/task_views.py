@@ -83,7 +83,10 @@ class TaskView(ABC):
         return f"{self.headline}, {self.words}" + (" (less is better)" if self.less else "")
 
     def spans(self, seeds: str) -> str:
-        """Return the explanation of a column of differences. `seeds` is a count in words, such as "3 seeds"."""
+        """Return the explanation of a report's column of differences: the unit, the score and the interval.
+
+        It ends with `seeds`, a count in words such as "3 seeds", or says that less is better.
+        """
         return f"{self.words}, with their 95 % interval" + ("; less is better" if self.less else f" over {seeds}")
 
     def score_text(self, value: float) -> str:
@@ -95,7 +98,7 @@ class TaskView(ABC):
         return f"{self.times * gap:+.{self.digits}f}"
 
     def scale(self, maps: Iterable[Array]) -> float:
-        """Return the largest value on the colour bar that several maps (H, W) share. Classes have no bar: 1."""
+        """Return the largest value on the colour bar that several maps (H, W) share, or 1 if the task has no bar."""
         return 1.0
 
     def error_scale(self, pairs: Iterable[tuple[Array, Array]]) -> float:

@@ -40,7 +40,7 @@ class Predicted:
 
     @property
     def label(self) -> Tensor:
-        """The segmentation label, uint8 (H, W), 255 for void."""
+        """The segmentation label, uint8 (H, W), 255 for void. Raises: KeyError if the sample does not have one."""
         return self.labels[SEGMENTATION]
 
 

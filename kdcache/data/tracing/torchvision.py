@@ -27,7 +27,7 @@ class FootprintTensor(tv_tensors.TVTensor):  # type: ignore[misc]
 
     @classmethod
     def of(cls, footprint: Footprint) -> FootprintTensor:
-        """Return a footprint as a tensor, float64 (7,)."""
+        """Return a footprint as a float64 tensor (7,): y0, x0, y1, x1, the flip as 0 or 1, height and width."""
         numbers = [*footprint.window, float(footprint.flip), *map(float, footprint.size)]
         return torch.tensor(numbers, dtype=torch.float64).as_subclass(cls)
 

@@ -234,7 +234,10 @@ class Term(nn.Module):
             return self.loss(batch, count)
 
     def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
-        """Compute the result of `forward`, with the same arguments and autocast off. Subclasses implement it."""
+        """Return the unweighted loss of a batch, 0-dimensional. Subclasses implement it, and `forward` calls it.
+
+        Autocast is off. `count` is the denominator. None uses the batch's own.
+        """
         raise NotImplementedError
 
     def count(self, batch: TermBatch) -> Tensor:

@@ -157,7 +157,10 @@ class WrappedModel(SegmentationModel):
         return super().probed_taps if self._reading.lists_modules else self._named
 
     def check_taps(self, taps: Iterable[str]) -> None:
-        """Check that each tap is a listed one or the name of a submodule. Raises: ModelError for any other."""
+        """Check that each tap is in the attribute `taps` or is the name of a submodule of the wrapped network.
+
+        Raises: ModelError for any other tap.
+        """
         modules = {name for name, _ in self.network.named_modules() if name}
         super().check_taps(tap for tap in taps if tap not in modules)
 

@@ -221,10 +221,10 @@ def _by_shapes(splits: Sequence[Split], size: tuple[int, int] | None, note: Call
 
 
 def check_pasting(sources: Sequence[Source]) -> None:
-    """Check the samples that are pasted into a stream, for every stream with pasted samples.
+    """Check that the samples that are pasted into a stream fit it, for every stream with pasted samples.
 
-    The pasted samples must have class labels. If both have targets, the targets must have the same meaning as the
-    stream's targets, for example the same unit of depth.
+    The pasted samples must have class labels. If the stream and the pasted samples have targets, these must have the
+    same meaning, for example the same head for depth. A stream that learns from depth targets needs them in metres.
 
     Raises: RecipeError that names the stream.
     """

@@ -61,7 +61,8 @@ def choose_step(name: str, device: torch.device, processes: int = 1) -> str:
 class CompiledStep:
     """A step whose forward and backward are compiled for the shapes of `batch`. Batches of other shapes run eagerly.
 
-    Calling it with a batch learns from the batch and returns its losses, as `row` does.
+    Calling it with a batch takes one training step. It returns a detached tensor (n,): the batch's loss, terms and task
+    losses, in the order of `Losses`.
 
     Args:
         eager: the step to compile.
@@ -85,7 +86,10 @@ class CompiledStep:
                 torch.autograd.backward(self._compiled(on_device).loss)
 
     def __call__(self, batch: Streams) -> Tensor:
-        """Learn from a batch with the compiled forward and backward, and return its losses as `row` does."""
+        """Take a training step with the compiled forward and backward. Return the batch's losses, as `eager.row` does.
+
+        They are one detached tensor (n,): the loss, the terms and the task losses.
+        """
         return self._eager.learn(self.forward(self._eager.to_device(batch)))
 
     def forward(self, batch: Streams) -> Losses:

@@ -388,8 +388,14 @@ def label_pixels(
 ) -> Pixels:  # fmt: skip
     """Return the `Pixels` of a batch's labels, without pixel weights, label smoothing and focal loss.
 
-    `num_classes` is C. The other arguments are as in `LossProblem`. Without labels, DISTILL_VOID of the result is
-    always True.
+    Args:
+        labels: (B, H, W) class ids, or None without labels.
+        class_weight: (C,) floats, or None for ones.
+        num_classes: C.
+        ignore_index: the label of void pixels.
+        use_ce: whether CE is computed.
+        use_kl: whether KL is computed.
+        distill_void: whether KL counts void pixels. Without labels, it always does.
     """
     return Pixels(
         labels=labels,

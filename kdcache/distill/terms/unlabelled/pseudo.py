@@ -76,9 +76,11 @@ class Pseudo(Term):
 
     @torch.no_grad()
     def count(self, batch: TermBatch) -> Tensor:
-        """Return the denominator of the loss, 0-dimensional float64.
+        """Return the denominator of the loss on a batch, float64.
 
-        With `normalise=share` it is a tensor (2,): the numbers of confident and of counted pixels.
+        With `normalise=kept` it is the sum of the class weights of the confident pixels, with `all` the number of
+        counted pixels, each 0-dimensional. With `share` it is a tensor (2,): the numbers of confident and of counted
+        pixels.
         """
         return self._count(*self._confident(batch))
 

@@ -76,7 +76,7 @@ class Grid(NamedTuple):
 
     @property
     def arguments(self) -> tuple[Array | bool, ...]:
-        """Return the neighbour tables of rows and of columns and `moved` as one flat tuple.
+        """The neighbour tables of rows and of columns and `moved` as one flat tuple.
 
         numba is slow to find the type of a nested tuple.
         """

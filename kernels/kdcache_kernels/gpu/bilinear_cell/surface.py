@@ -65,10 +65,11 @@ def make_surface(corners, grid, y_first, S: tl.constexpr):
     value + r * dx + q * (dy + r * dxy).
 
     Shapes and units:
-        corners: the four corner logits, from `load_corners`.
+        corners: the class's logits at the four corners (top left, top right, bottom left, bottom right).
         grid: (top, bottom, class stride, first, step, scale). top and bottom point to class 0 of the top left corners
-            and of the bottom left corners. The stride is in elements. first and step are from `interpolation`. scale is
-            a factor of the logits, or None for 1. The caller must multiply step by scale.
+            and of the bottom left corners. The stride is in elements. first is the weight of the right corners in the
+            first pixel column. step is what this weight grows by per column, times scale. scale is a factor of the
+            logits, or None for 1.
         y_first: weight of the bottom corners in the first pixel row, 0 to 1.
         S: label pixels per logit.
     """
