@@ -141,9 +141,11 @@ class Row:
         return gaps.baseline, gaps.control
 
     def with_gaps(self, task: str, **gaps: Difference | None) -> "Row":
-        """Return a copy of the row with other differences in a task.
+        """Return a copy of the row whose differences of a task are replaced.
 
-        `gaps` are keywords: `baseline`, `control` or both.
+        Args:
+            task: such as `segmentation`.
+            gaps: `baseline=`, `control=` or both, the new differences from the baseline and from the control.
         """
         return replace(self, gaps={**self.gaps, task: replace(self.gaps.get(task, Gaps()), **gaps)})
 
@@ -359,7 +361,10 @@ class Comparison:
         return best | ({"depth_range": self.depth_range} if judged else {})
 
     def to_json(self) -> dict[str, Any]:
-        """Return the comparison as JSON values, with null for NaN. Names replace the folders of this machine."""
+        """Return the comparison as JSON values, with null for NaN.
+
+        Public names, such as a run's name, replace the paths of this machine in all texts.
+        """
         content = {
             "data": self.data,
             "split": self.split,

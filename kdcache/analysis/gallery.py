@@ -172,11 +172,11 @@ class Gallery:
             save_figure(panels(title, strips, []), folder / SHEET, self.above, self.formats)
 
     def draw_side_by_side(self, models: Sequence[Shown], cases: Sequence[Case], folder: Path) -> None:
-        """Draw images with the predictions and errors of several models next to each other.
+        """Write a picture for each image, with the predictions and errors of several models next to each other.
 
         Args:
             models: the models.
-            cases: the images, with one picture for each.
+            cases: the images.
             folder: the pictures go to its subfolder side_by_side.
         """
         for case in cases:

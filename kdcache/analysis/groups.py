@@ -164,8 +164,8 @@ def _unlike_streams(our_streams: Any, their_streams: Any) -> float:
 def group_runs(runs: Sequence[Entry]) -> tuple[list[Group], list[str]]:
     """Group runs into rows: runs whose recipes differ only in seed and fold share a row.
 
-    If two of them have the same seed and fold, each run is a row instead. Return the rows in the order of their first
-    runs, and warnings, one sentence each.
+    If two runs of a row have the same seed and fold, each run of this row gets a row of its own. Return the rows in the
+    order of their first runs, and warnings, one sentence each.
     """
     left_out = {*REPEATED, *MACHINE}
     rows: dict[str, list[Entry]] = {}

@@ -122,7 +122,7 @@ class TaskView(ABC):
     def picture(self, values: Array, classes: ClassList, scale: float) -> Picture:
         """Return a map (H, W) of predictions or labels as a picture.
 
-        `classes` has the colours of the classes. `scale` is the end of the colour bar of depth.
+        `classes` has the colours of the classes. `scale` is the value at the end of the colour bar of depth.
         """
 
     @abstractmethod
@@ -136,7 +136,7 @@ class TaskView(ABC):
             answer: the prediction (H, W).
             label: the label (H, W).
             classes: names and colours of the classes.
-            scale: the end of the colour bar. None takes the end for these errors.
+            scale: the error at the end of the colour bar of depth. None takes a round value above most of these errors.
         """
 
     @abstractmethod

@@ -56,7 +56,11 @@ def berhu(prediction_BHW: Tensor, reference_BHW: Tensor, mask_BHW: Tensor) -> Te
 
     e is prediction - reference, and c is a fifth of the image's largest |e|. An error counts as |e| up to c, and as
     (e^2 + c^2) / (2 c) above. The loss is the mean over the image's valid pixels. The gradient treats c as a constant.
-    Arguments are as in `l1`.
+
+    Args:
+        prediction_BHW: the student's depth, float32 or float64. Only it gets a gradient.
+        reference_BHW: the reference depth, of the same dtype and unit.
+        mask_BHW: bool, True for valid pixels.
     """
     error_BHW = _error(prediction_BHW, reference_BHW, mask_BHW).abs()
     c_B11 = BERHU_SHARE * error_BHW.detach().amax((1, 2), keepdim=True)
@@ -94,7 +98,13 @@ def scale_shift_invariant(
     twice the number of valid pixels. The loss is this quotient plus `gradient_weight` times `gradient_matching` of the
     aligned maps.
 
-    The median of an even number of pixels is the lower of the two middle values. Arguments are as in `l1`, in any unit.
+    The median of an even number of pixels is the lower of the two middle values.
+
+    Args:
+        prediction_BHW: the student's map in any unit, float32 or float64. Only it gets a gradient.
+        reference_BHW: the reference map, of the same dtype.
+        mask_BHW: bool, True for valid pixels.
+        gradient_weight: the factor on the gradient matching.
     """
     maps = _filled(prediction_BHW, reference_BHW.detach(), mask_BHW)
     p_BHW, r_BHW = (_aligned(values_BHW, mask_BHW) for values_BHW in maps)

@@ -29,7 +29,8 @@ class TeacherMasks:
         """Return pairs of a batch and a bool mask (B, H, W) of the pixels at which KL uses that batch's targets.
 
         The first pair has `batch` itself. If pixels were pasted, a second pair has the targets of the pasted samples.
-        The masks do not overlap. A mask of None leaves the choice of pixels to the fused loss.
+        The masks do not overlap. The mask is None if nothing was pasted and images fill their views. The fused loss
+        then chooses the pixels itself, from the windows and the labels.
         """
         if batch.inside is None and batch.own is None:
             return [(batch, None)]

@@ -76,7 +76,9 @@ class Spelling:
     text_only: bool = True
 
     def read(self, value: Any) -> Any:
-        """Return the value that a text stands for. If `text_only` is False, other values are also parsed.
+        """Return the value that a text stands for.
+
+        A value that is not a text is returned unchanged, or also parsed if `text_only` is False.
 
         Raises: ValueError or RecipeError for an invalid text.
         """

@@ -38,8 +38,8 @@ class Projected(FeatureTerm):
 class PseudoLabels(LossTerm):
     """A base class of loss terms that learn from pseudo labels. `quantile` None uses `threshold`.
 
-    `normalise` divides the sum over confident pixels by their class weights (`kept`) or the number of counted pixels
-    (`all`). `share` is the mean over all counted pixels, confident or not, times the share of confident ones.
+    `normalise=kept` and `all` sum over confident pixels, and divide by their class weights or by the number of counted
+    pixels. `share` is the mean over all counted pixels, confident or not, times the share of confident ones.
     """
 
     follows_paste = True

@@ -229,9 +229,10 @@ class StoreWriter:
         return proof
 
     def recorded(self, state: recovery.State) -> Recorded:
-        """Return what finished shards, and intact files of damaged shards, say about the cache's data set.
+        """Return the facts about the data set, such as digests of images, that the shards on disk hold.
 
-        `state` describes this worker's shards. Finished shards of other workers are also read.
+        `state` describes this worker's shards. Damaged shards are read as far as their files are intact. Finished
+        shards of other workers are also read.
 
         Raises: CorruptError if the sample ids are damaged.
         """

@@ -71,7 +71,10 @@ def check_replays(config: TrainConfig) -> None:
 
 
 def check_supervised(config: TrainConfig) -> None:
-    """Raise RecipeError if nothing is learnt from labels or a teacher, because any constant output would then do."""
+    """Raise RecipeError if no stream learns from labels or from a teacher.
+
+    With the other loss terms only, a model with a constant output could have the smallest loss.
+    """
     if not config.supervised:
         loss = config.loss
         raise RecipeError(
@@ -175,9 +178,10 @@ def idle_everywhere(config: TrainConfig, idle: Sequence[dict[str, str]]) -> dict
 
 
 def idle_notes(config: TrainConfig, idle: Mapping[str, str]) -> Iterator[str]:
-    """Yield a note for each typed flag that has no effect, and one note for all such settings of a copied recipe.
+    """Yield notes about settings without effect: one for each flag that the user typed, and one for a copied recipe.
 
-    `idle` is name of a setting -> the reason why it has no effect.
+    The last note lists the settings without effect that come from another run's recipe. `idle` is the name of a setting
+    -> the reason why it has no effect.
     """
     for name, reason in idle.items():
         if name in config.given:

@@ -68,7 +68,7 @@ def check_teacher(cache: Cache, config: TrainConfig, labels_used: Flags) -> list
 def doubt(cache: Cache, fold: Fold) -> str | None:
     """Return a note if the cache's teacher may have seen the fold, else None.
 
-    If it has, class trust is too high, because it is measured on this fold.
+    If it has, the result of `--class-trust` is too high, because it is measured on this fold.
     """
     if cache.manifest.teacher.folds is not None:  # each sample's teacher has not seen it
         return None

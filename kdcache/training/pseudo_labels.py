@@ -124,7 +124,7 @@ def collapse_note(config: TrainConfig, dataset: DrawnDataset, labelled: Sequence
     """Return a note if a teacher predicts few classes on samples without labels, else None.
 
     Few means: the effective number of classes (see `effective_classes`) of the teacher's predictions is less than half
-    of that of the labels. If a student of such a teacher becomes the next teacher, classes get fewer in each round.
+    of the labels' number. If a student of such a teacher becomes the next teacher, classes get fewer in each round.
 
     Args:
         config: the settings of a stream that learns from targets without labels.

@@ -204,7 +204,13 @@ class DepthGradient(DepthTerm):
     kind = "depth-gradient"
 
     def of_images(self, prediction_BHW: Tensor, reference_BHW: Tensor, mask_BHW: Tensor) -> Tensor:
-        """Return the gradient-matching loss (B,) of log depth. Arguments are as in `DepthTerm.of_images`."""
+        """Return the loss (B,) of each image: `gradient_matching` of the logarithms of both maps.
+
+        Args:
+            prediction_BHW: the student's depth.
+            reference_BHW: depth of the labels or the teacher.
+            mask_BHW: bool, True for valid pixels.
+        """
         return depth.gradient_matching(prediction_BHW.log(), reference_BHW.log(), mask_BHW)
 
 
@@ -241,7 +247,12 @@ def _above_zero(values: Tensor, head: RegressionHead) -> Tensor:
 
 
 def stored_head(manifest: Any, task: str) -> RegressionHead:
-    """Return the kind of a cache's head of a numeric task, such as `depth`, read from the cache's manifest."""
+    """Return the kind (channels, unit, parameterisation and largest value) of the head that a cache has for a task.
+
+    Args:
+        manifest: the cache's manifest.
+        task: a numeric task that the cache has, such as `depth`.
+    """
     head = manifest.heads[task]
     largest = None if head.range is None else head.range[1]
     return RegressionHead(head.channels, head.unit, head.parameterisation, largest)

@@ -60,7 +60,10 @@ def is_exact(answer_BCHW: Tensor, resize: Resize) -> bool:
 
 
 def peels() -> bool:
-    """Return True in eager mode outside `whole_answers`, where models leave out a last bilinear resize."""
+    """Return True if wrapped networks now leave out their last bilinear resize.
+
+    They do so unless `torch.compile` traces them, or a with block of `whole_answers` is active.
+    """
     return not torch.compiler.is_compiling() and not _WHOLE.get()
 
 

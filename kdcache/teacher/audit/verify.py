@@ -74,9 +74,9 @@ class Score:
 
     @property
     def doubt(self) -> str | None:
-        """A warning text if the accuracy is more than 0.15 above the mean confidence, otherwise None.
+        """A warning that the teacher's outputs may not be logits, or None.
 
-        Then the teacher's outputs may not be logits.
+        It appears if the share of correct pixels (aAcc) is more than 0.15 above the mean confidence.
         """
         if not self.metrics.aacc - self.confidence > MAX_DOUBT:
             return None

@@ -63,7 +63,7 @@ class TaughtShard(NamedTuple):
 class Engine(Protocol):
     """The interface to other processes that compute a cache's missing shards and write their files.
 
-    A class of this kind defines both methods. `RayEngine` is an example.
+    A class of this kind defines `connected` and `shards`. `RayEngine` is an example.
     """
 
     def connected(self, manifest: Manifest) -> AbstractContextManager[None]:

@@ -40,9 +40,9 @@ class DiskRate:
 
     @classmethod
     def of(cls, folder: str, pieces: Sequence[tuple[int, float]]) -> "DiskRate":
-        """Return the rates of writing several pieces into `folder`.
+        """Return the write speed of a disk from the times of several pieces that were written to `folder`.
 
-        `pieces` has the bytes and the seconds of each piece, in order.
+        `pieces` has the number of bytes and the seconds of each piece, in the order of writing.
         """
         part = max(1, len(pieces) // _PART)
         size, seconds = _sum(pieces)

@@ -213,9 +213,9 @@ def _kl(problem: LossProblem, student: Softmax, lost_BP: Tensor | None) -> tuple
 
 
 def in_pixels(x: Tensor, axis: int = 1) -> Tensor:
-    """Return a tensor with its two axes of rows and columns merged into one, or removed for images of one pixel.
+    """Merge the axes of rows and columns, the last two, into one. Remove them if the images have a single pixel.
 
-    `axis` is the axis of the rows, and the axis of the columns follows it.
+    For example, (B, C, H, W) gives (B, C, H * W), and (B, C, 1, 1) gives (B, C). `axis` is the axis of the rows.
     """
     return x.flatten(axis) if x.shape[axis:].numel() > 1 else x.flatten(axis - 1)
 

@@ -48,9 +48,14 @@ class Pseudo(Term):
         self.register_buffer("class_weight", setup.class_weight, persistent=False)
 
     def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
-        """Return the cross-entropy with the pseudo labels, divided as `normalise` says: 0-dimensional.
+        """Return the cross-entropy with the pseudo labels, 0-dimensional.
 
-        `count` is the denominator, as the method `count` returns it. None uses the batch's own.
+        It is the sum over confident pixels, divided by `count`. With `normalise=share`, it is the mean over all counted
+        pixels, times the share of confident ones.
+
+        Args:
+            batch: the batch, with the teacher's targets.
+            count: the result of the method `count`, perhaps over several processes. None uses the batch's own.
         """
         with torch.no_grad():
             argmax_BHW, confident_BHW, counted_BHW = self._confident(batch)

@@ -107,20 +107,23 @@ def pixel_factors(
 ):  # fmt: skip
     """Return each pixel's factors in the gradient of CE and KL, and each bilinear cell's sums of logarithms for both.
 
-    Pixels are the ROWS x S label pixels of each lane's cell that are processed at a time.
+    Each lane has one cell of S x S label pixels. A call handles a group of them: ROWS of the cell's S pixel rows.
 
     Shapes and units:
         ce, kl, teacher: tuples of ROWS * S blocks: each pixel's sums of exponentials, from `softmax_denominators`.
         labels: packed class ids, from `read_labels`.
-        label_gate_ptrs, gate_ptrs: pointers to the first pixel's weights in CE and in KL, with strides in elements.
+        label_gate_ptrs, gate_ptrs: pointers to the weights in CE and in KL of the group's first pixel, with strides in
+            elements.
         row_inside_ptrs, column_inside_ptrs: uint8, whether label rows and columns lie in the target's view, or None for
             all.
-        pixels: `Pixels`. k_ce, k_kl: factors of the terms in the gradient. label_factors: from `load_label_factors`.
-        active, i, j, g, h, w: as in `read_labels`. zero: a float32 block of zeros.
+        pixels: the settings of the loss, `Pixels`. label_factors: from `load_label_factors`.
+        k_ce, k_kl: factors of the terms in the gradient. zero: a float32 block of zeros.
+        active: bool, whether the lane has a cell. g: number of the group in the cell, from the top.
+        i, j: the cell lies between rows i and i + 1, and columns j and j + 1, of the h x w logits of the student.
     Returns: (ce_factors, kl_factors, teacher_factors, ce_log, kl_log, kl_any)
         ce_factors, kl_factors, teacher_factors: per pixel, k_ce * weight / ce, k_kl * gate / kl, and gate / teacher.
-            weight is the pixel's weight in CE times its class weight, after label smoothing. gate is its weight in
-            KL. Both are 0 if the term does not count the pixel.
+            weight is the pixel's weight in CE times its class weight, after label smoothing. It is 0 if CE does not
+            count the pixel. gate is its weight in KL. It is 0 if KL does not count the pixel.
         ce_log, kl_log: per cell, the sums of weight * log2(ce) and of gate * log2(kl / teacher).
         kl_any: whether KL counts any pixel of the cell.
     """
