@@ -77,7 +77,10 @@ def _last_names(text: str) -> str:
 
 
 def public_values(value: Any) -> Any:
-    """Return `value`, a text or nested lists and dicts such as settings, with `public` applied to every text in it."""
+    """Return a copy of `value` that can be published, without the folders of this machine.
+
+    `value` is a text, or nested lists and dicts such as settings. `public` shortens every text in it, except keys.
+    """
     return _each_text(value, public)
 
 

@@ -206,7 +206,10 @@ def progress_of(bar: Progress, what: str, note: str = "") -> Callable[[int, int]
 
 
 def say(text: str, shown: bool = True) -> None:
-    """Print a note, or a warning if the text begins with `warning: `. If `shown` is False, print warnings only."""
+    """Print a note, or a warning if the text begins with `warning: `. If `shown` is False, print warnings only.
+
+    The output goes to stderr, or where `use_console` sends it.
+    """
     if text.startswith("warning: "):
         warn(text.removeprefix("warning: "))
     elif shown:

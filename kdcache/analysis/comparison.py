@@ -330,7 +330,7 @@ class Comparison:
 
     @property
     def latency(self) -> Latency | None:
-        """The first measured latency, or None. Its device and threads are the same for all rows."""
+        """The latency of the first row that has one, or None. All measured rows have the same device and threads."""
         return next((row.cost.latency for row in self.rows if row.cost.latency is not None), None)
 
     def best(self, value: Callable[[Row], float], *, least: bool = False) -> float:

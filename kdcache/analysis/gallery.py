@@ -221,8 +221,9 @@ class Gallery:
     def side_by_side(self, models: Sequence[Shown], number: int, title: str) -> "Figure":
         """Return a figure of an image, its labels, and the predictions of several models.
 
-        A grid also has each model's errors. A row also has the teacher. All depths share one colour bar, and all errors
-        another one.
+        If the gallery's layout is "grid", each model also has a picture of its errors. If it is "row", there are no
+        errors, but the teacher's classes if the gallery has a teacher. All depths share one colour bar, and all errors
+        of depth another one.
 
         Args:
             models: the models.

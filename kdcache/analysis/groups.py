@@ -65,7 +65,7 @@ class Group:
 
     @property
     def settings(self) -> Mapping[str, Any]:
-        """The recipe of its first run, by flag. Empty if there is no recipe."""
+        """The recipe of the row's first run, by flag. Empty if the run has no recipe."""
         return self.runs[0].settings
 
     @property
@@ -75,9 +75,9 @@ class Group:
 
     @property
     def taught(self) -> bool:
-        """True if it learnt by more than cross-entropy and depth terms on labels. Such a row cannot be a baseline.
+        """True if the row's students learnt by more than cross-entropy and depth terms on labels.
 
-        It is also True if the recipe is unknown.
+        Such a row cannot be a baseline. It is also True if the recipe is unknown.
         """
         return not self.settings or any(map(_is_taught, stream_settings(self.settings)))
 

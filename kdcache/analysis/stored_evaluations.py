@@ -325,8 +325,14 @@ def keep(record: Record, folder: Path, run: str, metrics: TaskMetrics, *, own_si
 def file_name(record: Record, folder: Path, run: str, *, own_size: bool = True) -> str:
     """Return the name for an evaluation's file in `folder`, without a suffix.
 
-    It is `record.name`, even if an earlier evaluation of the same data set has that name and will be replaced. If
-    an earlier one of another data set has it, a digest is appended. `run` and `own_size` are as in `keep`.
+    It is `record.name`, even if an earlier evaluation of the same data set has that name and will be replaced. If an
+    earlier one of another data set has it, a digest is appended.
+
+    Args:
+        record: the settings of the evaluation.
+        folder: the folder with the stored evaluations.
+        run: the run's name as the user wrote it.
+        own_size: whether the model sees images at the size of its training. If not, the name has the size.
     """
     name = record.name(own_size=own_size)
     earlier = read_object(folder / f"{name}.json")
@@ -384,7 +390,10 @@ def write_evaluation(record: Record, path: Path, run: str, metrics: TaskMetrics)
 def name_of_several(records: Sequence[Record], run: str, *, own_size: bool = True) -> str:
     """Return the name of the file for an evaluation on several data sets, without a suffix.
 
-    `records` are the settings of the evaluation on each data set. `run` and `own_size` are as in `keep`.
+    Args:
+        records: the settings of the evaluation on each data set.
+        run: the run's name as the user wrote it.
+        own_size: whether the model sees images at the size of its training.
     """
     kinds = [[record.place, record.name(own_size=own_size), record.which or run] for record in records]
     return f"evaluations-{hashlib.sha256(json.dumps(kinds).encode()).hexdigest()[:8]}"

@@ -85,7 +85,8 @@ def short_digests(split: Split, index: int, of_file: FileDigest | None = None) -
     Args:
         split: the split.
         index: the sample's position in the split.
-        of_file: computes a file's SHA-256 (hex). None reads the file.
+        of_file: a function that returns the SHA-256 (hex) of a file, for example from a list of known digests. None
+            computes it from the file's bytes.
     """
     rows = np.zeros((3, DIGEST_BYTES), np.uint8)
     for row, digest in zip(rows, split.content_digests(index, of_file), strict=False):

@@ -34,9 +34,9 @@ class Mapped(Source[Pixels]):
         return self.table.take(self.label.raw())
 
     def digest(self, of_file: FileDigest | None = None) -> str:
-        """Return the SHA-256 (hex) of the original label. The table does not change it.
+        """Return the SHA-256 (hex) of the original label, before `table` maps its ids.
 
-        `of_file` computes a file's SHA-256. None reads the file.
+        `of_file` is a function that returns the SHA-256 of a file. None computes it from the file's bytes.
         """
         return self.label.digest(of_file)
 

@@ -70,7 +70,7 @@ class FixedBalance(nn.Module):
         Args:
             losses: head -> its loss, 0-dimensional.
             counted: ignored, because a head without a counted pixel has the loss 0.
-        Raises: RecipeError if the heads are not exactly the heads with a weight.
+        Raises: RecipeError if `losses` does not have exactly the heads that the balance was made for.
         """
         _check_heads(losses, self.heads)
         return torch.stack([self._weights[head] * losses[head] for head in self.heads]).sum()
@@ -127,7 +127,7 @@ class UncertaintyBalance(nn.Module):
             counted: head -> the denominator of its loss, such as the number of counted pixels, 0-dimensional. If a
                 batch is divided (processes, accumulation), give the sum or mean over all parts. A head with 0 is left
                 out. None keeps all heads.
-        Raises: RecipeError if the heads of `losses` are not exactly the heads with a form.
+        Raises: RecipeError if `losses` does not have exactly the heads that the balance was made for.
         """
         _check_heads(losses, self.heads)
         parts = []

@@ -150,9 +150,9 @@ class ConfidenceCounts:
         )
 
     def coverage(self, threshold: float | Sequence[float]) -> Coverage:
-        """Return the counts of pixels at or above a confidence threshold.
+        """Count, for each predicted class, the pixels that reach a confidence threshold, and how many are correct.
 
-        `threshold` is one number for all classes, or one for each class.
+        `threshold` is one number from 0 to 1 for all classes, or one for each class.
         """
         thresholds_C = np.broadcast_to(np.asarray(threshold, np.float64), len(self.predicted_CV))
         first_C = np.searchsorted(VALUES_V, thresholds_C, side="left")

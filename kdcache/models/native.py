@@ -145,7 +145,7 @@ class SegmentationModel(nn.Module):
 
     @mean.setter
     def mean(self, value: Iterable[float]) -> None:
-        """Set the mean. Raises: ModelError unless these are three finite numbers."""
+        """Set the mean of RGB that is subtracted from images. Raises: ModelError unless it has three finite numbers."""
         self._mean = _rgb("mean", value)
         self._moments = {}
 

@@ -173,9 +173,10 @@ def is_shipped(spec: str) -> bool:
 
 
 def describe_models() -> list[ModelInfo]:
-    """Return the list of `kdcache models`, computed from the models on torch's meta device.
+    """Return an entry for each model that `kdcache models` lists: its size, stride, taps and heads.
 
-    Models whose library is not installed are left out.
+    To find these, each model is built, most of them on torch's meta device, without memory for weights. Models whose
+    library is not installed are left out.
     """
     return [describe_model(spec) for family in _FAMILIES if not lacks(family) for spec in _specs(family)]
 

@@ -55,7 +55,13 @@ class Weights(NamedTuple):
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """Return the tensors in a weights file by name, on the CPU. Files, folders and errors are as in `read_weights`."""
+    """Return the tensors in a weights file by name, on the CPU.
+
+    `path` is a `.safetensors` file, a torch file, or a folder of Hugging Face with one of them. `FILE:raw` and
+    `FILE:ema` choose between raw and averaged weights.
+
+    Raises: ModelError if the file is missing, damaged or of another kind, or if it has pickled objects or no weights.
+    """
     return read_weights(path).state
 
 

@@ -229,7 +229,8 @@ class LossTerm:
         Args:
             manifest: the cache's manifest, or None if labels replace the teacher.
             student_taps: names of the student's taps. Only terms that compare features read them.
-            grids: tap of the student -> its (h, w), or None. Only terms that compare features read it.
+            grids: name of a student's tap -> the (h, w) of its features. None if unknown. Only terms that compare
+                features read it.
         Raises: RecipeError if the cache lacks something.
         """
         check_terms([self], manifest)

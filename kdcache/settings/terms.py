@@ -397,7 +397,7 @@ class DepthSsi(Depth):
 
 
 class DepthGradient(Depth):
-    """Settings of the loss term `depth-gradient`: the error of changes of log depth. `weight` None means 1."""
+    """Settings of the loss term `depth-gradient`, which compares changes of log depth. `weight` None means 1."""
 
     kind = "depth-gradient"
     weight: Weight | None = setting(0.5, "Factor on the term.")

@@ -263,14 +263,15 @@ class Examined:
 def examine(
     place: Place, records: Sequence[ShardRecord], chunks: Mapping[ArraySpec, int], *, digests: bool = True
 ) -> Iterator[Examined]:
-    """Compare all files of some shards with their ledger entries, and yield a result for each entry.
+    """Compare the files of some shards with their ledger entries, and yield one result for each entry, in order.
 
     Args:
         place: the cache's location.
-        records: the ledger entries.
-        chunks: array -> number of chunks in a full shard. The chunk checksums of these arrays are read again for the
-            result's `record`.
-        digests: True compares sizes and digests. False compares only file sizes, and reads no checksums.
+        records: the ledger entries of the shards.
+        chunks: array -> number of chunks in a full shard. For undamaged files of these arrays, the yielded `record` has
+            the chunk checksums that the file has now.
+        digests: True compares sizes and digests. False compares only file sizes, and `record` keeps the ledger's
+            checksums.
     """
     sizes = place.sizes([key for record in records for key in record.files])
     for record in records:

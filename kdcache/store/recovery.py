@@ -81,8 +81,8 @@ def check_metadata(place: Place, completion: Completion, keys: Iterable[str]) ->
 def is_intact(place: Place, completion: Completion | None) -> bool:
     """Return False if the top-level zarr.json of the cache at `place` is damaged and has no intact spare copy.
 
-    zarr.json counts as damaged if the seal `completion` lists another digest for it. If `completion` is None, return
-    True.
+    zarr.json counts as damaged if its digest is not the one in the seal `completion`. Without a seal (None), nothing
+    counts as damaged, so the result is True.
     """
     root = read_or_none(place, ROOT, MAX_JSON_BYTES) or b""
     sealed = None if completion is None else completion.metadata.get(ROOT)

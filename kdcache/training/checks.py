@@ -191,9 +191,10 @@ def idle_notes(config: TrainConfig, idle: Mapping[str, str]) -> Iterator[str]:
 
 
 def warmup_notes(config: TrainConfig) -> Iterator[str]:
-    """Yield a note for each warm-up that is longer than the training.
+    """Yield a note for the user for each warm-up that is longer than the training.
 
-    `config` must have its number of iterations.
+    Warm-ups are of the learning rate and of the weight of the teacher's terms. `config.optimizer.iterations` must be
+    set.
     """
     assert config.optimizer.iterations is not None, "resolve the settings first"
     for flag, steps, what in (

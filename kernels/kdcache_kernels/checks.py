@@ -25,7 +25,10 @@ SHOWN = 8
 
 
 def debugging() -> bool:
-    """Return True if KDCACHE_DEBUG=1 is set, which checks values on every device."""
+    """Return True if KDCACHE_DEBUG=1 is set in the environment.
+
+    Values are then checked on a GPU also, not only on the CPU.
+    """
     return os.environ.get("KDCACHE_DEBUG", "0") not in ("", "0")
 
 
@@ -185,7 +188,7 @@ def check_class_weight(class_weight: Tensor | None, num_classes: int, device: to
 def check_class_weight_values(class_weight: Tensor | None) -> None:
     """Raise ValueRangeError for class weights that are negative or not finite.
 
-    Does nothing for None, or if `may_read` does not allow reading the weights.
+    Does nothing for None, or if `may_read` does not allow reading the weights, for example on a GPU.
     """
     if class_weight is None or not may_read(class_weight):
         return

@@ -56,7 +56,7 @@ class TeacherAudit:
     tables: tuple[Table, ...] = ()
 
     def check_classes(self, names: tuple[str, ...]) -> None:
-        """Raise MismatchError if the audit has other classes than `names`. No classes on either side pass."""
+        """Raise MismatchError if the audit has other classes than `names`. If either list is empty, do nothing."""
         if names and self.class_names and names != self.class_names:
             raise MismatchError(
                 f"{self.path} has other classes ({', '.join(self.class_names)}) than the data ({', '.join(names)})",

@@ -23,9 +23,9 @@ class Cell:
 
     Attributes:
         value: the number, by which the column is sorted. NaN is unknown and stays last.
-        text: the number as text.
-        small: its standard deviation as text, in small print after the number.
-        gap: the difference whose verdict follows the number, or None.
+        text: the number as text, or a word in its place.
+        small: text in small print after the number: its standard deviation, or the interval of a difference.
+        gap: a difference. Its verdict, such as "within noise", is shown after the number. None shows no verdict.
         less: whether smaller values are better.
         best: whether it is the best value of its column.
     """

@@ -129,7 +129,7 @@ class DepthCounts:
         least: the smallest depth in metres, or None if no depth is known.
         most: the largest depth in metres, or None if no depth is known.
         impossible: why the depths cannot be in metres, or ''.
-        beyond: number of pixels beyond the largest possible depth.
+        beyond: number of pixels that are deeper than the `max_depth` of `of`, or 0 without it.
     """
 
     pixels: int
@@ -141,11 +141,12 @@ class DepthCounts:
 
     @classmethod
     def of(cls, depth: Depth, max_depth: float | None) -> DepthCounts:
-        """Return the counts of a depth label.
+        """Count the pixels of a depth label: all, known by depth, and too deep.
 
         Args:
             depth: float32 (H, W) in metres, NaN for unknown.
-            max_depth: the largest possible depth in metres. None allows any depth.
+            max_depth: the largest possible depth in metres. Deeper pixels are counted everywhere, and also in `beyond`.
+                None allows any depth.
         """
         known = depth[depth > 0]
         return cls(

@@ -161,7 +161,13 @@ class DepthL1(DepthTerm):
         return mask_BHW.sum((1, 2)).to(dtype)
 
     def of_images(self, prediction_BHW: Tensor, reference_BHW: Tensor, mask_BHW: Tensor) -> Tensor:
-        """Return the mean absolute error (B,) in metres. Arguments are as in `DepthTerm.of_images`."""
+        """Return each image's mean absolute error (B,) in metres, 0 for an image without a valid pixel.
+
+        Args:
+            prediction_BHW: the student's depth in metres.
+            reference_BHW: depth of the labels or the teacher in metres.
+            mask_BHW: bool, True for valid pixels.
+        """
         return depth.l1(prediction_BHW, reference_BHW, mask_BHW)
 
 
@@ -176,7 +182,13 @@ class DepthBerhu(DepthTerm):
     kind = "depth-berhu"
 
     def of_images(self, prediction_BHW: Tensor, reference_BHW: Tensor, mask_BHW: Tensor) -> Tensor:
-        """Return the reverse Huber loss (B,) in metres. Arguments are as in `DepthTerm.of_images`."""
+        """Return each image's reverse Huber loss (B,) in metres, 0 for an image without a valid pixel.
+
+        Args:
+            prediction_BHW: the student's depth in metres.
+            reference_BHW: depth of the labels or the teacher in metres.
+            mask_BHW: bool, True for valid pixels.
+        """
         return depth.berhu(prediction_BHW, reference_BHW, mask_BHW)
 
 
@@ -189,7 +201,13 @@ class DepthSilog(DepthTerm):
     kind = "depth-silog"
 
     def of_images(self, prediction_BHW: Tensor, reference_BHW: Tensor, mask_BHW: Tensor) -> Tensor:
-        """Return the scale-invariant logarithmic loss (B,). Arguments are as in `DepthTerm.of_images`."""
+        """Return each image's scale-invariant logarithmic loss (B,), 0 for an image without a valid pixel.
+
+        Args:
+            prediction_BHW: the student's depth in metres, at least 0.001.
+            reference_BHW: depth of the labels or the teacher, in the same form.
+            mask_BHW: bool, True for valid pixels.
+        """
         return depth.silog(prediction_BHW, reference_BHW, mask_BHW)
 
 

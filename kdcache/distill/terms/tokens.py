@@ -147,7 +147,10 @@ class Queue(Term):
         return images_counted(self, batch)
 
     def after_step(self, batch: Batch) -> None:
-        """Replace the oldest summaries in the queue by the teacher's summaries of a batch, from all processes."""
+        """Replace the oldest summaries in the queue by those of a batch, from all processes.
+
+        A summary is the teacher's feature vector of one image.
+        """
         rows_Nc = self.of_all(unit(wide(batch.arrays[self._arrays[0]]).flatten(1), 1))
         length, total = len(self.ring), len(rows_Nc)
         kept = min(length, total)

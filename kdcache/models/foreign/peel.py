@@ -53,7 +53,11 @@ def resize_of(answer_BCHW: Tensor) -> Resize | None:
 
 
 def is_exact(answer_BCHW: Tensor, resize: Resize) -> bool:
-    """Return True if repeating `resize` gives exactly the tensor `answer_BCHW`."""
+    """Return True if a network's result is exactly what a recorded resize gives.
+
+    For this, `resize.native` is resized to the size of `answer_BCHW`, the network's result. All values and the dtype
+    must be equal.
+    """
     size = answer_BCHW.shape[-2:]
     again = F.interpolate(resize.native, size=size, mode="bilinear", align_corners=resize.align_corners)
     return again.dtype == answer_BCHW.dtype and torch.equal(again, answer_BCHW)

@@ -139,8 +139,8 @@ class Place(ABC):
         """Delete partial files and locks that interrupted writes left behind. Call it only while no process writes."""
 
     def alone(self) -> AbstractContextManager[None]:
-        """Return a context manager that locks the whole location against other processes.
+        """Return a context manager that keeps other processes from taking the same lock on the whole location.
 
-        For an object store it does nothing.
+        Entering it waits until the lock is free. In an object store there is no lock, so this does nothing.
         """
         return nullcontext()

@@ -246,8 +246,9 @@ class Statistic(Part):
     """A small map computed from a tap's features, stored for each record.
 
     Attributes:
-        kind: `at`: attention, the sum of squares over channels divided by its maximum, float16 (h, w). `similarity`:
-            cosines between all pairs of cells, uint8. The other kinds come from earlier versions and are never read.
+        kind: `at` is attention: at each cell, the sum of squares over the channels, divided by the map's largest sum.
+            It is float16 (h, w). `similarity` has the cosines between the features of all n (n - 1) / 2 pairs of the n
+            cells, uint8. The other kinds come from earlier versions and are never read.
         tap: name of the tap. None for kinds of earlier versions.
         size: the tap's grid (h, w).
     """

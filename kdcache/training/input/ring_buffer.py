@@ -30,7 +30,7 @@ Drawn = Future[KDCacheError | None]
 
 
 class Items(Protocol):
-    """The interface of numbered draws, which may be used by several threads at once."""
+    """The interface of a source of augmented samples, numbered from 0. Several threads may use it at once."""
 
     def empty(self, *leading: int, pin_memory: bool) -> Batch:
         """Allocate memory for samples. `empty()` is for one sample, `empty(B)` for a batch of B samples.

@@ -146,9 +146,9 @@ class Loggers(Observer):
         )
 
     def validated(self, step: int, task: str, score: Score, *, best: bool, ema: bool) -> None:
-        """Send a score as `val/<name>`, or `val_ema/<name>` for the moving average.
+        """Send a validation's score to every logger as `val/<name>`, or `val_ema/<name>` for the moving average.
 
-        Also send pictures, once for each step.
+        With the first score of a step, also send the pictures that the argument `panels` returns.
         """
         place = "val_ema" if ema else "val"
         self._write(step, {f"{place}/{name}": value for name, value in _figures(task, score).items()})
@@ -156,7 +156,7 @@ class Loggers(Observer):
             self._draw(step)
 
     def ended(self, *, completed: bool) -> None:
-        """Close every logger."""
+        """Close every logger, and tell each whether the training was completed."""
         self._each(lambda sink: sink.close(completed))
         self._sinks.clear()
 

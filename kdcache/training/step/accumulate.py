@@ -44,9 +44,10 @@ class AccumulatedStep(EagerStep):
         return self._learn_parts(batch, None)
 
     def with_norms(self, batch: Streams) -> tuple[Tensor, Norms]:
-        """Learn from a batch in parts. Return the batch's losses, in the form of `row`, and the gradient norms.
+        """Learn from a batch in parts. Return its losses and the gradient norms.
 
-        The norms are of the gradients of the whole batch.
+        The losses are the means over the parts, as one detached tensor (n,) in the order of `row`. The norms are of the
+        gradients of the whole batch.
         """
         total: dict[str, list[Tensor | None]] = {}
         weights = {} if self.criterion.balance is None else self.criterion.balance.weights()

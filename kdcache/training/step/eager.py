@@ -108,7 +108,7 @@ class EagerStep:
         return tuple(rows.to(self.device, non_blocking=True) for rows in batch)
 
     def forward(self, batch: Streams) -> Losses:
-        """Return the losses of a batch that is on the device. Only `loss` has a gradient."""
+        """Return the losses of a batch, which must be on the step's device. Only the field `loss` has a gradient."""
         losses: Losses = self.criterion(*self.loss_inputs(batch))
         return losses
 
@@ -137,7 +137,10 @@ class EagerStep:
         return batch
 
     def learn(self, losses: Losses) -> Tensor:
-        """Run the backward and the optimizer's step, clear the gradients, and return `row(losses)`."""
+        """Run the backward pass and the optimizer's step, and clear the gradients.
+
+        `losses` is the result of `forward`. Return its values as one detached tensor (n,), as `row` does.
+        """
         torch.autograd.backward(losses.loss)
         self._update()
         return row(losses)

@@ -94,9 +94,10 @@ def _by_scale(
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
-    """Load the optimizer's momentum and step counts, saved on any device. Options such as the learning rate stay.
+    """Load the momentum and step counts of a saved state, from any device, into an optimizer.
 
-    `state` is the optimizer's `state_dict`.
+    The optimizer keeps its options, such as the learning rate. `state` is the `state_dict` of an optimizer with the
+    same parameters.
     """
     groups = [
         {**group, "params": saved["params"]}

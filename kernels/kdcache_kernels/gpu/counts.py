@@ -37,12 +37,14 @@ def count_kernel(
 
 
 def count(counted: Counted, device: torch.device) -> Tensor:
-    """Compute the denominators of CE and KL on CUDA without waiting for it, see `kdcache_kernels.distill_denominators`.
+    """Compute the denominators of CE and KL on a GPU, without waiting for the GPU.
+
+    The denominators are those of `kdcache_kernels.distill_denominators`.
 
     Args:
         counted: the labels, class weights and windows of a batch.
         device: the device of the result.
-    Returns: (2,) float64, for CE and KL.
+    Returns: (2,) float64, the denominator of CE, then of KL.
     """
     H, W = counted.size
     use_kl = counted.view_size is not None

@@ -65,9 +65,10 @@ def student_tables(tables_ptr, H, W):
 
 @triton.jit
 def target_tables(tables_ptr, H, W, target_batch):
-    """Return the neighbours of the label rows and of the label columns in the target's logits, a `Taps` each.
+    """Return two neighbour tables, a `Taps` each: of the label rows and of the label columns, in the target's logits.
 
-    Both have `target_batch` images with H or W entries each. `tables_ptr` points to `Prepared.tables`.
+    The tables of `target_batch` images follow each other, with H or W entries per image. One image stands for all if
+    they share a table. `tables_ptr` points to `Prepared.tables`.
     """
     first = 3 * (H + W)
     return _table(tables_ptr, first, target_batch * H), _table(
@@ -281,9 +282,9 @@ def geometry_kernel(
 ):  # fmt: skip
     """Write what the CE + KL loss kernels read: factors, neighbour tables, and which kernel computes each image.
 
-    Program 0 writes the factors of the loss and the gradient. Programs 1 to B write the route of one image each. Each
-    further program writes one table for the label rows or columns: their two neighbouring logits, bilinear weights, and
-    whether they lie in the view.
+    Program 0 writes the factors of the loss and the gradient. Programs 1 to B write the route of one image each, which
+    says which kernel computes it. Each further program writes one table for the label rows or columns: their two
+    neighbouring logits, bilinear weights, and whether they lie in the view.
 
     Shapes and units:
         window_ptr: (B, 4) float64 edges y0, x0, y1, x1 in pixels of the view, or None for the whole view.
@@ -296,7 +297,8 @@ def geometry_kernel(
         class_weight_ptr: (num_classes,) floats, or None for ones.
         H, W, h, w, ht, wt, view_height, view_width: sizes of labels, student's logits, target's logits and view.
         temperature, smoothing, gamma: T, the share of label smoothing, and the exponent of the focal loss, 0 without.
-        target_batch: images with their own neighbour tables of the target.
+        target_batch: how many images have their own tables of the target: B with windows or flips, 1 if all share them,
+            0 without a target.
         pixel_count: B * H * W, KL's denominator without COUNTS_KL.
         USE_CE, USE_KL: which terms to compute. COUNTS_CE, COUNTS_KL: which denominators come from counts_ptr.
         STUDENT_ALIGN, TARGET_ALIGN: whether each resize aligns corners. BLOCK: entries that are read or written at a

@@ -328,10 +328,10 @@ def _reads_packed(problem: LossProblem) -> bool:
 
 
 def classes_at_once(num_classes: int, device: torch.device, *, pixel_per_lane: bool) -> int:
-    """Return how many classes `prepare_kernel` reads at a time, in a block of 128 positions.
+    """Return how many classes a program of `prepare_kernel` reads at a time.
 
-    It is 1 on a GPU if `pixel_per_lane`, because each lane then takes a position and loops over the classes. Otherwise
-    it is 4 to 32, depending on `num_classes`.
+    A program handles a block of 128 positions. On a GPU with `pixel_per_lane`, each lane takes one position and reads
+    its classes one after the other, so the result is 1. Otherwise it is 4 to 32, depending on `num_classes`.
     """
     if pixel_per_lane and device.type != "cpu":  # the interpreter's time grows with the turns
         return 1

@@ -82,11 +82,19 @@ def add_gradient(
             row below.
         values_ptr: the eight numbers per pixel that `sample.visit` stored. columns: the largest number of label columns
             of a cell.
-        cell_n: column of the cell, -1 before the first logit. k_ce: factor of CE in the gradient.
+        student_rows, target_rows: pointers to the two student rows and three target rows around the pixels, one per
+            lane.
+        blend: for each label row, the weight of the lower student row and those of the three target rows.
+        cell_n: column of the cell, -1 before the first logit. left_n, right_n: the student's columns left and right of
+            it.
+        first_n: the cell's first label column. target_at_n: first entry of the image in `target_taps`.
+        taps, target_taps: `geometry.Taps` of the label columns in the student's and the target's logits.
+        pixels: `Pixels`. k_ce: factor of CE in the gradient.
+        sizes: (number of classes, elements of a student class, elements of a target class).
+        W, wt: label columns, and the target's columns. temperature: T. POWER: T if it is an integer up to 4, else 0.
         PEAKS: whether the stored factors are relative to the largest logits.
         BLOCK, UNROLL: classes of a block, and blocks per iteration of the loop over the classes. LANES: lanes of the
             program.
-        The other arguments are as in `sample.visit`.
     """
     lane = tl.arange(0, LANES)
     shift_cn = tl.zeros((BLOCK, LANES), tl.int32) + tl.maximum(lane - 1, 0)[None, :]

@@ -273,9 +273,11 @@ class Tiling(NamedTuple):
 def choose_tiling(problem: LossProblem, *, all_images: bool = True) -> Tiling:
     """Return the `Tiling` of a problem.
 
-    On a GPU, strips are short enough for ten warps per multiprocessor in a single wave of programs. `all_images` is as
-    in `launch`. If it is False, the kernel usually gets few images, so the tiling has fewer programs to save scratch
-    memory. On the CPU (Triton's interpreter), return large blocks.
+    On a GPU, strips are short enough for ten warps per multiprocessor in a single wave of programs. On the CPU
+    (Triton's interpreter), return large blocks.
+
+    `all_images` is False if the kernel computes only those images that a fast kernel cannot. These are usually few, so
+    the tiling has fewer programs to save scratch memory.
     """
     B, C, h, w = problem.student.shape
     device = problem.student.device

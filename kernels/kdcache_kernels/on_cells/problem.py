@@ -73,7 +73,7 @@ class RelationProblem:
 
     @property
     def is_weighted(self) -> bool:
-        """True if cells may have different weights, because a window, a flip, a gate or a mask is given."""
+        """True if a window, a flip, a pixel weight or a mask is given. Cells may then have different weights."""
         return self.is_moved or self.pixel_weight is not None or self.counted is not None
 
 

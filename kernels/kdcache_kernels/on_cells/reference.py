@@ -79,7 +79,10 @@ def lay_logits(
 
 
 def logits_on_cells(problem: RelationProblem) -> Seen:
-    """Compute the weights of a problem's cells, and resample the student's and the teacher's logits to the cells."""
+    """Resample a problem's student and teacher logits to the teacher's cells.
+
+    Return the logits, divided by the temperature, with the weight of each cell.
+    """
     cells = lay_cells(
         problem.window,
         problem.flip,

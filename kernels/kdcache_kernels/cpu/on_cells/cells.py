@@ -345,7 +345,10 @@ class Laid(NamedTuple):
 
 
 def lay(problem: RelationProblem) -> Laid:
-    """Convert both logit maps to float32, locate the target's cells in them, and compute the weights of the cells."""
+    """Return what the relation loss's kernels read: logit maps, places of the cells in them, and the cells' weights.
+
+    The logits are converted to float32 first.
+    """
     size = (problem.student.shape[2], problem.student.shape[3])
     student = whole_grid(problem.grid, size, problem.grid)
     if problem.is_moved:

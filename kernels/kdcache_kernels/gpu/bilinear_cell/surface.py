@@ -117,11 +117,11 @@ def difference(a, b):
 
 @triton.jit
 def add_powers(sums, sequence, POWER: tl.constexpr, S: tl.constexpr, ROWS: tl.constexpr):
-    """Return each pixel's sum increased by the POWER-th power of the pixel's exponential.
+    """Return each pixel's sum increased by the POWER-th power of the pixel's exponential, as a tuple like `sums`.
 
     Shapes and units:
         sums: tuple of ROWS * S blocks. The pixel in row q, column r of a bilinear cell has index q * S + r.
-        sequence: the pixels' exponentials in the form that `exponentials` returns.
+        sequence: the four numbers from `exponentials` that give the exponential of every pixel of the cell.
         POWER: 1 to 4. S, ROWS: pixels per row, and pixel rows.
     """
     row, ratio, row_ratio, twist = sequence
@@ -275,8 +275,8 @@ def softmax_denominators(
     """Return the sums over the classes of the logits' exponentials, at each pixel of every lane's bilinear cell.
 
     Shapes and units:
-        student, target: both logit maps, as `grid` of `make_surface`.
-        y_first: weight of the bottom corners in the first pixel row.
+        student, target: the two logit maps, each a tuple of pointers and steps: the argument `grid` of `make_surface`.
+        y_first: weight of the bottom corners in the first pixel row, 0 to 1.
         pixels: `Pixels`. temperature: T. zero: a float32 block of zeros.
         S, ROWS: pixels per row, and pixel rows. POWER: T if it is 1 to 4, else 0.
     Returns: (ce, kl, teacher), tuples of ROWS * S blocks: the sums for the student at T = 1, the student at T, and the

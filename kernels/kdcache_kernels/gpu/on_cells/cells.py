@@ -52,10 +52,10 @@ def tables_kernel(
     """Write the neighbour tables that the relation loss needs. One program writes the tables of one image.
 
     Shapes and units:
-        window_ptr: (B, 4) float64 edges in pixels of the view, or None for the whole view. flip_ptr: (B,) uint8, or
-            None.
+        window_ptr: (B, 4) float64 edges y0, x0, y1, x1 in pixels of the view, or None for the whole view.
+        flip_ptr: (B,) uint8, 1 for a mirrored image, or None if none is mirrored.
         view_height, view_width: size of the view in pixels. BLOCK: entries that are written at a time.
-    Results: each is a `geometry.Taps`, or None to skip this table
+    Results: each is a `geometry.Taps`, or None if the caller does not need this table
         pixel_rows, pixel_columns: neighbours of the H label rows and W label columns in the view's h x w cells.
         cell_rows, cell_columns: neighbours of the window's h rows and w columns of cells in the view's h x w cells.
         student_rows, student_columns: neighbours of h rows and w columns of cells in the student's hs x ws logits.
@@ -408,10 +408,13 @@ def lay(problem: RelationProblem) -> Laid:
 
 
 def on_own_grid(problem: RelationProblem, laid: Laid, cells: Tensor) -> Tensor:
-    """Convert a gradient by the resized student logits into the gradient by the student's own logits.
+    """Convert the gradient by the student's logits on the cells into the gradient by the student's own logits.
 
-    `cells` is (B, C, h, w) float32 and is returned unchanged if both sizes are equal. `laid` has the resize's bilinear
-    weights. The result is (B, C, hs, ws).
+    Args:
+        problem: the arguments of the relation loss.
+        laid: from `lay`. It has the bilinear weights of the resize from the student's logits to the cells.
+        cells: (B, C, h, w) float32, the gradient by the student's logits after this resize.
+    Returns: (B, C, hs, ws). It is `cells` itself if the student's logits have the size (h, w) already.
     """
     if not problem.is_resized:
         return cells
