@@ -387,7 +387,12 @@ class Comparison:
 
 
 def banner(data: str, smoke: bool = False) -> str | None:
-    """Return a warning for scores on generated scenes (`data`) or of a shortened recipe (`smoke`), else None."""
+    """Return a warning that scores mean nothing, or None if they may mean something.
+
+    Args:
+        data: the data set or sets, as the user named them. Procedural scenes get the warning.
+        smoke: True for a run of a shortened recipe, which also gets the warning.
+    """
     drawn = any(is_scenes(task_of(part)[1]) for part in parts_of(data))
     if not drawn and not smoke:
         return None

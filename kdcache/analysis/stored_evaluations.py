@@ -134,12 +134,14 @@ def evaluate_run(
     Args:
         entry: the run or SPEC@FILE.
         split: the samples.
-        digest: the `data_digest` of the split.
+        digest: the SHA-256 of the split's ids, images and labels, from `data_digest`. A stored evaluation must have the
+            same.
         judging: how to evaluate.
         progress: called after each batch with (images done, images in total).
         fold: the fold that `split` is, if it is a part of another split, else None.
         contents: function that returns the digests of a split's images and labels.
-    Raises: MismatchError for other classes. DataError without labels. ModelError if memory is too small.
+    Raises: MismatchError if the classes differ from the run's classes. DataError without labels. ModelError if memory
+        is too small.
     """
     run = entry.run
     if run is None:

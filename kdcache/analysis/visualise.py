@@ -59,7 +59,7 @@ class Drawing:
     formats: tuple[Format, ...] = ("png",)
 
     def check_folder(self) -> None:
-        """Check that the folder is new, empty, or from an earlier call.
+        """Check that the folder for the pictures is new, empty, or was written by an earlier `--draw`.
 
         Raises: RecipeError if it holds something else.
         """

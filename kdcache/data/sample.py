@@ -322,13 +322,15 @@ class Split:
         return sample.image.digest(of_file), *labels
 
     def folds(self, folds: int, by: str | None = None) -> npt.NDArray[np.int64]:
-        """Return the fold number of every sample, int64 (N,), as `folds_of` assigns it.
+        """Return the fold number of every sample, int64 (N,), from 0 to `folds` - 1.
+
+        A sample's fold depends on the ids of all samples. A part of a split keeps the folds of the whole split.
 
         Args:
             folds: the number of folds.
             by: a regular expression whose match in an id names a sequence that must stay in one fold, or None.
 
-        Raises: RecipeError like `folds_of`.
+        Raises: RecipeError unless there are 2 to 255 folds and a sample or sequence for each, or if `by` is invalid.
         """
         if self.fold_ids is None:
             return folds_of(self.ids, folds, by)

@@ -178,7 +178,7 @@ class Batch:
         Args:
             form: the format of the targets, such as an open cache.
             size: (H, W) of the student's image in pixels.
-            impl: the implementation, as in `kdcache_kernels.distill_loss`.
+            impl: the kernels' implementation: "auto" (the fastest for the device), "triton", "numba" or "reference".
         Returns: (argmax, confidence): class ids (uint8, int16 above 256 classes), and float16 in 0..1, 0 outside the
             view.
         """

@@ -157,7 +157,10 @@ class DepthRange:
         return f"{self.min_depth:g} to {self.max_depth:g} m" + ("" if self.crop == "none" else f", {self.crop} crop")
 
     def valid(self, label_HW: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
-        """Return the mask of the pixels that count in a depth label (H, W) in metres, bool (H, W). NaN is False."""
+        """Return which pixels of a depth label (H, W) in metres count, bool (H, W).
+
+        They are deeper than `min_depth`, less deep than `max_depth` and inside the crop. NaN does not count.
+        """
         valid: npt.NDArray[np.bool_] = (label_HW > self.min_depth) & (label_HW < self.max_depth)  # False for NaN
         if self.crop == "none":
             return valid

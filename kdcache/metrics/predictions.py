@@ -82,7 +82,7 @@ def predicted_tasks(model: SegmentationModel) -> tuple[str, ...]:
 
 
 def judged_tasks(model: SegmentationModel, split: Split) -> tuple[str, ...]:
-    """Return the tasks of `predicted_tasks` that at least one sample of the split has a label for."""
+    """Return the tasks that can be judged: the split has labels, and the model a trained head in the labels' unit."""
     return tuple(task for task in predicted_tasks(model) if task in split.tasks)
 
 

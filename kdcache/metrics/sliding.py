@@ -77,9 +77,13 @@ class Framing:
         return self.stride or _two_thirds(self.window)
 
     def view(self, image_size: Size, size: Size) -> Window:
-        """Return the part of an image that a model sees without windows, in pixels of the image.
+        """Return the part of an image that fills the model's input if no window slides, in pixels of the image.
 
-        `image_size` is (H, W) of the image, and `size` is (H, W) of the model's input.
+        If images are padded, the part reaches beyond the image.
+
+        Args:
+            image_size: (H, W) of the image.
+            size: (H, W) of the model's input.
         """
         return whole_window(self.fit, image_size, size)
 

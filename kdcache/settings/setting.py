@@ -49,7 +49,7 @@ def setting(default: T, help: str, **shown: Any) -> T:
     Args:
         default: the default, or REQUIRED for a setting without a default.
         help: the help text.
-        shown: further attributes of `Setting`.
+        shown: how the command line shows the setting: other fields of `Setting`, such as `metavar` or `panel`.
     """
     declared: Any = field(default=default, metadata={"setting": Setting(help, **shown)})
     return cast(T, declared)

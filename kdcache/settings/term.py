@@ -372,7 +372,7 @@ def is_summary(feature: Any) -> bool:
 
 
 def entries_of(term: type) -> dict[str, Entry]:
-    """Return the options of a class of loss terms: name -> setting."""
+    """Return the settings that a class of loss terms declares, such as `weight`, in order: name -> setting."""
     return entries(term)
 
 

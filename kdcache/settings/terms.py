@@ -203,7 +203,10 @@ class TokenSimilarity(FeatureTerm):
         return maps + _made_of(manifest, "similarity")
 
     def arrays(self, manifest: Any) -> tuple[str, ...]:
-        """Return the paths of the arrays that the term reads in the cache of `manifest`: similarities, or features."""
+        """Return the paths of the arrays that the term reads in the cache of `manifest`.
+
+        They are the tap's stored similarities if the cache has them, else its features.
+        """
         stored = self.teacher_tap in _made_of(manifest, self.kind)
         return (f"statistics/{self.kind}.{self.teacher_tap}",) if stored else super().arrays(manifest)
 

@@ -159,13 +159,15 @@ def plan_like(
         like: the existing cache.
         data: folder or spec of a data set, or a split. None uses the pixels that the existing cache stores.
         split: name of the split. Default: the existing cache's split.
-        teacher: where the teacher comes from, as in `kdcache.build_cache`.
+        teacher: a run folder, SPEC@FILE, a module, or the result of `load_teacher`. Several run folders or specs are an
+            ensemble.
         settings: name -> value of all settings of the build, defaults included.
-        given: name -> value of the settings that the user gave. Only `pixels="stored"` among them stores pixels.
+        given: name -> value of the settings that the user gave. The build stores pixels only if they have
+            `pixels="stored"`.
         out: the cache to build.
         note: called with each text that the user should see.
-    Raises: RecipeError for settings of views that the existing cache does not have; MismatchError for other samples;
-        the errors of `open_cache` and `plan_build`.
+    Raises: RecipeError for settings of views that the existing cache does not have, or for a fault in the other
+        settings. MismatchError for other samples. Also the errors of opening the cache and the teacher.
     """
     cache = like if isinstance(like, Cache) else open_cache(like)
     _check_apart(cache, out, "--like")

@@ -79,7 +79,7 @@ def _with_minus(rows: Sequence[Sequence[str]]) -> list[list[str]]:
 
 
 def class_scores(comparison: Comparison) -> dict[str, Any]:
-    """Return the table with one column for the IoU of each class, as the values that the page's template takes."""
+    """Return the values of the page's sortable table of classes: columns for the IoU of each class, then mIoU."""
     columns = [
         Column(name, f"IoU of {name}, %", _iou(place), ranked=True) for place, name in enumerate(comparison.class_names)
     ]

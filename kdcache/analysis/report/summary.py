@@ -169,7 +169,10 @@ def _tally(rows: Sequence[Measured]) -> str:
 
 
 def gap_words(gap: float) -> str:
-    """Return a difference of fractions in words: 0.012 becomes "1.20 points more than"."""
+    """Return a difference of fractions in words: 0.012 becomes "1.20 points more than", -0.012 "1.20 points less than".
+
+    A difference that rounds to nothing becomes "as much as".
+    """
     if is_nothing(gap):
         return "as much as"
     return f"{percent(abs(gap))} points {'more' if gap > 0 else 'less'} than"

@@ -135,9 +135,9 @@ class Judged:
         return self.loss_error <= self.loss_bound and self.gradient_error <= self.gradient_bound
 
     def to_json(self) -> dict[str, Any]:
-        """Return a flat JSON dict of the point's fields, the errors, the bounds and "passed".
+        """Return one flat JSON dict: the settings of `point`, the errors, their bounds and "passed".
 
-        Errors that are not finite are None.
+        Numbers that are not finite become None.
         """
         errors = {name: value for name, value in vars(self).items() if name != "point"}
         finite = {name: value if math.isfinite(value) else None for name, value in errors.items()}

@@ -176,7 +176,7 @@ class DepthBerhu(DepthTerm):
 
     e is prediction - reference, and c is a fifth of the image's largest |e|. An error counts as |e| up to c, and as
     (e^2 + c^2) / (2 c) above. The loss is the mean over the valid pixels of an image, then over the images with a valid
-    pixel.
+    pixel. A pixel is valid if it shows the image and its reference depth is known and in range.
     """
 
     kind = "depth-berhu"

@@ -157,9 +157,9 @@ class Relations(OnCells):
     spec: specs.Relations
 
     def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
-        """Return T^2 * (beta * inter + gamma * intra), as the class defines it, 0-dimensional.
+        """Return T^2 * (beta * inter + gamma * intra), 0-dimensional. `inter` and `intra` are defined in the class.
 
-        `count` is the denominator, 0-dimensional. None uses the batch's own number of counted cells.
+        `count` is the denominator of `inter`, 0-dimensional. None uses the batch's own number of counted cells.
         """
         logits, options = self._logits(batch), self._options(batch)
         moments = None
@@ -284,9 +284,11 @@ def _over_cells(logits_BChw: Tensor, weight_Bhw: Tensor) -> Tensor:
 class ChannelLogits(OnCells):
     """The loss term `cwd` of logits: compares at which cells each class is strong.
 
-    For each class, p is the softmax of its logits / T over all cells of an image. The loss is T^2 / C times the sum
-    over the C classes of KL(p of the teacher || p of the student), averaged over the images with a counted pixel. Cells
-    enter the softmax by their share of counted pixels times the gate. The cache must hold raw logits (`--raw-logits`).
+    For each class, p is the softmax of its logits / T over all cells of an image. Each cell's exponential is multiplied
+    by the cell's share of counted pixels, weighted by the gate.
+
+    The loss is T^2 / C times the sum over the C classes of KL(p of the teacher || p of the student). It is averaged
+    over the images with a counted pixel. The cache must hold raw logits (`--raw-logits`).
 
     Default weight 0.15, temperature 4. The weighted term's gradient is 0.8 to 1 times the cross-entropy's. The
     published weight is 3.

@@ -82,9 +82,12 @@ class Lovasz(Overlap):
     kind = "lovasz"
 
     def of_classes(self, probability_BCP: Tensor, shown_BCP: Tensor, labelled_B1P: Tensor) -> Tensor:
-        """Return the Lovasz extension of 1 - IoU (B, C) of each image and class.
+        """Return the Lovasz extension of 1 - IoU (B, C) of each image and class. Void pixels count in no class.
 
-        Arguments are as in `Overlap.of_classes`.
+        Args:
+            probability_BCP: the student's probabilities at the P pixels of each image.
+            shown_BCP: bool, True if the pixel's label is the class.
+            labelled_B1P: bool, True if the pixel has a label.
         """
         error_BCP = (shown_BCP.to(probability_BCP.dtype) - probability_BCP).abs()
         with torch.no_grad():

@@ -130,7 +130,7 @@ class OwnDepth(SegmentationModel):
     def set_depth(self, head: RegressionHead) -> None:
         """Set the kind of the depth head: the function from raw output to depth, and the largest depth.
 
-        The head's last layer is initialised again (see `start_at_one_depth`).
+        The head's last layer is initialised again, so that it first predicts nearly the same depth everywhere.
         """
         self.head_kinds[DEPTH] = head
         start_at_one_depth(self.depth_output, head)
@@ -174,13 +174,16 @@ class WithDepth(WithHead):
 
 
 def with_depth(spec: str, model: SegmentationModel, depth: DepthSpec) -> SegmentationModel:
-    """Return the model with an added depth head, or with its own depth head set to the given options.
+    """Return the model with a depth head of the given options. Its spec becomes `spec`.
+
+    If `depth.added` is True, a head is added to a model without one. Otherwise the options are set on the depth head
+    that the model itself has, in place.
 
     Args:
-        spec: the full spec, which becomes the model's.
+        spec: the full spec.
         model: the model without an added head.
         depth: the options.
-    Raises: ModelError if a depth head is to be added and there is one, or if options are given and there is none.
+    Raises: ModelError if a head is to be added and the model has one, or if options are given and it has none.
     """
     existing = model.head_kinds.get(DEPTH)
     if depth.added and existing is None:

@@ -86,9 +86,10 @@ class PyramidNet(SegmentationModel):
         return Outputs({SEGMENTATION: self.classifier(self.dropout(y))}, {tap: features[tap] for tap in taps})
 
     def pyramid(self, x_B3HW: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """Return the encoder's features (stage -> (B, c, h', w')) and their sum (B, decoder, h, w) at stride 4.
+        """Return the encoder's features (stage -> (B, c, h', w')) and their combination (B, decoder, h, w) at stride 4.
 
-        `x_B3HW` is normalised float RGB.
+        For the combination, each stage's features are projected to `decoder` channels, upsampled and added, and a
+        context of the whole image with them. `x_B3HW` is normalised float RGB.
         """
         features: dict[str, Tensor] = {}
         x = x_B3HW

@@ -41,12 +41,13 @@ class Universal(Reading):
     def heads(self, spec: str, answer: Any) -> dict[str, Tensor]:
         """Return the log of each class's score, float32 (B, C, h, w), under the key `segmentation`.
 
-        (h, w) is the size of the masks.
+        The score of a class is the sum over the queries of its probability * the query's mask. (h, w) is the size of
+        these masks.
 
         Args:
             spec: the model's spec, for messages.
             answer: the result of `call`.
-        Raises: ModelError if the network returned no queries.
+        Raises: ModelError if the network's return value has no queries.
         """
         classes, masks = (getattr(answer, f"{name}_queries_logits", None) for name in ("class", "masks"))
         if classes is None or masks is None:

@@ -42,7 +42,7 @@ def probe(spec: str, network: nn.Module, run: Callable[[Tensor], _Answer]) -> tu
         spec: the model's spec, for messages.
         network: the network in eval mode.
         run: calls the network with an image (1, 3, H, W).
-    Returns: the facts that the first successful call shows, and the result of `run`.
+    Returns: the size that worked, with the sizes that the network takes in general, and the result of `run`.
     Raises: ModelError with the network's first error, if it takes none of the sizes.
     """
     first: Exception | None = None

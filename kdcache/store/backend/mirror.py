@@ -47,7 +47,7 @@ class Mirror:
 
     @property
     def folder(self) -> Path:
-        """The folder with the copies: the subfolder `mirrors` of `base`."""
+        """The folder with the copies: `mirrors`, in the cache folder `base`."""
         return self.base / _FOLDER
 
     def open(self, store: Path, key: str, size: int | None, download: Download) -> int:

@@ -285,11 +285,12 @@ class Bucket(Place):
         return file.seek(0, os.SEEK_END)
 
     def begin(self, files: Mapping[str, bytes]) -> None:
-        """Upload a cache's metadata files, zarr.json last, unless the address already holds a cache.
+        """Upload a cache's metadata files, zarr.json last. If the address already has a zarr.json, do nothing.
 
-        `files` maps keys to contents, in the order of the upload.
+        `files` maps keys to contents, in the order of the upload. Files that are already there with this content are
+        kept.
 
-        Raises: StoreError if the address holds objects other than these files.
+        Raises: StoreError if there is no zarr.json, but another object or a file with other content.
         """
         if self._size("zarr.json") is not None:
             return

@@ -32,18 +32,18 @@ NUMBERS = {"cutmix": 4, "classmix": 1 + CLASSES}
 
 
 class Mix:
-    """Pastes parts of one sample of a batch into another: pixels and labels.
+    """An augmentation that pastes parts of one sample of a batch, pixels and labels, into another sample.
 
-    Calling it with the batches of all streams pastes between neighbouring samples of each stream.
+    Call it with the batches of all streams. It returns them after pasting between neighbouring samples of each stream.
 
     Args:
-        text: `cutmix` pastes a box, `classmix` the pixels of half of the classes. The share of samples that get a
-            paste may follow: `cutmix:0.5`. Its default is 1.
+        text: `cutmix` pastes a box, `classmix` the pixels of half of the classes. The share of samples that get a paste
+            may follow: `cutmix:0.5`. Its default is 1.
         flag: the name of the setting, for messages.
 
     Attributes:
         kind: `cutmix` or `classmix`.
-        dice: number of random numbers that a sample needs.
+        dice: how many random numbers in `Batch.dice` a sample needs.
 
     Raises: RecipeError for an invalid text.
     """

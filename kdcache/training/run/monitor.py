@@ -107,7 +107,10 @@ class Watch:
         self._noted = set[str]()
 
     def add(self, step: int, losses: Tensor) -> None:
-        """Add the losses (n,) of a step, in the order of the names, to check them later. They stay on their device."""
+        """Add the losses (n,) of a step, to check them later. They stay on their device.
+
+        They are in the order of the `names` that the watch was made with.
+        """
         self._unchecked.append((step, losses))
 
     def check_finite(self) -> list[float]:

@@ -127,7 +127,7 @@ class Loggers(Observer):
                 self._failed(name, error)
 
     def stepped(self, step: int, values: dict[str, float]) -> None:
-        """Send a step's values as `train/<name>`."""
+        """Send a step's values to every logger, each as `train/<name>`. NaN and infinite values are left out."""
         self._write(step, {f"train/{name}": value for name, value in values.items()})
 
     def gradients(self, step: int, norms: dict[str, float]) -> None:

@@ -85,7 +85,15 @@ class TrainingProgress(Observer):
         self._bar.update(self._task, note=self._note(f"validating {done}/{total}"))
 
     def validated(self, step: int, task: str, score: Score, *, best: bool, ema: bool) -> None:
-        """Print the score of a validation, and show it next to the bar."""
+        """Print the score of a validation, and show it next to the bar.
+
+        Args:
+            step: number of finished steps.
+            task: the task that was validated.
+            score: its score. The name and the unit depend on the task.
+            best: True for the best score so far. For segmentation, the printed line says so.
+            ema: True for the score of the averaged weights. Next to the bar, it is shown only for segmentation.
+        """
         name, value, more = _SHOWN[task](score)
         mark = " (best)" if best and task == SEGMENTATION else ""
         if not ema:

@@ -58,8 +58,8 @@ def memory_error(
     Args:
         config: the training's settings.
         device: the device that ran out of memory.
-        requested: the text from `requested_memory`.
-        fits: how many samples fit in one process at once, as `largest_fitting` found. None if nothing fits.
+        requested: the size that could not be given, such as `7.1 GiB` (from `requested_memory`).
+        fits: how many samples fit in one process at once. None if no number fits.
         processes: the number of processes.
     """
     parted = f" --accumulate {config.optimizer.accumulate}" if config.optimizer.accumulate > 1 else ""

@@ -93,7 +93,10 @@ class CompiledStep:
         return self._eager.learn(self.forward(self._eager.to_device(batch)))
 
     def forward(self, batch: Streams) -> Losses:
-        """Return the losses of a batch on the device, compiled, or eagerly for other shapes."""
+        """Return the losses of a batch, which must be on the model's device.
+
+        A batch with the shapes that the step was compiled for runs compiled, any other batch eagerly.
+        """
         with torch.compiler.set_stance("eager_on_recompile"):
             return self._compiled(batch)
 

@@ -43,7 +43,10 @@ class ModelEma:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Update the average with the model's weights, after optimizer step `step`, counted from 1."""
+        """Move the average towards the model's weights, by 1 - `decay_at(step)`. Tensors other than floats are copied.
+
+        Call it after each optimizer step. `step` is the number of that step, from 1. Early steps move the average more.
+        """
         torch._foreach_lerp_(*self._pairs(self._averaged), 1 - self.decay_at(step))
         if self._copied:
             torch._foreach_copy_(*self._pairs(self._copied))

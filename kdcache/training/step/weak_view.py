@@ -67,7 +67,7 @@ class WeakView:
 
     @property
     def seconds(self) -> float:
-        """The time of all forward passes so far, in seconds. On a GPU this waits for the last pass."""
+        """The time of all forward passes for pseudo labels, in seconds. On a GPU this waits for the last pass."""
         for begin, end in self._events:
             end.synchronize()
             self._seconds += begin.elapsed_time(end) / 1000

@@ -69,12 +69,12 @@ def smoothing_terms(n, sum_1, mix, total_weight, spread_Pn, ce_factor, slope_1, 
 
     Shapes and units:
         n: pixels of each of the P phases.
-        sum_1: sum over the classes of e, the student's exponential at T = 1.
-        mix: sum over the classes of class weight * log2(e).
+        sum_1: sum over the classes of e_1, the student's exponential at T = 1.
+        mix: sum over the classes of class weight * log2 of e_1.
         total_weight: sum of the class weights.
         spread_Pn: (P, n) share of a label that each class gets, times the pixel's weight. 0 if not labelled.
         ce_factor: factor of CE in the gradient.
-        slope_1: factor of e in the gradient by every class's logit, increased.
+        slope_1: factor of e_1 in the gradient by every class's logit, increased.
         even: result. Subtract even * class weight from the gradient by every class's logit.
         loss: (8 * TILE,) float64. Its first half, CE in bits, is increased.
     """

@@ -417,7 +417,7 @@ def label_pixels(
 
 
 def pixels_of(problem: LossProblem) -> Pixels:
-    """Return the `Pixels` of a problem: its labels, its pixel weights and the settings of both terms."""
+    """Return the `Pixels` of a problem: its labels, its pixel weights and the settings of CE and KL."""
     gate, label_gate = problem.pixel_weight, problem.ce_pixel_weight
     pixels = label_pixels(
         problem.labels, problem.class_weight, problem.student.shape[1], problem.ignore_index,

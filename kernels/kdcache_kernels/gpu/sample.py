@@ -142,8 +142,8 @@ def along_rows(rows, columns, offset_c):
 def target_logits(lines, blend_q):
     """Return the target's logits of c classes at n pixels of a label row, (c, n), as a weighted sum of three rows.
 
-    `lines` is a tuple of the three rows of logits, (c, n) each, from `along_rows`. `blend_q[1]`, `blend_q[2]` and
-    `blend_q[3]` are their weights, (n,) each. `blend_q[0]` is for the student.
+    `lines` has the three rows, (c, n) each, already interpolated along the row. `blend_q` is a tuple. Its elements 1, 2
+    and 3 are the rows' weights, (n,) each. Element 0 is not used here.
     """
     v_cn = tl.fma(blend_q[2][None, :], lines[1], blend_q[1][None, :] * lines[0])
     return tl.fma(blend_q[3][None, :], lines[2], v_cn)

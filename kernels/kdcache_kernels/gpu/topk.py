@@ -253,9 +253,16 @@ def pack(logits_BChw: Tensor, k: int) -> tuple[Tensor, Tensor | None, Tensor | N
 
 
 def densify(values: Tensor, indices: Tensor | None, tail: Tensor | None, num_classes: int) -> Tensor:
-    """Return the (B, C, h, w) float32 logits of `kdcache_kernels.densify` on CUDA, as a new, contiguous tensor.
+    """Compute the logits of all classes, (B, C, h, w) float32, from packed logits on CUDA, as a new, contiguous tensor.
 
-    A pixel with a class id out of range is NaN in every class. Checking the ids would wait for the device.
+    The dropped classes of a pixel share the tail's mass evenly. A pixel with a class id out of range is NaN in every
+    class. Checking the ids would wait for the device.
+
+    Args:
+        values: the kept logits, as in `PackedTarget`.
+        indices: their class ids, or None if all classes are kept.
+        tail: the log-odds of the dropped classes together, or None if all classes are kept.
+        num_classes: C.
 
     Raises: ShapeError for wrong shapes, dtypes or devices.
     """

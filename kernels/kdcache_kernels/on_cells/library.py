@@ -29,8 +29,8 @@ def arguments_of(problem: RelationProblem) -> tuple[Any, ...]:
 def call_relation_loss(problem: RelationProblem, family: str) -> Tensor:
     """Compute the relation loss of a problem, 0-dimensional and differentiable by the student's logits.
 
-    `family` is "numba" or "triton". The registered operator is called only if `kdcache_kernels.library.is_traced` is
-    True.
+    `family` is "numba" or "triton". The kernels are called directly, or by a registered operator under `torch.compile`
+    and similar (see `kdcache_kernels.library.is_traced`).
     """
     arguments = arguments_of(problem)
     loss: Tensor

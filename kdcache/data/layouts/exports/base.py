@@ -83,9 +83,9 @@ class Export(Layout):
         return sorted(self.items(root))
 
     def why(self, root: Path) -> str:
-        """Return a phrase for messages: the file that identifies the export in `root`, and where its classes come from.
+        """Return a phrase that tells the user why `root` was read as this export: the file that identifies it.
 
-        The phrase also says which of several overlapping shapes counts.
+        The phrase also says where its classes come from, and which of several overlapping shapes counts.
         """
         classes = f"the classes of {CLASSES_FILE}" if self.lists_classes(root) else f"{BACKGROUND} and its classes"
         return f"{self.found(root)}; {classes}; {self.overlap}"

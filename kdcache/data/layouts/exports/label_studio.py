@@ -40,7 +40,7 @@ class LabelStudio(Export):
         return next((path.relative_to(root).as_posix() for path in _exported(root)), "")
 
     def items(self, root: Path) -> dict[str, list[Item]]:
-        """Return split name -> its images with their shapes, for the export in `root`.
+        """Return split name -> its images with their annotated shapes, for the export in `root`.
 
         Raises: DataError for a file that cannot be read, or an export in the format JSON-MIN.
         """

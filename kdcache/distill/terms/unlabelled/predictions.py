@@ -165,7 +165,7 @@ class Discrimination(Term):
         return self._adversary[0].discrimination(batch)
 
     def count(self, batch: TermBatch) -> Tensor:
-        """Return 1, a 0-dimensional tensor, for the same reason as `Adversarial.count`."""
+        """Return 1, a 0-dimensional tensor, because `loss` is a plain mean with equally many terms for every image."""
         return wide(batch.student.logits).new_ones(())
 
 

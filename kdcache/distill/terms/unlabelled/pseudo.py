@@ -260,7 +260,7 @@ class Confident(Term):
 
     @torch.no_grad()
     def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
-        """Return the share of confident pixels, in 0..1, 0-dimensional.
+        """Return the share of counted pixels whose pseudo label is confident, in 0..1, 0-dimensional.
 
         `count` is the denominator, 0-dimensional. None uses the batch's own number of counted pixels.
         """
