@@ -195,6 +195,8 @@ class Run:
     def open(cls, text: str | Path) -> "Run":
         """Return the run that a text names: `FOLDER`, `FOLDER@WEIGHTS` or `FOLDER,outputs=KIND`.
 
+        WEIGHTS are weights of the run, such as `best-ema`. KIND is `logits`, `probabilities` or `sigmoid`.
+
         Raises:
             RecipeError: the folder is not a run, its model.json is damaged, or the weights are unknown.
             ModelError: the kind of outputs is unknown.

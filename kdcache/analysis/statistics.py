@@ -185,10 +185,10 @@ class Difference(Interval):
 
     @property
     def verdict(self) -> str:
-        """The verdict: "above noise", "within noise", "one run: unknown" or "unknown".
+        """The verdict: "above noise", "within noise", "one run: unknown" (no interval) or "unknown" (no difference).
 
-        A gain or a loss is above noise if the interval excludes zero. Several comparisons use the adjusted p-value
-        instead.
+        A gain or a loss is above noise if the 95 % interval excludes zero. With several comparisons, it is above noise
+        if the adjusted p-value is below 0.05.
         """
         if math.isnan(self.mean):
             return "unknown"

@@ -111,9 +111,9 @@ def read_numbers(folder: Path) -> dict[int, int] | None:
 
 
 def says_numbers(folder: Path) -> bool:
-    """Return whether at least one line of `classes.txt` in a data folder gives a number.
+    """Return whether a line of `classes.txt` in a data folder says which number in label files means a class or void.
 
-    Raises: DataError for an invalid file, like `read_classes`.
+    Return False without this file. Raises: DataError for an invalid file, like `read_classes`.
     """
     return (folder / CLASSES_FILE).is_file() and _read(folder).numbered
 

@@ -348,9 +348,10 @@ class Split:
 
 
 def ids_digest(class_names: Sequence[str], ids: Sequence[str], label_map: Pixels | None = None) -> str:
-    """Return the SHA-256 (hex) of class names, sample ids and an optional label map, uint8 (256,).
+    """Return the SHA-256 (hex) of class names, sample ids and an optional label map.
 
-    `Split.digest` returns this value, and a cache's manifest stores it.
+    `Split.digest` returns this value, and a cache's manifest stores it. `label_map` is uint8 (256,), the class id for
+    every number in label files. None means that numbers are class ids.
     """
     content: list[list[str] | list[int]] = [list(class_names), list(ids)]
     if label_map is not None:

@@ -78,9 +78,10 @@ class TeacherMasks:
 
 
 def union(taught: Iterable[tuple[Batch, Tensor | None]]) -> Tensor | None:
-    """Return the bool mask (B, H, W) of all pixels that KL counts, or None if the fused loss chooses the pixels.
+    """Return the bool mask (B, H, W) of the pixels that KL counts, or None if no pair has a mask.
 
-    `taught` are the pairs from `TeacherMasks.counted_by_kl`.
+    `taught` are the pairs (batch, mask) that `TeacherMasks.counted_by_kl` returns for one batch: one with its own
+    targets, and perhaps one with the targets of pasted samples. The masks are joined pixel by pixel with "or".
     """
     masks = [mask_BHW for _, mask_BHW in taught if mask_BHW is not None]
     return reduce(torch.logical_or, masks) if masks else None

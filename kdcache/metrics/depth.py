@@ -63,7 +63,7 @@ class DepthImages:
 
     @property
     def arrays(self) -> dict[str, npt.NDArray[Any]]:
-        """The arrays to store in an .npz file, by name: `depth_ids` (N,) and `depth`, float64 (N, 8)."""
+        """The arrays to store in an .npz file, by name: `depth_ids` (N,) are the ids, `depth` (N, 8) the metrics."""
         return {"depth_ids": np.array(self.ids), "depth": self.values}
 
     @property

@@ -184,5 +184,5 @@ def _not_a_state_dict(path: Path, content: str) -> ModelError:
 
 
 def some(names: Sequence[str]) -> str:
-    """Return the first few of the names as one text, with commas between them, for a message."""
+    """Return the first 4 names as one text with commas, for a message. If there are more names, "..." follows."""
     return ", ".join([*names[:_NAMED], *(["..."] if len(names) > _NAMED else [])])

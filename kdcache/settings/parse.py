@@ -217,7 +217,10 @@ def rare_temperature(sampling: str) -> float | None:
 
 
 def parse_schedule(text: str) -> str:
-    """Check 'constant', 'fade' or 'warmup:500', and return the text. Raises: ValueError for other text."""
+    """Return the text if it is a schedule of the teacher's weight: 'constant', 'fade' or 'warmup:500' (500 steps).
+
+    Raises: ValueError for other text.
+    """
     if text not in ("constant", "fade") and not warmup_steps(text):
         raise ValueError
     return text

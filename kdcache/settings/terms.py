@@ -149,7 +149,7 @@ class KL(OfLogits):
 class Pseudo(PseudoLabels):
     """Settings of the loss term `pseudo`: cross-entropy with the teacher's best class, where the teacher is confident.
 
-    `class_weights` `median` is median frequency, `sqrt` is its square root, and `none` weighs all 1.
+    A class's weight is median frequency / its frequency (`median`), the square root of this (`sqrt`), or 1 (`none`).
     """
 
     kind = "pseudo"
@@ -171,7 +171,7 @@ class Attention(FeatureTerm):
         return super().offered(manifest) + _made_of(manifest, "at")
 
     def arrays(self, manifest: Any) -> tuple[str, ...]:
-        """Return the paths of the arrays that the term reads in the cache of `manifest`: the map, or else features."""
+        """Return the paths of the arrays to read from a cache: its attention map of the tap, or else its features."""
         mapped = self.teacher_tap in _made_of(manifest, "at")
         return (f"statistics/at.{self.teacher_tap}",) if mapped else super().arrays(manifest)
 
@@ -225,7 +225,7 @@ class Queue(FeatureTerm):
     length: Annotated[int, Ge(1)] = setting(1024, "Summaries that the ring keeps.")
 
     def offered(self, manifest: Any) -> list[str]:
-        """Return the taps in the cache of `manifest` that have one vector per view. The last is the default."""
+        """Return the cache's taps with one vector per view, which `teacher_tap` may name. It defaults to the last."""
         return [tap for tap in super().offered(manifest) if is_summary(manifest.features[tap])]
 
 
@@ -263,10 +263,10 @@ class Channels(FeatureTerm):
 
 
 class Relations(OfLogits):
-    """Settings of the loss term `dist`: 1 - Pearson correlation between the student's and the teacher's probabilities.
+    """Settings of the loss term `dist`: 1 - r, where r is the Pearson correlation of both models' class probabilities.
 
-    `beta` weighs its mean over cells, correlated across the classes of each cell. `gamma` weighs its mean over classes,
-    correlated across the cells of the whole batch. The loss is the weighted sum, times `temperature` squared.
+    `beta` weighs the mean over cells of 1 - r across a cell's classes. `gamma` weighs the mean over classes of 1 - r
+    across the cells of the whole batch. The loss is the weighted sum of both means, times `temperature` squared.
     """
 
     kind = "dist"
@@ -311,7 +311,7 @@ class Auxiliary(_OnLabels):
 
     @property
     def takes(self) -> tuple[str, ...]:
-        """The settings of the training that affect the term: those that it shares with cross-entropy."""
+        """The settings of the training that affect the term: only `label_smoothing`, as for the term `ce`."""
         return ("label_smoothing",)
 
 

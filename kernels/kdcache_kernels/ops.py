@@ -280,7 +280,13 @@ def target_argmax_confidence(
     >>> argmax.shape, argmax.dtype
     (torch.Size([1, 16, 16]), torch.uint8)
 
-    `size` is (H, W) of the result in pixels. `window_B4`, `flip_B` and `impl` are as in `distill_loss`.
+    Args:
+        target: packed teacher logits.
+        size: (H, W) of the result in pixels.
+        window_B4: (B, 4) float64 edges (y0, x0, y1, x1) of what the result shows, in pixels of the target's view. None
+            is the whole view.
+        flip_B: (B,) bool, whether the window is mirrored left to right. None mirrors nothing.
+        impl: "auto", "triton", "numba" or "reference" (see `choose_implementation`).
 
     Returns: (argmax, confidence), (B, H, W) each. argmax is uint8, int16 above 256 classes, or int32 above 32,768, and
         the lowest id of equal classes. confidence is float16, 0 to 1. Outside the view, argmax is from the nearest

@@ -276,8 +276,16 @@ def kl_pixels(
 ) -> tuple[Tensor, ViewPositions]:
     """Return the (B, H, W) bool mask of pixels that KL counts, and where the pixels lie in the target's view.
 
-    KL counts the pixels inside the view. If not `distill_void` and with labels, it leaves out pixels with label
-    `ignore_index`. `size` is (H, W) in pixels, and the other arguments are as in `distill_loss`.
+    KL counts the pixels whose centre lies in the target's view.
+
+    Args:
+        target: the packed target.
+        labels_BHW: class ids, or None.
+        size: (H, W) in pixels.
+        ignore_index: the label of void pixels.
+        window_B4: (B, 4) edges (y0, x0, y1, x1) of what the image shows, in pixels of the target's view, or None.
+        flip_B: (B,) bool, whether the window is mirrored, or None.
+        distill_void: False leaves out void pixels if there are labels.
     """
     positions = view_positions(window_B4, flip_B, target.view_size, size, target.device)
     counted_BHW = positions.inside().expand(target.batch_size, *size)

@@ -51,7 +51,7 @@ class DepthScan:
 
 @dataclass(frozen=True)
 class DepthUnit:
-    """A reader of depth files that converts their numbers to metres.
+    """The unit of depth files. Calling it with a file's path returns the file's depth in metres.
 
     Attributes:
         per_metre: the number that means one metre, such as 1000 for millimetres. None accepts only files with floats,

@@ -49,7 +49,7 @@ class TokenSimilarity(Term):
         self.register_buffer("pair", pair_nn, persistent=False)
 
     def prepare(self, batch: TermBatch) -> None:
-        """Remember how the student's features are resized, for `describe`."""
+        """Store how the student's features of `batch` are resized to the teacher's cells, as text for `describe`."""
         student = batch.student.features[self._student_tap]
         self.note_resize(student, student.new_empty(self._grid, device="meta"))
 

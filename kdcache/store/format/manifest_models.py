@@ -214,7 +214,10 @@ class Regression(Part):
 
     @property
     def dtype(self) -> str:
-        """The dtype of the stored values: `float16` if the range fits well into it, otherwise `float32`."""
+        """The dtype of the stored values: `float16` or `float32`.
+
+        It is `float16` if the largest magnitude in `range` is between 1/16 and 60,000.
+        """
         largest = 0.0 if self.range is None else max(map(abs, self.range))
         return "float16" if LEAST_HALF <= largest <= MOST_HALF else "float32"
 

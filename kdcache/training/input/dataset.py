@@ -212,7 +212,10 @@ class DrawnDataset(Dataset[Batch], ABC):
         """
 
     def fields(self) -> dict[str, Field]:
-        """Return the shape and dtype of each tensor of a sample, by the names of `Batch.to_dict`."""
+        """Return the shape and dtype of each tensor of one sample: name -> (shape, dtype).
+
+        The names are those of `Batch.to_dict`, such as `pixels` and `labels/depth`. Shapes have no batch axis.
+        """
         fields: dict[str, Field] = {
             "pixels": ((*self.size, 3), torch.uint8),
             CLASS_LABEL: (self.size, torch.uint8),

@@ -26,7 +26,13 @@ class TrainingProgress(Observer):
         self._scores: dict[str, str] = {}
 
     def started(self, *, step: int, iterations: int, parameters: int) -> None:
-        """Add the bar, and print the number of parameters and iterations."""
+        """Show the progress bar, and print the number of parameters and the steps that this call of the training takes.
+
+        Args:
+            step: number of steps that are already done, 0 for a new training.
+            iterations: number of steps of the whole training.
+            parameters: number of parameters of the model.
+        """
         self._task = self._bar.add_task(self._title, total=iterations, completed=step, note="")
         self._bar.console.print(
             f"{self._title}: {parameters / 1e6:.2f} M parameters, iterations {step} to {iterations}", markup=False

@@ -74,7 +74,10 @@ class AccumulatedStep(EagerStep):
         return torch.stack(rows).mean(0)
 
     def part_of(self, batch: Streams, number: int) -> Streams:
-        """Return part `number` (from 0) of a batch."""
+        """Return one of the equal parts into which a step cuts a batch, with the same share of every stream's samples.
+
+        `number` counts the parts from 0.
+        """
         size = sum(map(len, batch)) // self._parts
         return rows_of(batch, size, number * size)
 

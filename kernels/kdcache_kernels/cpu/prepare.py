@@ -78,8 +78,9 @@ def to_nodes(first, last, logits, scale, limit, index, fraction, runs, nodes, lo
 def from_nodes(first, last, upper, lower, index, fraction, gradient):
     """Carry a gradient from the nodes back to a range of logit rows, the transpose of the resampling of `to_nodes`.
 
-    The rows are `first` to `last` - 1, and row i of image b has the number b * h + i. Row i gets upper[i] + lower[i -
-    1]. A row is cut into tiles of n nodes, see `to_nodes`.
+    Nodes are the positions on a logit row at which the loss kernels read interpolated logits. Each row is cut into
+    tiles of n nodes. The rows are `first` to `last` - 1, and row i of image b has the number b * h + i. Row i gets
+    upper[i] + lower[i - 1].
 
     Shapes and units:
         upper, lower: (B, h, tiles, C, n) gradient from the label pixels between logit rows i and i + 1: the share of

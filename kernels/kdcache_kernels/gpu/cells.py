@@ -314,7 +314,7 @@ class Seams(NamedTuple):
         strips: strips per image.
         rows: rows of cells per strip.
         groups: into how many groups of pixel rows `cells_kernel` divides a cell: 4 at stride 8, else 1. The layout of
-            its `edges_ptr` depends on this number.
+            the kernel's result `edges_ptr`, the gradient at the seams, depends on this number.
     """
 
     strips: int
@@ -346,7 +346,7 @@ def needs(problem: LossProblem, stride: int, tiling: Tiling) -> Needs:
 def seams(problem: LossProblem, stride: int, tiling: Tiling) -> Seams:
     """Return how `launch` cuts the images into strips, for `loss.add_up` to complete the gradient where strips meet.
 
-    The arguments are as in `launch`.
+    `problem` has the checked arguments, `stride` is label pixels per logit, and `tiling` is from `choose_tiling`.
     """
     return Seams(_cut(problem, tiling)[0], tiling.rows, _groups(stride))
 
@@ -360,7 +360,10 @@ def launch(
     *,
     stride: int,
 ) -> None:
-    """Launch `cells_kernel`, which computes the loss of the images with route 1, see `Prepared.route`.
+    """Launch `cells_kernel`, which computes the loss of the images with route 1 (see `Prepared.route`).
+
+    It writes sums of CE and KL to `buffers.partials`, and the gradient where strips meet to `buffers.scratch`.
+    `loss.add_up` adds them up.
 
     Shapes and units:
         problem, prepared: the checked arguments, and the result of `prepare` for them.

@@ -104,7 +104,8 @@ def scale_kernel(
     """Compute out = gradient * factor in float32, or NaN everywhere if the loss is not finite.
 
     One program handles BLOCK of the `num_elements` elements. `factor_ptr` and `loss_ptr` point to one float each.
-    `gradient_ptr` and `out_ptr` are contiguous and may differ in dtype. See `take_turn` for DEPENDENT.
+    `gradient_ptr` and `out_ptr` are contiguous and may differ in dtype. DEPENDENT says whether the kernel may start
+    before the previous one has ended (see `take_turn`).
     """
     take_turn(DEPENDENT)
     offs_n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)

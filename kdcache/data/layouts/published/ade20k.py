@@ -49,7 +49,7 @@ class Ade20k(Layout):
         return bool(self.splits(root)) and any((root / LABELS / folder).is_dir() for folder in FOLDERS.values())
 
     def splits(self, root: Path) -> list[str]:
-        """Return "train" if images/training/ exists in `root`, and "val" if images/validation/ does."""
+        """Return the splits in `root`: "train" for a folder images/training/, and "val" for images/validation/."""
         return [split for split, folder in FOLDERS.items() if (root / IMAGES / folder).is_dir()]
 
     def _classes(self, root: Path) -> ClassList:

@@ -161,7 +161,10 @@ class Discrimination(Term):
         return False
 
     def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
-        """Return the discriminator's loss, 0-dimensional. `count` is ignored."""
+        """Return the discriminator's loss, 0-dimensional: small if it tells the two streams apart.
+
+        `count` is ignored.
+        """
         return self._adversary[0].discrimination(batch)
 
     def count(self, batch: TermBatch) -> Tensor:

@@ -76,7 +76,7 @@ class Grid(NamedTuple):
 
     @property
     def arguments(self) -> tuple[Array | bool, ...]:
-        """The neighbour tables of rows and of columns and `moved` as one flat tuple.
+        """A flat tuple of seven values: the three arrays of `rows`, the three arrays of `columns`, and `moved`.
 
         numba is slow to find the type of a nested tuple.
         """

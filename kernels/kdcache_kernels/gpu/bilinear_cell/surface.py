@@ -45,8 +45,9 @@ def interpolation(low, width, flip, S: tl.constexpr):
 def load_corners(grid, c):
     """Return class c's logits at the four corners of every lane's bilinear cell.
 
-    The result is (top left, top right, bottom left, bottom right), a block each. `grid` is as in `make_surface`. Only
-    its pointers and its class stride are read.
+    The result is (top left, top right, bottom left, bottom right), a block each. `grid` begins with (top, bottom, class
+    stride): pointers to class 0 of the top left and of the bottom left corners, and the elements between two classes.
+    Further elements are not read.
     """
     offset = c * grid[2]
     return (
