@@ -203,10 +203,16 @@ def comparable_split(runs: Sequence[Entry], data: str | None, split: str | None)
 
 
 def choose_baseline(group: Group, groups: Sequence[Group], named: str | None = None) -> Group | None:
-    """Return the baseline of a row among all rows, or None if it does not have one.
+    """Return the row with which a row is compared, its baseline, or None if it does not have one.
 
-    `named` is the name of a row, or of a run in it, and that row is the baseline. If it is None, the baseline is a row
-    of the same model that learnt from labels only. Of several such rows, it is the one with the most similar settings.
+    Without `named`, the baseline is a row of the same model that learnt from labels only. Of several such rows, it is
+    the one with the most similar settings. The teacher's baseline is the only row that learnt from labels only.
+
+    Args:
+        group: the row to compare. Without `named`, a row that learnt from labels only has no baseline.
+        groups: all rows of the comparison.
+        named: the name of the baseline, or of a run in it. The result is None for an unknown name, and for the
+            baseline itself.
     """
     if named is not None:
         baseline = _named(named, groups)

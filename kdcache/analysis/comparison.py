@@ -216,7 +216,10 @@ def collapse(row: Row, name: str) -> str | None:
 
 
 def is_collapsed(row: Row) -> bool:
-    """Return whether none of the row's runs has learnt anything."""
+    """Return True if the segmentation scores of all of the row's runs are at chance level (see `at_chance`).
+
+    A row without runs gives False.
+    """
     return bool(row.runs) and len(row.collapsed) == len(row.runs)
 
 

@@ -313,7 +313,7 @@ def keep(record: Record, folder: Path, run: str, metrics: TaskMetrics, *, own_si
         folder: the run's folder.
         run: the run's name as the user wrote it.
         metrics: the result.
-        own_size: whether the model sees images at the size of its training.
+        own_size: whether the model sees images at the size of its training. If not, the file's name has the size.
     Returns: a warning if the file cannot be written, else None.
     """
     path = folder / f"{file_name(record, folder, run, own_size=own_size)}.json"
@@ -410,7 +410,7 @@ def write_evaluations(records: Sequence[Record], path: Path, run: str, results: 
         run: the run's name as the user wrote it.
         results: the result on each data set, in the order of `records`.
 
-    Raises: OSError.
+    Raises: OSError if the file cannot be written.
     """
     content = {
         "run": public(run),

@@ -250,7 +250,10 @@ def _text_head(task: str) -> str:
 
 
 def row_name(row: Row) -> str:
-    """Return the name of a row. " (baseline)" follows the name of a baseline that does not say so."""
+    """Return a row's name, with " (baseline)" appended if the row is a baseline.
+
+    Nothing is appended to a name that contains "baseline" or says that the row is a control.
+    """
     name = one_line(row.name)
     marked = "baseline" in name.lower() or name.endswith(CONTROL)
     return f"{name} (baseline)" if row.baseline and not marked else name

@@ -102,9 +102,12 @@ class TaskView(ABC):
         return 1.0
 
     def error_scale(self, pairs: Iterable[tuple[Array, Array]]) -> float:
-        """Return the largest value on the colour bar that the errors of pairs (prediction, label) share.
+        """Return the largest value on the colour bar that the error pictures of some samples share.
 
-        Classes have no bar: 1.
+        For depth this is in metres. For segmentation it is 1, because pictures of classes have no colour bar.
+
+        Args:
+            pairs: (prediction, label) of each sample.
         """
         return 1.0
 

@@ -254,7 +254,7 @@ class Split:
     def image_size(self, index: int) -> tuple[int, int]:
         """Return (height, width) in pixels of the image of sample number `index`, from the file's header if possible.
 
-        Raises: DataError like `image`.
+        Raises: DataError for a file that cannot be read.
         """
         return self.samples[index].image.size()
 

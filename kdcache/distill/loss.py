@@ -259,10 +259,13 @@ class DistillLoss(nn.Module):
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Return two dicts: the weighted loss of each task, and the value of each term.
 
-        The arguments and errors are the same as in `forward`.
-
+        Args:
+            outputs: the student's outputs with their gradient, or only a tensor of logits (B, C, h, w).
+            batch: labels and targets of the same samples. If `batch.targets` is None, the teacher's terms are 0.
+            counts: denominators to divide by. None uses the batch's own.
         Returns: task -> the weighted sum of its terms, with a gradient; name of a term -> its value before weighting,
             without a gradient. All values are 0-dimensional.
+        Raises: RecipeError and DataError for an unsuitable batch or outputs, as `forward` does.
         """
         student = unpacked(outputs)
         batch = self._with_targets(batch, student.logits.dtype)

@@ -183,7 +183,7 @@ class TrainConfig:
     def learns_labels(self) -> bool:
         """True if the student learns from labels, by cross-entropy or another term.
 
-        This is for a training of a single source, or the settings of one stream.
+        It is correct for a training on a single source. For several streams, use it on each stream's `config`.
         """
         on_labels = any(term.reads_labels for term in self.active)
         return self.data.labels != "none" and (on_labels or (self.teaches and self.loss.teacher == "labels"))
@@ -328,7 +328,7 @@ def make_config(*, given: Collection[str] = (), copied: Collection[str] = (), **
 
     Args:
         given: names of the settings that the user typed. Each of them must have an effect.
-        copied: names of the settings that come from another run's recipe.
+        copied: names of the settings that come from another run's recipe. They may be without effect.
         settings: the settings by name.
     """
     config = TrainConfig.of(settings)

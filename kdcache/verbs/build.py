@@ -160,8 +160,8 @@ def engine_of(settings: EngineSettings, parts: "Parts", part: Worker) -> "RayEng
         settings: the settings of the engine.
         parts: a function that returns the split, the teacher and the options, called in each Ray actor.
         part: this process's part of a shared build. With Ray it must be the whole build.
-    Raises: RecipeError for Ray settings without Ray, for Ray with several workers, if Ray is not installed, or if
-        `parts` cannot be pickled.
+    Raises: RecipeError if settings of Ray are given without `--engine ray`. With it, RecipeError if the build is
+        shared, if Ray is not installed, or if `parts` cannot be pickled.
     """
     if not settings.is_ray:
         return None

@@ -222,7 +222,10 @@ def scale_gradient(gradient: Tensor, factor: Tensor, loss: Tensor, dtype: torch.
 
 
 def scaled(gradient: Tensor, factor: Tensor, loss: Tensor, dtype: torch.dtype) -> Tensor:
-    """Compute `scale_gradient` from the same arguments without PyTorch's operator registry, which is faster."""
+    """Return gradient * factor in `dtype`, contiguous. It is NaN everywhere if the loss is not finite.
+
+    `factor` and `loss` are 0-dimensional. A direct call is faster than the registered operator `scale_gradient`.
+    """
     if gradient.device.type != "cpu":
         result: Tensor = module_of("triton", "loss").scale_gradient(gradient, factor, loss, dtype)
         return result

@@ -43,7 +43,7 @@ def write_report(comparison: Comparison, runs: Sequence[Entry], out: str | Path,
         comparison: what to show.
         runs: the compared runs.
         out: the .html file, which is replaced.
-        contents: keyword arguments of `page`.
+        contents: further content of the page, as keyword arguments of `page`, such as `title` or `samples`.
     Raises: RecipeError for another kind of file, or an invalid log of a run.
     """
     path = check_out(Path(out))

@@ -181,7 +181,7 @@ def _warning(row: str, name: str, middles: Sequence[float]) -> str | None:
 def judge(share: float) -> str | None:
     """Return a warning for a loss term whose gradient norm is `share` times cross-entropy's.
 
-    None if the ratio is moderate.
+    It is the end of a sentence about the term. For 0.01 to 10 (`LITTLE` to `MUCH`) the result is None.
     """
     if share < LITTLE:
         return "hardly does anything"

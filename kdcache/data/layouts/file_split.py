@@ -96,7 +96,8 @@ class LabelFile(FileSource[Values]):
     def read(self) -> Values:
         """Return the decoded label: class ids, uint8 (H, W), or metres, float32 (H, W).
 
-        Raises: DataError if its size differs from the image's size, or if `check` raises it.
+        Raises: DataError if the label's size differs from the image's size, or if the function `check` finds values
+            that no training can use.
         """
         label = self.raw()
         self.image.check_size(label.shape, self.file)

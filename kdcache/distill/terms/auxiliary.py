@@ -28,7 +28,8 @@ class Auxiliary(Term):
     def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
         """Return the mean cross-entropy of the auxiliary head's logits over labelled pixels, 0-dimensional.
 
-        `count` is the denominator, 0-dimensional. None uses the batch's own.
+        `count` is the denominator, 0-dimensional. None uses the sum of the class weights of the batch's labelled
+        pixels.
         """
         logits = batch.student.heads[AUXILIARY]
         return distill_loss(

@@ -209,9 +209,10 @@ class Similarity(Term):
     kind = "sp"
 
     def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
-        """Return the mean squared difference between the teacher's and the student's G, as the class defines it.
+        """Return the mean squared difference between the teacher's and the student's similarities of images.
 
-        It is 0-dimensional. `count` is ignored.
+        These are the matrices G in the docstring of the class. The mean is over all pairs of images, 0-dimensional.
+        `count` is ignored.
         """
         student_Bchw = wide(batch.student.features[self._student_tap])
         teacher_Bchw = self.seen(batch, batch.rows.arrays[self._arrays[0]], student_Bchw.dtype)

@@ -202,9 +202,10 @@ def default_state(name: str, whole: bool = True) -> dict[str, Tensor]:
 
 
 def default_names(name: str) -> tuple[str, ...]:
-    """Return the class names of the weights of `default_state`, in the order of the class ids. () for depth.
+    """Return the class names in a checkpoint, or in a model's published weights, in the order of the class ids.
 
-    `name` is the part of a spec after the colon, such as `yolo26n-sem` or `FILE.pt`.
+    A depth model has no classes and gives (). `name` is the part of a spec after the colon, such as `yolo26n-sem` or
+    `FILE.pt`. Published weights are downloaded once.
 
     Raises: ModelError without `--trust`, for a file that Ultralytics cannot read, and for models of other tasks.
     """

@@ -49,7 +49,7 @@ class Reading:
 
         Args:
             spec: the model's spec, for messages.
-            heads: the result of `heads`.
+            heads: name -> the head's output (B, C, h, w), from the method `heads`.
         Raises: ModelError if the declared heads do not fit these outputs.
         """
         return _kinds(spec, self.declared, heads)

@@ -130,7 +130,10 @@ class MetricsLog:
             self.file = path.open("ab", buffering=0)  # what does not fit is not tried again when it is closed
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        """Append a line with `kind`, the step and its values. Raises: StoreError for a full disk."""
+        """Append a JSON line to the run's metrics.jsonl, with `kind`, the step and the values.
+
+        Raises: StoreError for a full disk.
+        """
         line = json.dumps({"kind": kind, "step": step, **_finite(values)}).encode() + b"\n"
         with disk_space_errors(self._run):
             while line:  # a disk that is nearly full takes a part of it, and nothing the next time

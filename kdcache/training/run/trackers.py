@@ -135,9 +135,14 @@ class Loggers(Observer):
         self._write(step, {f"gradients/{name}": norm for name, norm in norms.items()})
 
     def balanced(self, step: int, tasks: dict[str, dict[str, float]]) -> None:
-        """Send the loss and weight of each task, or its gradient norm and ratio if they were measured.
+        """Send two numbers of each task: loss and weight or, if it was measured, gradient norm and its ratio.
 
-        Names are `train/tasks/<task>`, `train/balance/<task>`, `train/gradients/<task>` and `train/ratio/<task>`.
+        The ratio is to the other task's norm. The names are `train/tasks/<task>` and `train/balance/<task>`, or
+        `train/gradients/<task>` and `train/ratio/<task>`.
+
+        Args:
+            step: the optimizer step of the numbers.
+            tasks: task -> `loss` and `weight`, or also `norm` and `ratio`.
         """
         measured = all("norm" in values for values in tasks.values())
         rooms = {"gradients": "norm", "ratio": "ratio"} if measured else {"balance": "weight", "tasks": "loss"}

@@ -26,7 +26,8 @@ WARM_UP = 3
 class GraphedStep:
     """A step that is recorded as a CUDA graph for the shapes of `batch`. Batches of other shapes run eagerly.
 
-    Calling it with a batch learns from the batch and returns its losses, as `row` does.
+    Calling it with a batch learns from the batch. It returns the loss, the terms and the tasks' losses as one detached
+    tensor (n,), in the order of `Losses`.
 
     Args:
         eager: the step, whose optimizer is capturable.

@@ -52,10 +52,12 @@ class TaskGradients:
             self._sums[task] = list(gradient) if before is None else _sum(before, gradient)
 
     def norms(self, terms: dict[str, float], norm: Callable[[Gradient], float]) -> Norms:
-        """Return the norms of a step, with those of the gradients that `add` summed for each task.
+        """Return the gradient norms of a step: of each loss term, as given, and of each task's summed gradients.
+
+        The sums are of all gradients that `add` got. Without a balance of tasks, the result has no norms of tasks.
 
         Args:
-            terms: name of a loss term -> the norm of its gradient, copied into the result.
+            terms: name of a loss term -> the norm of its gradient. The result holds it unchanged.
             norm: returns the L2 norm of a gradient.
         """
         if self._balance is None:

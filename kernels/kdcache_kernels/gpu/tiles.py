@@ -294,7 +294,8 @@ def choose_tiling(problem: LossProblem, *, all_images: bool = True) -> Tiling:
 def most_columns(w: int, W: int, align_corners: bool) -> int:
     """Return the largest number of label columns between two neighbouring student columns, or outside the outer ones.
 
-    `w` is the number of student columns and `W` the number of label columns. `align_corners` is as in `distill_loss`.
+    `w` is the number of student columns and `W` the number of label columns. `align_corners` says whether the resize of
+    the student's logits to the labels aligns corners.
     """
     if w == 1:
         return W

@@ -120,9 +120,9 @@ class Adversarial(Term):
         return (self._distance(own_patches, 0.0) + self._distance(other_patches, 1.0)) / 2
 
     def count(self, batch: TermBatch) -> Tensor:
-        """Return 1, a 0-dimensional tensor, because every image has equally many patches.
+        """Return 1, a 0-dimensional tensor, because the discriminator gives equally many numbers for every image.
 
-        So the mean over the parts of a batch equals the whole batch's mean.
+        So the mean over equal parts of a batch is the whole batch's mean, without a common denominator.
         """
         return wide(batch.student.logits).new_ones(())
 

@@ -290,6 +290,9 @@ def pseudo_labels(logits_BChw: Tensor, size: Size, *, align_corners: bool = Fals
 
 
 def labellers(criterion: nn.Module) -> tuple[str, ...]:
-    """Return the networks, `student` or `ema`, that must predict the weak views in every step, for all active terms."""
+    """Return the networks, `student`, `ema` or both, whose pseudo labels the loss's terms with a weight above 0 read.
+
+    Each of these networks must predict the weak views in every step. Without such a term the result is ().
+    """
     terms = (term for term in criterion.modules() if isinstance(term, Term) and term.weight > 0)
     return tuple(dict.fromkeys(by for term in terms for by in term.labellers()))
