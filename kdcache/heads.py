@@ -108,9 +108,10 @@ def clip(values: "Tensor", low: float | None, high: float | None) -> "Tensor":
 
 
 def raw_of(values: "Tensor", parameterisation: Parameterisation) -> "Tensor":
-    """Return the raw output from which `values_of` computes `values`, if it clips none. A depth of 0 gives -inf.
+    """Return the raw output for which `values_of` would return `values` (depth or others), without clipping.
 
-    `parameterisation` is the nonlinearity, as in `values_of`. The result is float64 if `values` is, else float32.
+    `parameterisation` is the nonlinearity, which this function inverts: `softplus`, `exp`, or `identity` for none.
+    With the first two, a depth of 0 gives -inf. The result is float64 if `values` is, else float32.
     """
     import torch
 

@@ -39,7 +39,7 @@ class Entry:
 
     @property
     def key(self) -> tuple[int | None, str | None]:
-        """Seed and fold of the run, or None. The runs of a row differ in them."""
+        """(seed, fold) of the run, with None for an unknown seed and for no fold. A row's runs differ only in these."""
         return self.settings.get("seed"), self.fold
 
     @property

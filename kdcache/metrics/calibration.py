@@ -79,7 +79,7 @@ class Coverage:
 
     @property
     def total_share(self) -> float:
-        """The share of all pixels that are selected."""
+        """The share of all pixels whose confidence reaches the threshold of their predicted class."""
         return _ratio(sum(self.selected), sum(self.predicted))
 
 

@@ -47,7 +47,10 @@ class Accumulator(Protocol):
     """An object that collects a task's predictions and labels, image by image, and computes its metrics."""
 
     def update(self, predicted: Tensor, label: Tensor, sample_id: str = "") -> object:
-        """Add an image's prediction and label, (H, W) each. `sample_id` names the image in the results."""
+        """Add an image's prediction and label, (H, W) each, as class ids or as depth in metres.
+
+        `sample_id` names the image in the results.
+        """
 
     def result(self) -> TaskMetric | None:
         """Return the metrics of all images added, or None without images. Raises: DataError if no pixel counts."""

@@ -110,7 +110,9 @@ def split_choice(text: str | Path) -> tuple[Path, str | None]:
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
-    """Return the header of a `.safetensors` file, or of one in a folder: name -> text. Return {} for other files.
+    """Return the texts that a `.safetensors` file holds in addition to its tensors: name -> text.
+
+    Return {} if there are none, or for another kind of file. For a folder, the file is the first of `HUB_FILES` in it.
 
     Raises: ModelError if the file is missing or damaged.
     """

@@ -258,7 +258,7 @@ class FeatureTerm(LossTerm):
         return height, width
 
     def offered(self, manifest: Any) -> list[str]:
-        """Return the taps in the cache of `manifest` that the term can use. The last is the default."""
+        """Return the taps that the term can use, from a cache's `Manifest`. The last is the default `teacher_tap`."""
         return sorted(manifest.features, key=lambda tap: not is_summary(manifest.features[tap]))
 
     def arrays(self, manifest: Any) -> tuple[str, ...]:

@@ -127,7 +127,7 @@ def is_done(job: Job) -> bool:
 def without_folders(words: Sequence[str]) -> list[str]:
     """Return `words`, a job's command, without the folders of its data sets.
 
-    Folders may be renamed. The contents of the data sets are compared instead.
+    So two commands compare as equal if only these folders have other names.
     """
     flags = ("", *words)
     return [_without_folder(flag, word) for flag, word in pairwise(flags)]

@@ -66,7 +66,7 @@ class Targets(NamedTuple):
 
 
 def targets_of(case: Case, inputs: Inputs) -> Targets:
-    """Return the `Targets` of a case, made from the inputs and the case's settings."""
+    """Return the arguments for `eager_loss` and `eager_relations`: the tensors `inputs`, and the settings of `case`."""
     return Targets(
         inputs.teacher,
         inputs.labels_int64,

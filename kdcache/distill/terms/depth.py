@@ -255,7 +255,13 @@ class DepthSsi(DepthTerm):
         return clip(values_BHW, MIN_DEPTH, None).reciprocal()
 
     def of_images(self, prediction_BHW: Tensor, reference_BHW: Tensor, mask_BHW: Tensor) -> Tensor:
-        """Return the scale- and shift-invariant loss (B,). Arguments are as in `DepthTerm.of_images`."""
+        """Return the scale- and shift-invariant loss (B,) of each image, 0 for an image without a valid pixel.
+
+        Args:
+            prediction_BHW: the student's depth, as `compared` returns it, with the gradient.
+            reference_BHW: depth of the labels or the teacher, as `compared` returns it.
+            mask_BHW: bool, True for valid pixels.
+        """
         return depth.scale_shift_invariant(prediction_BHW, reference_BHW, mask_BHW, self.spec.alpha)
 
 

@@ -56,7 +56,7 @@ class Projected(Term):
         self.register_buffer("teacher_std", std_c)
 
     def prepare(self, batch: TermBatch) -> None:
-        """Remember how the student's features are projected and resized, for `describe`."""
+        """Remember both models' feature shapes, from which `describe` says how they are resized and projected."""
         student, teacher = batch.student.features[self._student_tap], batch.rows.arrays[self._arrays[0]]
         projected = f"projected from {student.shape[1]} to {teacher.shape[1]} channels"
         self.note_resize(student, teacher, then="" if isinstance(self.projection, nn.Identity) else projected)
@@ -170,7 +170,7 @@ class Attention(Term):
             self.weight = h * w / 2
 
     def prepare(self, batch: TermBatch) -> None:
-        """Remember how the student's attention map is resized, for `describe`."""
+        """Remember the size of both models' maps, from which `describe` says how the attention is resized."""
         self.note_resize(
             batch.student.features[self._student_tap], batch.rows.arrays[self._arrays[0]], "the attention of "
         )

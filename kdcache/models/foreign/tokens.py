@@ -65,7 +65,9 @@ def as_map(feature: object, size: tuple[int, int], patch: int | None, where: str
 
 
 def maps_of(answer: Any, size: tuple[int, int], patch: int | None) -> dict[str, Tensor]:
-    """Return the features in a backbone's return value: tap -> (B, c, h, w). The last tap is the most useful.
+    """Return the features in a backbone's return value: tap -> (B, c, h, w), in the order of its layers.
+
+    The last tap is usually the best for distillation.
 
     Args:
         answer: one feature, a list or a mapping of features, tokens (B, N, c), or an object of transformers with

@@ -117,7 +117,10 @@ class Loggers(Observer):
         self._sinks: dict[str, Sink] = {}
 
     def started(self, *, step: int, iterations: int, parameters: int) -> None:
-        """Open every logger, with the recipe and the number of parameters."""
+        """Open every logger, and give it the recipe, the number of the model's parameters and `step`.
+
+        `step` is the number of finished steps, above 0 if the training resumes. `iterations` is not used.
+        """
         recipe = {**public_values(self._recipe), "parameters": parameters}
         beginning = Beginning(self._run, recipe, step, self._note)
         for name in self._names:

@@ -74,7 +74,10 @@ def open_dataset(
 
 
 def source_split(config: TrainConfig, cache: Cache) -> Split | None:
-    """Return the data set of a cache without pixels, or None for a cache with pixels."""
+    """Return the data set that `config` names, from which images are read if `cache` does not store pixels.
+
+    Return None if the cache stores pixels, or if `config` names no data set.
+    """
     return open_split(config.data.data, config.data.split) if config.data.data and not cache.pixels_stored else None
 
 

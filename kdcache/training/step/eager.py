@@ -35,7 +35,8 @@ class LossInputs(NamedTuple):
 class EagerStep:
     """A training step (forward, loss, backward, optimizer), run by PyTorch one operation at a time.
 
-    Calling it with a batch learns from the batch and returns its losses, as `row` does.
+    Call it with the batches of all streams. It learns from them and returns a detached tensor (n,): the loss, then the
+    value of each loss term, then of each task.
 
     Args:
         model: the model, on `device`.

@@ -86,14 +86,15 @@ class Plan(NamedTuple):
         target_rows, target_columns: `Taps` (Bt, H) and (Bt, W), neighbours of label rows and columns in the target's
             logits.
         inside_y, inside_x: (Bt, H) and (Bt, W) bool, whether label rows and columns lie in the target's view.
-        first_target_rows: (Bt, H) int64, `target_rows.low`.
-        starts: (h + 1,) int64, the first label row of each cell row (the label rows between two logit rows).
-        phases, tiles, pitch, offset, n: layout of the label columns. A row has `tiles` tiles of `phases` phases of n
-            entries. The first `pitch` entries of a phase are label columns: entry k of phase p of tile t is column
-            phases * (t * pitch + k) + p - offset, if it exists.
+        first_target_rows: (Bt, H), a copy of `target_rows.low` in int64, which the kernels take.
+        starts: (h + 1,) int64, the first label row of each cell row. A cell row is the label rows between two of the
+            student's h logit rows.
+        phases, tiles, pitch, offset, n: layout of the label columns, an array (tiles, phases, n). Entry k of phase p of
+            tile t is column phases * (t * pitch + k) + p - offset, if that exists and k < pitch. By cells, `pitch` is n
+            - 1, and the last entry of a phase is unused. By pixels, `pitch` is n.
         student_nodes, target_nodes: `Taps` of the nodes, the positions on a row of logits whose values a kernel reads.
-            By cells, they are (Bt, tiles, n), four label pixels apart. By pixels, they are (1, 1, w + 1), one at each
-            logit and the last one twice.
+            By cells, they are (Bt, tiles, n), four label pixels apart. By pixels, there is one at each of the student's
+            or the target's w logits, and the last one twice: (1, 1, w + 1).
         student_runs, target_runs: (Bt, tiles, 2) int64, or (1, 1, 2) by pixels. For each tile, the first and the end
             index of a run of nodes that lie exactly on consecutive logits. Both are 0 if there is no run.
         columns: None by cells. By pixels, (low, fraction, low, fraction): the fields of the student's `Taps` of the

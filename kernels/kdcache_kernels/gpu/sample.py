@@ -62,7 +62,10 @@ def first_pixel(taps, cell_n, size, steps):
 
 @triton.jit
 def load_logits(ptrs):
-    """Load prepared logits (see `Prepared`) as float32. Non-finite values of a float16 target become 0."""
+    """Return as float32 the logits at the pointers `ptrs` into `Prepared.student` or `Prepared.target`.
+
+    In a target that is stored as float16, NaN and infinity become 0.
+    """
     x = tl.load(ptrs)
     if x.dtype == tl.float16:
         x = x.to(tl.float32)
@@ -360,7 +363,7 @@ def visit(
             lane.
         student_lost_rows, target_lost_rows: pointers to the same rows of the marks of lost positions.
         mix_rows: pointers to the same two rows of `Prepared.mix`, read only with label smoothing.
-        blend: weights of the student's and target's rows, as in `softmax_sums`.
+        blend: for each label row, a tuple with the weight of the lower student row and those of the three target rows.
         target_places: for each label row, (fraction, below) from `target_row`.
         left_n, right_n: the student's columns left and right of the cell. first_n: the cell's first label column.
         target_at_n: first entry of the image in `target_taps`. taps, target_taps: `geometry.Taps` of the label columns.
@@ -371,7 +374,7 @@ def visit(
         pixels: `Pixels`. k_ce, k_kl: factors of the terms in the gradient. label_factors: from `load_label_factors`.
         sizes: (number of classes, elements of a student class, elements of a target class). W, wt: label columns and
             target columns.
-        temperature, POWER, BLOCK: as in `softmax_sums`.
+        temperature: T. POWER: T if it is an integer up to 4, else 0. BLOCK: classes that are read at a time.
     Returns: each lane's weighted CE and KL in nats, and 1 if the stored factors are relative to the largest u and v,
         else 0.
     """

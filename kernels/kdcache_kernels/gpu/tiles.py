@@ -331,13 +331,14 @@ def launch(
     *,
     all_images: bool,
 ) -> None:
-    """Launch `tiles_kernel` on all images, or if not `all_images`, on the images with route 0 (see `Prepared.route`).
+    """Launch `tiles_kernel`, which computes CE and KL of images. `loss.add_up` then computes the loss from the sums.
 
     Shapes and units:
         problem, prepared: the checked arguments, and the result of `prepare` for them.
         gradient: (B, C, h, w) contiguous result, written for those images. None computes no gradient.
-        buffers: memory of the size that `needs` returns.
+        buffers: memory of the size that `needs` returns. Its `partials` get the sums of CE and KL.
         tiling: from `choose_tiling`.
+        all_images: True computes all images, False only those with route 0 (see `Prepared.route`).
     """
     h, w = problem.student.shape[2:]
     (H, W), device = problem.size, problem.student.device
