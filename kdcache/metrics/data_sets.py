@@ -120,7 +120,8 @@ def tables(results: Sequence[OnDataSet], class_names: Sequence[str]) -> list[Tab
 def data_sets_markdown(title: str, results: Sequence[OnDataSet], class_names: Sequence[str]) -> str:
     """Return an evaluation on several data sets as Markdown.
 
-    It has the title, the tables of `tables`, and notes on classes that model and data do not share.
+    It has the title, a table with the IoU of each class on each data set, a table of the figures of depth, and notes on
+    classes that model and data do not share. A table without data sets is left out.
 
     Args:
         title: text of the heading.
@@ -134,7 +135,10 @@ def data_sets_markdown(title: str, results: Sequence[OnDataSet], class_names: Se
 
 
 def listing(results: Sequence[OnDataSet]) -> str:
-    """Return the class IoUs of each data set as plain text: its name, then the lines of `iou_listing`."""
+    """Return the class IoUs of each data set as plain text: its name, a line for each class, and the mIoU, in percent.
+
+    Data sets without an evaluation of segmentation are left out. `results` has the evaluation on each data set.
+    """
     titles = _titles(results)
     parts = [f"# {titles[number]}\n{iou_listing(metrics)}" for number, metrics in _segmented(results)]
     return "\n".join(parts)

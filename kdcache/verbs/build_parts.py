@@ -102,8 +102,8 @@ def plan_reuse(
         given: name -> value of the settings that the user gave. Other settings are those of the earlier cache.
         out: the cache to build.
         note: called with each text that the user should see.
-    Raises: RecipeError for settings that the earlier cache determines, or if `out` is the earlier cache; the errors of
-        `load_like`, `open_cache` and `open_split`.
+    Raises: RecipeError for settings that the earlier cache determines, or if `out` is the earlier cache. Another
+        KDCacheError if the earlier cache, the data or the teacher cannot be opened, or if they do not fit together.
     """
     if fixed := [name for name in OF_REUSED if name in given]:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in fixed)

@@ -121,7 +121,11 @@ class Row:
         }
 
     def to_json(self) -> dict[str, Any]:
-        """Return a dict with the keys "case", "ours" and "rivals". Times are in milliseconds and memory is in MiB."""
+        """Return a dict with the keys "case", "ours" and "rivals": the case, and what was measured.
+
+        "ours" is a dict of kdcache's measurements. "rivals" is a list with such a dict for each rival, which also has
+        the `ratios` as "ratio". Times are in milliseconds and memory is in MiB.
+        """
         case = {**asdict(self.case), "shape": str(self.case.shape), "kept": self.case.k}
         rivals = [{**_plain(rival), "ratio": self.ratios(rival)} for rival in self.rivals]
         return {"case": case, "ours": _plain(self.ours), "rivals": rivals}

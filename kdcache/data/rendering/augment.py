@@ -39,7 +39,7 @@ class Augmentation:
         flip: whether half of the views are mirrored left to right.
         jitter: strength of colour jitter, from 0 (off) to 1, or a `RandAugment`.
 
-    Raises: ValueError for values outside these ranges.
+    Raises: ValueError unless 0 < lowest <= highest, and for a strength outside 0 to 1.
     """
 
     scale: tuple[float, float] = (0.5, 2.0)

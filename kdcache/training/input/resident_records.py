@@ -37,7 +37,7 @@ class RamRecords:
     Args:
         cache: an open cache.
         paths: paths of the arrays that are kept.
-    Memory: `decoded_bytes(cache, paths)`.
+    Memory: the size of all records of these arrays, decoded (`decoded_bytes`).
     """
 
     def __init__(self, cache: Cache, paths: Sequence[str]) -> None:

@@ -47,9 +47,9 @@ class Judge:
         return -value if self.less else value
 
     def figure(self, value: float) -> dict[str, float]:
-        """Return a result of `Judge.value` with its name in result.json, such as `best_miou` -> 0.42.
+        """Return a dict with the best score and its name in result.json, such as `best_miou` -> 0.42.
 
-        A number that was negated gets its original sign back.
+        `value` is a result of `Judge.value`. A number that it negated gets its original sign back.
         """
         return {f"best_{self.prefix}{self.score}": -value if self.less else value}
 

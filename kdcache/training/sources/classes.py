@@ -23,8 +23,8 @@ def share_classes(sources: Sequence[Source], val: ClassList | None = None) -> Cl
     Args:
         sources: the data of each stream.
         val: the classes of the validation data, or None.
-    Raises: MismatchError for streams with different classes, or for targets that a class map cannot convert. ModelError
-        for an invalid class map.
+    Raises: MismatchError for streams with different classes, for targets that a class map cannot convert, or if all
+        streams have class maps and `val` is None. ModelError for an invalid class map.
     """
     first = _class_source(sources)
     classes = val if first is None else first.dataset.classes

@@ -49,10 +49,10 @@ class Entropy(Term):
 class Discriminator(nn.Sequential):
     """A network that tells two streams apart by the student's probability maps.
 
-    It maps (B, C, H, W), with C = `num_classes`, to one number for each patch, (B, 1, h, w), by 4x4 convolutions of
-    stride 2. There are five convolutions, or fewer if a side of `size` (H, W) has less than 32 pixels. Channels double
-    from 64. The optimizer trains the discriminator with the learning rate `RATE` and Adam's betas `BETAS`. Gradient
-    clipping leaves it out.
+    It maps (B, C, H, W), with C = `num_classes`, to (B, 1, h, w): one number for each patch of the image. It has five
+    4x4 convolutions of stride 2, or fewer if a side of `size` (H, W) has less than 32 pixels. Channels double from 64.
+    The optimizer trains the discriminator with the learning rate `RATE` and Adam's betas `BETAS`. Gradient clipping
+    leaves it out.
 
     Source: Tsai et al. 2018 (AdaptSegNet), arXiv 1802.10349, section 3.3, and the authors' code for `RATE` and `BETAS`.
     """
