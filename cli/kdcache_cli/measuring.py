@@ -99,7 +99,10 @@ class GrowingResult:
         self._written = time.monotonic()
 
     def add(self, row: dict[str, Any]) -> None:
-        """Add a row. The file is written if the last write was more than 2 seconds ago."""
+        """Add a row. The file is written only if the last write was more than 2 seconds ago.
+
+        Call `write` after the last row.
+        """
         self._rows.append(row)
         if time.monotonic() - self._written > WRITE_EVERY_S:
             self.write()

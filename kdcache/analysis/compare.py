@@ -140,7 +140,8 @@ def compare(
 def one_range(judging: EvalSettings, members: Sequence[Entry], split: Split) -> tuple[EvalSettings, DepthRange | None]:
     """Return evaluation settings with one depth range for all models, and this range.
 
-    The range is None if depth is not evaluated. Its end is the largest that any model alone would have.
+    Each model alone would have its own largest depth, and the common range ends at the largest of these. The range is
+    None if depth is not evaluated.
 
     Args:
         judging: the settings of the evaluation.

@@ -55,7 +55,10 @@ class Spread:
 
     @classmethod
     def of(cls, values: Iterable[float]) -> "Spread":
-        """Return mean and standard deviation of values. NaN values are left out."""
+        """Return mean and sample standard deviation of values, without NaN values.
+
+        The mean of no values and the deviation of fewer than two are NaN.
+        """
         finite = [value for value in values if not math.isnan(value)]
         mean = statistics.fmean(finite) if finite else math.nan
         return cls(mean, statistics.stdev(finite) if len(finite) > 1 else math.nan, len(finite))

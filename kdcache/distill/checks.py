@@ -119,9 +119,9 @@ def check_rows(logits: Tensor | None, batch: Batch) -> None:
 
 
 def check_logits(reading: Sequence[str]) -> None:
-    """Raise RecipeError if any loss term needs segmentation logits, which the student does not have.
+    """Raise RecipeError if any loss terms need segmentation logits, for a student without these.
 
-    `reading` holds the names of these terms. An empty sequence passes.
+    `reading` holds the names of the terms. If it is empty, nothing happens.
     """
     if reading:
         raise RecipeError(

@@ -111,14 +111,15 @@ class Criterion(nn.Module):
         return tuple(loss.counts(batch) for loss, batch in zip(self.losses, streams, strict=True))
 
     def forward(self, outputs: Any, streams: Streams, counts: tuple[Counts, ...] | None = None) -> Losses:
-        """Return the loss, and every stream's terms: all 0-dimensional, float32.
+        """Return the loss of a batch over all streams, and every stream's terms: all 0-dimensional, float32.
 
         Args:
-            outputs: the student's outputs, as in `DistillLoss.forward`, for the pixels of all streams, one stream after
-                another.
+            outputs: the student's outputs for the pixels of all streams, one stream after another: `Outputs`, or only a
+                tensor of logits.
             streams: the batch of each stream.
-            counts: the denominators of each stream's loss, as in `DistillLoss.forward`. None uses the batches' own.
-        Raises: RecipeError or DataError as `DistillLoss.forward`.
+            counts: the denominators to divide each stream's loss by. None uses the batches' own.
+        Raises: RecipeError if a batch lacks something that a term reads. DataError if a batch has no labels, or labels
+            that do not fit.
         """
         by_task: list[dict[str, Tensor]] = []
         terms: dict[str, Tensor] = {}

@@ -56,7 +56,10 @@ class BuiltFrom:
 
 
 def recorded_in(cache: Cache) -> Recorded:
-    """Return what a complete cache records about the data set that it was built from."""
+    """Return what a complete cache records about the data set that it was built from: ids, classes and digests.
+
+    They show later whether the data set has changed.
+    """
     manifest = cache.manifest
     names = columns_of(manifest)
     return Recorded(

@@ -200,9 +200,12 @@ def plan_like(
 
 
 def check_source(data: Any, reuse: Any, like: Any) -> None:
-    """Check that a build has exactly one source of views.
+    """Check which source of views a build was given: a data set, or an existing cache.
 
-    `reuse` and `like` exclude each other, and without `like`, `data` is needed.
+    Args:
+        data: the data set, or None. Required without `like`.
+        reuse: an earlier cache whose targets are kept (`--from`), or None.
+        like: a cache whose views are repeated for another teacher (`--like`), or None. It excludes `reuse`.
 
     Raises: RecipeError.
     """
@@ -275,12 +278,12 @@ def plan_build(
 
     Args:
         source: the split.
-        teacher: where the teacher comes from, as in `kdcache.build_cache`.
+        teacher: where the teacher comes from, as in `kdcache.build_cache`, such as a run folder.
         settings: name -> value of all settings of the build.
         out: the cache to build, or None. If it was already begun, it determines how images are fitted.
         note: called with each text that the user should see.
-    Raises: RecipeError if neither the settings nor the teacher give a size, or for settings that do not fit together;
-        the errors of `load_teachers`.
+    Raises: RecipeError if neither the settings nor the teacher give a size, or for settings that do not fit together.
+        ModelError or MismatchError for a teacher that cannot be loaded, or does not fit the data.
     """
     if out is not None and (begun := begun_manifest(out)) is not None:
         check_computable(begun.teacher)

@@ -88,7 +88,7 @@ def open_data(data: Data, split: str | None) -> Split:
 
 
 def check_split(name: str, own: str, given: str | None) -> None:
-    """Check that a caller who gave a split and the name of a split gave the right name.
+    """Check the name of a split, if a caller gives it in addition to the split itself.
 
     Args:
         name: the argument that holds the split, such as "data", for the message.

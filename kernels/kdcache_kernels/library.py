@@ -292,9 +292,13 @@ def _(family: str, *arguments: Any) -> Tensor:
 
 @torch.library.custom_op("kdcache::pack", mutates_args=())
 def pack(logits: Tensor, k: int, family: str) -> list[Tensor]:
-    """Return [values, indices, tail] of `kdcache_kernels.pack`, or [values] for k = C, as a registered operator.
+    """Keep the k largest logits of every pixel, as a registered operator. Return the fields of a `PackedTarget`.
 
-    `family` is "numba" or "triton". The result is a list because registered operators cannot return None.
+    Args:
+        logits: (B, C, h, w), any floating dtype.
+        k: number of classes to keep, 1 to C.
+        family: "numba" or "triton", the implementation.
+    Returns: [values, indices, tail], or [values] for k = C, because registered operators cannot return None.
     """
     return [part for part in module_of(family, "topk").pack(logits, k) if part is not None]
 
@@ -328,7 +332,9 @@ def _(values: Tensor, indices: Tensor, tail: Tensor, num_classes: int, family: s
 
 @torch.library.custom_op("kdcache::argmax_confidence", mutates_args=(), schema=_ARGMAX_SCHEMA)
 def argmax_confidence(family: str, *arguments: Any) -> tuple[Tensor, Tensor]:
-    """Compute `kdcache_kernels.target_argmax_confidence` as a registered operator.
+    """Return the teacher's best class and its probability at label size, as a registered operator.
+
+    It runs `kdcache_kernels.target_argmax_confidence` in one implementation.
 
     Args:
         family: "numba" or "triton", the implementation.

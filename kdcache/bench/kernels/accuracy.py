@@ -131,7 +131,7 @@ class Judged:
 
     @property
     def passed(self) -> bool:
-        """True if both errors are within their bounds."""
+        """True if the error of the loss and the error of the gradient are both within their bounds."""
         return self.loss_error <= self.loss_bound and self.gradient_error <= self.gradient_bound
 
     def to_json(self) -> dict[str, Any]:

@@ -130,7 +130,10 @@ def scan_depth(
     depth_end: str = "",
     image_of: Callable[[str], str] | None = None,
 ) -> Scan:
-    """Return the scan with the depth files below a folder added. Other files are ignored.
+    """Return a copy of the scan, with the depth files below a folder added.
+
+    Files whose names do not have `depth_begin` and `depth_end` are ignored. Of the others, files without an image are
+    listed in the result, for the report of `data check`.
 
     Args:
         scan: the images and labels of the split.

@@ -38,8 +38,9 @@ MIN_DEPTH = 1e-3
 class DepthTerm(Term):
     """A base of loss terms between two depth maps. Subclasses implement `of_images`, the loss of each image.
 
-    A pixel is valid if it shows the image and its reference depth is known. A depth in a label must also be at least
-    0.001 m, and at most the student's largest depth.
+    The student's map is compared with a reference: the label, or the teacher's map. A pixel is valid if it shows the
+    image, not padding, and its reference is known. A label must also be at least 0.001 m, and at most the student's
+    largest depth.
 
     Attributes:
         student: the kind of the student's depth head.

@@ -62,9 +62,10 @@ class Projected(Term):
         self.note_resize(student, teacher, then="" if isinstance(self.projection, nn.Identity) else projected)
 
     def both_features(self, batch: TermBatch) -> tuple[Tensor, Tensor, Cells]:
-        """Return features (B, c, h, w) of student and teacher on the teacher's cells, and each cell's count and weight.
+        """Return features (B, c, h, w) of student and teacher on the teacher's cells, and the `Cells` of the batch.
 
-        The student's features are projected and resized. The teacher's features are cut to the batch's windows.
+        The student's features are projected and resized. The teacher's features are cut to the batch's windows. The
+        `Cells` say how much each cell counts and weighs in a mean.
         """
         student_Bchw = wide(batch.student.features[self._student_tap])
         teacher_Bchw = self.seen(batch, batch.rows.arrays[self._arrays[0]], student_Bchw.dtype)

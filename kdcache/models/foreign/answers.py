@@ -39,7 +39,7 @@ class Reading:
 
         Args:
             spec: the model's spec, for messages.
-            answer: the result of `call`.
+            answer: the network's return value, from `Reading.call`.
         Raises: ModelError if a head is missing.
         """
         return _heads(spec, self.declared, answer)

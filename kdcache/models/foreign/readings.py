@@ -119,10 +119,11 @@ class Maps(Reading):
     def features(self, answer: object, size: tuple[int, int], patch: int | None) -> dict[str, Tensor]:
         """Return the features in a network's return value: tap -> (B, c, h, w).
 
-        Taps get the names in `stages`, if there are as many names as features.
+        If `stages` has as many names as there are features, it names the taps. Otherwise, their names are those of
+        `maps_of`, such as `stage1`.
 
         Args:
-            answer: the result of `call`.
+            answer: the network's return value, from `call`.
             size: (H, W) of the images.
             patch: the side in pixels of a transformer's patches. None if it has no patches.
         """

@@ -117,7 +117,7 @@ class Place(ABC):
 
     @abstractmethod
     def publish_exclusive(self, key: str, content: bytes) -> bool:
-        """Write `content` to the file `key` as `publish` does, unless the file exists.
+        """Write `content` to the file `key`, completely or not at all, unless the file exists.
 
         Returns: True if this call wrote the file, False if another process has already written it.
         """

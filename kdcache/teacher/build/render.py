@@ -287,7 +287,7 @@ def render_batches(
         threads: number of threads. 0 renders in the calling thread.
         ahead: True renders several batches ahead, for a teacher on a GPU. False renders one batch at a time, because a
             teacher on the CPU needs all cores.
-        of_file: a function that returns a file's digest, as in `render_records`.
+        of_file: a function that returns a file's digest, such as one that remembers digests. None reads the file.
     Raises: DataError for an image or label that cannot be read.
     """
     work = lambda records: render_records(split, manifest.view, records, manifest.depth, of_file)  # noqa: E731

@@ -98,7 +98,8 @@ def plan_extended(probe: TeacherProbe, old: Cache) -> Manifest:
 
     `probe` has the split, the teacher and the options of the new build.
 
-    Raises: MismatchError naming every setting that differs; the errors of `plan_manifest`.
+    Raises: MismatchError naming every setting that differs. RecipeError, ModelError or StoreError if the options, the
+        teacher or the split do not suit any cache.
     """
     split, options, old_manifest = probe.split, probe.options, old.manifest
     differences = []

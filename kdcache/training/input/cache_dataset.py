@@ -174,7 +174,7 @@ class CacheDataset(DrawnDataset):
     def record(self, index: int, epoch: int) -> int:
         """Return the number of the record that is read for a sample in an epoch.
 
-        `index` is the sample's index in this dataset. Replay takes another view in each epoch.
+        `index` is the sample's index in this dataset. Replay takes another view in each epoch. Otherwise it is view 0.
         """
         view = 0 if self._turns is None else (epoch + self._turns[index]) % self._views
         return self.cache.manifest.record(self.indices[index], view)

@@ -200,7 +200,10 @@ class RunState:
                 save_checkpoint(self._run, state)
 
     def keep(self) -> None:
-        """Keep the checkpoint that was just saved under a permanent name (see `keep_checkpoint`)."""
+        """Keep the checkpoint that was just saved as `checkpoints/step-NNNNNN.pt`. Later saves do not replace it.
+
+        With several processes, only the first writes it.
+        """
         with self._world.together():
             if self._world.first:
                 keep_checkpoint(self._run, self.now.step)

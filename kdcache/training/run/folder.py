@@ -263,7 +263,7 @@ def write_beginning(
 
 
 def labels_of(datasets: Sequence[DrawnDataset]) -> str | None:
-    """Return which samples' labels a training uses: a flag for each sample, packed into text.
+    """Return which samples' labels a training uses, for its run folder: a flag per sample, as text of `pack_flags`.
 
     `datasets` has the samples of each stream. The result is None for several streams.
     """

@@ -82,9 +82,9 @@ class EagerStep:
         return self.learn(self.forward(self.to_device(batch)))
 
     def with_norms(self, batch: Streams) -> tuple[Tensor, Norms]:
-        """Learn from a batch. Return the batch's losses, in the form of `row`, and the gradient norms.
+        """Learn from a batch. Return its losses in one tensor, in the order of `row`, and the gradient norms.
 
-        The norms are those of the weighted loss terms, and of the tasks.
+        The norms are those of the gradients of each weighted loss term, and of each task.
         """
         inputs = self.loss_inputs(self.to_device(batch))
         norms = self._norms(self._term_gradients(inputs))

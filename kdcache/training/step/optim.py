@@ -175,7 +175,10 @@ class Schedule:
             self._set(self.lr / 2)
 
     def state_dict(self) -> dict[str, float]:
-        """Return the state as plain numbers, so that a checkpoint can be loaded without pickle."""
+        """Return the state for a checkpoint as plain numbers, so that it can be loaded without pickle.
+
+        `plateau` has `best`, `num_bad_epochs` and `lr`. The other schedules have `last_epoch`, the number of steps.
+        """
         if self._kind == "plateau":
             return {"best": self._best, "num_bad_epochs": self._stalled, "lr": self.lr}
         return {"last_epoch": self._step}

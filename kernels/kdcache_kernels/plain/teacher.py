@@ -105,7 +105,10 @@ class SparseTeacher(NamedTuple):
 
     @classmethod
     def of(cls, target: PackedTarget, temperature: float) -> "SparseTeacher":
-        """Compute the distribution at a temperature from a packed target of finite values, for images of one pixel."""
+        """Compute the teacher's distribution at a temperature from a packed target with one pixel per image.
+
+        The target has values (B, k, 1, 1), all of them finite, and k is less than C.
+        """
         assert target.indices is not None
         assert target.tail is not None
         missing = target.num_classes - target.k

@@ -43,9 +43,9 @@ class Yolo(Export):
         return next((path.name for path in _tables(root)), next(iter(places.values())) + "/")
 
     def lists_classes(self, root: Path) -> bool:
-        """Return False: the names in a `classes.txt` are the layout's own, and do not replace them.
+        """Return False, because a `classes.txt` in this layout does not replace the class names.
 
-        YOLO exports list their class names in this file, and `names` reads it.
+        It is where a YOLO export may list them, and `names` reads it.
         """
         return False
 

@@ -332,14 +332,16 @@ def launch_tables(problem: RelationProblem) -> tuple[Axes, Axes, Axes]:
 def launch_weights(
     problem: RelationProblem, pixel_taps: Axes, block: int
 ) -> tuple[Tensor, Tensor, Tensor] | tuple[None, None, None]:
-    """Compute which share of each target cell counts and the cell's weight, see `weights_kernel`.
+    """Compute the share of each target cell's area whose pixels count, and the cell's weight.
+
+    The weight is the same share, but with each pixel multiplied by its gate.
 
     Args:
         problem: the checked arguments of the relation loss.
         pixel_taps: the first pair that `launch_tables` returns, the neighbour tables of the label pixels.
         block: cells per program.
-    Returns: (counted, weight, counts), or (None, None, None) if each cell counts and weighs 1. counted and weight are
-        (B, h, w) float32. counts is float64 with the sum of counted per program.
+    Returns: (counted, weight, counts), or (None, None, None) if each cell counts and weighs 1. `counted` is the share.
+        It and `weight` are (B, h, w) float32. `counts` is float64, the sum of `counted` over each program's cells.
     """
     if not problem.is_weighted:
         return None, None, None

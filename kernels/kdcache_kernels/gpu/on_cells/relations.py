@@ -250,8 +250,10 @@ def relations_gradient_kernel(
     Shapes and units:
         student, teacher: `Samples`, each followed by its strides (image, class, row, column) in elements.
         t_batched: 1 if the teacher's neighbour tables differ between images, else 0.
-        cells_ptr: (B, 7, h * w) float32, seven numbers per cell from `relations_kernel`.
-        factors_ptr, sums_ptr: (4, C) float32 and (2,) float64 from `classes_kernel`.
+        cells_ptr: (B, 7, h * w) float32 from `relations_kernel`: student's and teacher's softmax maximum and
+            denominator, the cell's weight, and two factors of the derivative.
+        factors_ptr: (4, C) float32 from `classes_kernel`: two means and two factors of the derivative per class.
+        sums_ptr: (2,) float64 from `classes_kernel`. This kernel reads the second, 1 / the number of counted cells.
         gradient_ptr: (B, C, h, w) float32 result, the gradient by the resized logits.
         plane: h * w. blocks: programs per image.
         limit: the largest magnitude of a usable logit. scale: log2(e) / T. temperature: T.
