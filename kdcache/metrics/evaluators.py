@@ -89,7 +89,7 @@ class Evaluator(ABC, Generic[Of]):
 
     @abstractmethod
     def words(self, metrics: Of) -> str:
-        """Return the score with its name and unit, such as "mIoU 63.10 %"."""
+        """Return the score, the metric that ranks models, from `metrics` with its name and unit: "mIoU 63.10 %"."""
 
     @abstractmethod
     def rows(self, metrics: Of) -> list[tuple[str, str]]:

@@ -163,7 +163,7 @@ class LossTerm:
 
     @property
     def takes(self) -> tuple[str, ...]:
-        """The settings for masks and schedules that affect the term, such as `gate`."""
+        """The names of the settings for masks and schedules that affect the term, such as `gate`."""
         # Numbers have neither classes nor void pixels.
         mask = MASK if self.reads_teacher and not self.numeric else ()
         return (*mask, SCHEDULE) if self.reads_teacher or self.labels_itself else mask

@@ -124,7 +124,7 @@ class CrossEntropy(_OnLabels):
 
     @property
     def takes(self) -> tuple[str, ...]:
-        """The settings of the training that affect the term: its weight and its other options."""
+        """The names of the training's settings that affect the term: its weight and its other options."""
         return ("ce_weight", "label_smoothing", "focal_gamma", "class_weights")
 
 
@@ -142,7 +142,7 @@ class KL(OfLogits):
 
     @property
     def takes(self) -> tuple[str, ...]:
-        """The settings of the training that affect the term: its options, and settings for masks and schedules."""
+        """The names of the training's settings that affect the term: options, and settings for masks and schedules."""
         return ("kl_weight", "temperature", *super().takes)
 
 
@@ -203,10 +203,7 @@ class TokenSimilarity(FeatureTerm):
         return maps + _made_of(manifest, "similarity")
 
     def arrays(self, manifest: Any) -> tuple[str, ...]:
-        """Return the paths of the arrays that the term reads in the cache of `manifest`.
-
-        They are the tap's stored similarities if the cache has them, else its features.
-        """
+        """Return the paths of the arrays to read from a cache: the tap's stored similarities, or else its features."""
         stored = self.teacher_tap in _made_of(manifest, self.kind)
         return (f"statistics/{self.kind}.{self.teacher_tap}",) if stored else super().arrays(manifest)
 
@@ -311,7 +308,7 @@ class Auxiliary(_OnLabels):
 
     @property
     def takes(self) -> tuple[str, ...]:
-        """The settings of the training that affect the term: only `label_smoothing`, as for the term `ce`."""
+        """The names of the training's settings that affect the term: only `label_smoothing`, as for the term `ce`."""
         return ("label_smoothing",)
 
 

@@ -105,8 +105,8 @@ def data_changes(
         indexed: True takes the digests of files with unchanged size and time from an index, without reading them. False
             reads every file.
         progress: called with (samples read, total samples).
-    Returns: ids of the samples that were added, removed or changed.
-    Raises: DataError for a file that cannot be read; CorruptError for a damaged cache.
+    Returns: the changes: ids of the samples that were added, removed or changed, and changed classes.
+    Raises: DataError for a file that cannot be read. CorruptError for a damaged cache.
     """
     recorded = recorded_in(source) if isinstance(source, Cache) else source
     changes = name_changes(recorded.class_names, recorded.ids, split)

@@ -63,7 +63,13 @@ class Dice(Overlap):
     kind = "dice"
 
     def of_classes(self, probability_BCP: Tensor, shown_BCP: Tensor, labelled_B1P: Tensor) -> Tensor:
-        """Return 1 - Dice (B, C) of each image and class. Arguments are as in `Overlap.of_classes`."""
+        """Return 1 - Dice of each image and class, (B, C).
+
+        Args:
+            probability_BCP: the student's probabilities at the P pixels of each image.
+            shown_BCP: bool, True if the pixel's label is the class.
+            labelled_B1P: bool, True if the pixel has a label.
+        """
         both_BC = (probability_BCP * shown_BCP).sum(2)
         either_BC = (probability_BCP * labelled_B1P).sum(2) + shown_BCP.sum(2)
         return 1 - 2 * both_BC / either_BC.masked_fill(either_BC == 0, 1)

@@ -270,7 +270,7 @@ class Bucket(Place):
             key: path of the object below the address.
             size: the object's size in bytes, or None if unknown. A copy of another size is downloaded again.
             sha256: the digest that a download must have, or None if unknown.
-        Raises: FileNotFoundError if the object is missing; ValueError if the downloaded bytes are wrong; StoreError if
+        Raises: FileNotFoundError if the object is missing. ValueError if the downloaded bytes are wrong. StoreError if
             the store cannot be reached or the local disk is full.
         """
         return self._mirror.open(self.folder, key, size, lambda file: self._download(key, sha256, file))

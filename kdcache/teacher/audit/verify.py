@@ -55,7 +55,10 @@ class Agreement:
 
     @property
     def ok(self) -> bool:
-        """True if it is the same teacher, no image has changed, and all errors are within their limits."""
+        """True if the teacher is the same, no image has changed, and the targets agree.
+
+        They agree if `argmax` is at least 0.995, `kl` at most 0.001 nats, and every error in `values` at most 0.01.
+        """
         same = not self.fingerprint and not self.drifted and all(e <= MAX_VALUE_ERROR for e in self.values.values())
         return same and self.argmax >= MIN_AGREEMENT and self.kl <= MAX_KL
 

@@ -43,7 +43,7 @@ def keep_records(
         device: the device of the training.
         workers: number of the loader's workers. Worker processes share no memory, so each would keep its own records.
         among: number of datasets that share the free memory.
-        note: is called with the result, or why nothing is kept.
+        note: is called with a text: how much is kept and where, or why nothing is kept.
     Raises: RecipeError for a choice that is not possible here. With `gpu` also KDCacheError for a record that cannot be
         read.
     """

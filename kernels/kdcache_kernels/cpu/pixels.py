@@ -126,12 +126,14 @@ def pixels(
     """Compute the fused CE + KL loss and its gradient for any sizes and windows, for a range of cell rows.
 
     A cell row is the label rows between logit rows i and i + 1. The cell rows are `first` to `last` - 1, and row i of
-    image b has the number b * h + i. A label row is cut into tiles of n pixels. Arguments that are not listed are as in
-    `cells.cells`.
+    image b has the number b * h + i. A label row is cut into tiles of n pixels.
+
+    Arguments that are not listed are as in `kdcache_kernels.cpu.cells.cells`. `starts` to `target_fractions` place the
+    label rows between the rows of logits. `form` to `gamma`, `use_kl` and `need_gradient` are settings of the loss.
 
     Shapes and units:
         student, target: (B, h, 1, C, w + 1) float32 logits times log2(e) / T, minus their maximum. The last column is
-            repeated.
+            repeated. h and w are those of the map.
         ids, weight, gate: (B, H, tiles, 1, n) class ids and pixel weights in CE and in KL, from `prepare.count_pixels`.
         spread: (B, H, tiles, 1, n), each class's share of a smoothed label, or empty without label smoothing.
         taps: neighbour tables of the label columns: (index, fraction) of the student, (tiles, n) each, then of the
@@ -139,6 +141,8 @@ def pixels(
             the logit to its right. Bt is B, or 1 if all images share them.
         wide: whether to subtract each label pixel's own maximum over the classes. Logits of a wide range need it,
             because all exponentials of a pixel would otherwise become 0.
+        upper, lower: results in the shape of `student`, the gradient at logit row i and at row i + 1.
+        losses: (B, h, 2) results, sums of weighted CE and KL in bits. The caller sets them to 0 first.
     """
     _, h, _, C, _ = student.shape
     ht = target.shape[1]

@@ -367,8 +367,9 @@ def launch(
 
     Shapes and units:
         problem, prepared: the checked arguments, and the result of `prepare` for them.
-        gradient: (B, C, h, w) contiguous result, written for those images except where strips meet. None computes none.
-        buffers: memory of the size that `needs` returns.
+        gradient: (B, C, h, w) contiguous result, written for those images except at seams: the rows of logits where two
+            strips meet. None computes no gradient.
+        buffers: memory of the size that `needs` returns. Its scratch gets what each strip adds at seams.
         tiling: from `choose_tiling`.
         stride: label pixels per logit along an axis, 2, 4 or 8.
     """

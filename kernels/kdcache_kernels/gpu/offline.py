@@ -68,9 +68,10 @@ def compile_instead(target: GPUTarget) -> Launched:
 
 
 def launch_from_meta_tensors() -> None:
-    """Let the public functions launch Triton kernels for tensors on the meta device, for the rest of the process.
+    """Make the package's public functions also launch their Triton kernels for meta tensors, forward and backward.
 
-    This affects forward and backward.
+    Meta tensors have a shape, but no memory. Use it with `compile_instead`, so that each launch only compiles its
+    kernel. The change lasts for the rest of the process.
     """
     ops._DEVICES["triton"] = "meta"
     for operator in (*vars(library).values(), *vars(on_cells).values()):

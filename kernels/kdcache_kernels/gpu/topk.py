@@ -48,8 +48,9 @@ def first_class(logits_ptr, strides, image, pixel, w):
     """Return pointers to class 0 of each lane's pixel, and the stride from one class to the next in elements.
 
     Shapes and units:
-        logits_ptr: (B, C, h, w) logits with `strides` in elements.
-        image, pixel: from `pixels`. w: columns of an image.
+        logits_ptr: (B, C, h, w) logits. strides: the four strides of the logits in elements.
+        image, pixel: int64, number of each lane's image, and of its pixel in the image, row by row.
+        w: columns of an image.
     """
     return logits_ptr + image * strides[0] + (pixel // w) * strides[2] + (pixel % w) * strides[3], strides[1]
 

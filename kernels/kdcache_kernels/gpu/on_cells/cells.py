@@ -303,11 +303,12 @@ Axes = tuple[Taps, Taps] | tuple[None, None]
 
 
 def launch_tables(problem: RelationProblem) -> tuple[Axes, Axes, Axes]:
-    """Compute the neighbour tables that the relation loss needs, see `tables_kernel`.
+    """Compute the neighbour tables with which the relation loss interpolates, by a launch of `tables_kernel`.
 
-    Returns: three pairs (rows, columns) of neighbour tables: of label pixels in the view's cells, of the window's cells
-        in the view's cells, and of cells in the student's logits. The first two are (None, None) without window and
-        flip. The third is (None, None) if the student has the target's size.
+    Returns: three pairs of a table for rows and a table for columns. The first pair gives the neighbours of label
+        pixels in the view's cells. The second gives the neighbours of the window's cells in the view's cells. The third
+        gives the neighbours of the window's cells in the student's logits. The first two are (None, None) without
+        window and flip. The third is (None, None) if the student has the target's size.
     """
     B, (H, W), (h, w), device = problem.student.shape[0], problem.size, problem.grid, problem.student.device
 
