@@ -134,14 +134,12 @@ def evaluate_run(
     Args:
         entry: the run or SPEC@FILE.
         split: the samples.
-        digest: the SHA-256 of the split's ids, images and labels, from `data_digest`. A stored evaluation must have the
-            same.
+        digest: the split's digest from `data_digest`. A stored evaluation must have the same.
         judging: how to evaluate.
         progress: called after each batch with (images done, images in total).
         fold: the fold that `split` is, if it is a part of another split, else None.
         contents: function that returns the digests of a split's images and labels.
-    Raises: MismatchError if the classes differ from the run's classes. DataError without labels. ModelError if memory
-        is too small.
+    Raises: MismatchError if the run has other classes. DataError without labels. ModelError if memory is too small.
     """
     run = entry.run
     if run is None:
@@ -328,13 +326,8 @@ def file_name(record: Record, folder: Path, run: str, *, own_size: bool = True) 
     """Return the name for an evaluation's file in `folder`, without a suffix.
 
     It is `record.name`, even if an earlier evaluation of the same data set has that name and will be replaced. If an
-    earlier one of another data set has it, a digest is appended.
-
-    Args:
-        record: the settings of the evaluation.
-        folder: the folder with the stored evaluations.
-        run: the run's name as the user wrote it.
-        own_size: whether the model sees images at the size of its training. If not, the name has the size.
+    earlier one of another data set has it, a digest is appended. `run` is the run's name as the user wrote it. If
+    `own_size` is False, the name has the size of the images that the model sees.
     """
     name = record.name(own_size=own_size)
     earlier = read_object(folder / f"{name}.json")
@@ -392,10 +385,8 @@ def write_evaluation(record: Record, path: Path, run: str, metrics: TaskMetrics)
 def name_of_several(records: Sequence[Record], run: str, *, own_size: bool = True) -> str:
     """Return the name of the file for an evaluation on several data sets, without a suffix.
 
-    Args:
-        records: the settings of the evaluation on each data set.
-        run: the run's name as the user wrote it.
-        own_size: whether the model sees images at the size of its training.
+    `records` are the settings of the evaluation on each data set. `run` is the run's name as the user wrote it.
+    `own_size` says that the model sees images at the size of its training.
     """
     kinds = [[record.place, record.name(own_size=own_size), record.which or run] for record in records]
     return f"evaluations-{hashlib.sha256(json.dumps(kinds).encode()).hexdigest()[:8]}"
