@@ -48,9 +48,10 @@ class RunSamples:
             return None
 
     def changes(self, now: "RunSamples") -> Changes:
-        """Return the changes of the training data since this run, or those of the validation data if there are none.
+        """Return the changes of the first data set that changed since this run. Without changes, the result is false.
 
-        `now` has the digests of today's data. For several streams, the first one with changes is reported.
+        The training data are compared first, stream by stream, then the validation data. A changed class list is also a
+        change. `now` has the digests of today's data.
         """
         classes = class_changes(self.class_names, now.class_names)
         pairs = [*zip(self.streams, now.streams, strict=False), (self.validation, now.validation)]

@@ -67,7 +67,7 @@ class Drawing:
 
 
 def draw(drawing: Drawing, models: Sequence[tuple[Entry, Shown]], gallery: Gallery, progress: Progress) -> list[str]:
-    """Draw pictures of each run, and of all runs next to each other. Return warnings, one sentence each.
+    """Write pictures of each run, and of all runs next to each other, to a folder. Return warnings, one sentence each.
 
     Args:
         drawing: the folder, and what to draw.

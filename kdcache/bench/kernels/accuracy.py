@@ -208,7 +208,9 @@ def _compute(point: Point, logits: Tensor, arguments: dict[str, Any], impl: str,
 
 
 def draw(point: Point, device: torch.device) -> tuple[Tensor, dict[str, Any]]:
-    """Draw the inputs of the loss at a point from fixed seeds, on the CPU, and move them to the device.
+    """Draw random inputs of the loss for a point, a combination of settings, and move them to the device.
+
+    They are drawn on the CPU from fixed seeds, so they are the same for each device.
 
     Returns: the student's float32 logits (B, C, h, w), and the other tensors as keyword arguments of
         `kdcache_kernels.distill_loss`.

@@ -42,7 +42,10 @@ class FolderWriter:
     out: Path
 
     def write_beginning(self) -> None:
-        """Write `classes.txt` if the split has classes, and `depth.toml` if it has depth files in a known unit."""
+        """Write the files of the new data set that do not belong to a sample.
+
+        These are `classes.txt` if the split has classes, and `depth.toml` if it has depth files in a known unit.
+        """
         self.out.mkdir(parents=True, exist_ok=True)
         if len(self.source.classes):
             write_classes(self.out, self.source.classes)
@@ -61,7 +64,7 @@ class FolderWriter:
         return folder / f"{self.source.ids[index]}{suffix}"
 
     def write_label(self, index: int, label: Pixels | None = None) -> Link | Literal["file"] | None:
-        """Write a sample's segmentation label, or link to its file, unless the label exists already.
+        """Write a sample's segmentation label to the new data set, or link to its file, unless it exists there.
 
         Args:
             index: the sample's position in the split.

@@ -26,8 +26,8 @@ _CHANNELS = 256
 class LightDeepLab(SegmentationModel):
     """The network of `kdcache:deeplab-mobilenet`: MobileNetV3 and a small DeepLab head, with logits at stride 32.
 
-    Taps: the backbone's stages, `reduced` (the backbone's output with fewer channels), and `head` (the classifier's
-    input).
+    Taps: `stage1` to `stage5` and `backbone` (the backbone's stages and output), `reduced` (its output with fewer
+    channels), and `head` (the classifier's input).
 
     Args:
         name: the part of a spec after the colon, such as `deeplab-mobilenet`.

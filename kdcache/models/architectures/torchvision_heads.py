@@ -35,7 +35,8 @@ MOBILENET_TAPS = {"stage1": "1", "stage2": "3", "stage3": "6", "stage4": "12", "
 class TorchvisionModel(SegmentationModel):
     """FCN or DeepLabV3 of torchvision: a backbone, and a head whose last layer is a 1x1 convolution, the classifier.
 
-    Taps: the backbone's stages, and `head`, the classifier's input before dropout.
+    Taps: `layer1` to `layer4` of a ResNet, or `stage1` to `stage5` and `backbone` (the output) of a MobileNetV3. Also
+    `head`, the classifier's input before dropout.
 
     Args:
         name: the part of a spec after the colon, such as `fcn_resnet50`: torchvision's name.

@@ -120,7 +120,9 @@ class RegressionAudit:
 def audit_regression(
     records: Records, name: str, *, worst: int = 10, progress: Progress | None = None
 ) -> RegressionAudit:
-    """Measure the quality of the numeric head `name`, from the cache and on whole images at view size.
+    """Compare the stored outputs of the numeric head `name` with labels, on whole images at view size.
+
+    If there is no label in the head's unit, only the stored values are counted.
 
     Args:
         records: the cache with its pixels and labels.
