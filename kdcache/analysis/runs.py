@@ -86,7 +86,10 @@ class Entry:
 def regressions_of(entry: Entry, classes: ClassList, which: str) -> Mapping[str, RegressionHead]:
     """Return the numeric heads that a run or SPEC@FILE predicts, by name. SPEC@FILE is loaded to find out.
 
-    `classes` are the classes of the data, and `which` names the weights, as in `Entry.load`. Raises: as `Entry.load`.
+    `classes` are the classes of the data. `which` are the run's weights, such as "best" or "last".
+
+    Raises: for SPEC@FILE, RecipeError if the weights are missing, ModelError if they do not fit, or MismatchError for
+        other classes than the data's.
     """
     return entry.run.model.judged_heads if entry.run is not None else entry.load(classes, which, (1, 1))[1].judged_heads
 

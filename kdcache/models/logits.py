@@ -43,7 +43,7 @@ class AsLogits(Wrapper):
         self.two = two
 
     def forward(self, x_B3HW: Tensor, taps: Sequence[str] = ()) -> Outputs:
-        """Return the model's outputs, with its segmentation converted to logits.
+        """Return the wrapped model's outputs, with its segmentation converted from `outputs` to logits.
 
         `x_B3HW` is normalised float RGB. `taps` are names of features to return.
         """

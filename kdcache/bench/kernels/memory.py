@@ -93,8 +93,8 @@ def peak_in_fresh_process(name: str, case: Case, impl: str, threads: int) -> flo
 def weigh(request: str) -> None:
     """Run one step of a contestant in this process, and print its peak memory in MiB as the last line.
 
-    `request` is JSON from `peak_in_fresh_process`, with that function's arguments as keys. A step on a tiny shape runs
-    first, so that loading code does not count.
+    `request` is a JSON object with the contestant's `name`, the `case`, the implementation `impl` of kdcache's loss,
+    and the number of `threads`. A step on a tiny shape runs first, so that loading code does not count.
     """
     words = json.loads(request)
     case = Case(**{**words["case"], "shape": Shape(**words["case"]["shape"])})

@@ -164,7 +164,7 @@ class Case:
         dtype: a name of DTYPES, the dtype of the student's logits.
         temperature: T.
         kept: number of classes that the target keeps per pixel, or None for a cache's default.
-        kind: a name of KINDS.
+        kind: what one step computes, a name of KINDS.
     """
 
     shape: Shape

@@ -118,7 +118,7 @@ class ScenesSpec:
         return {"train": self.train, "val": self.val, _UNLABELLED: self.unlabelled}.get(split, 0)
 
     def labels(self, split: str, number: int) -> list[tuple[str, int]]:
-        """Return (task, position) for each label of a sample.
+        """Return the labels that a sample has, as pairs (task, position).
 
         The position is the label's place in the tuple that `SceneCache.get` returns: 1 for segmentation, 2 for depth.
 

@@ -158,7 +158,7 @@ class Loss:
         self._sums: tuple[Array, Array] | None = None
 
     def add(self, map_chw: Array, kept_chw: Array | None = None) -> None:
-        """Add one record.
+        """Add the error of storing one record.
 
         Args:
             map_chw: the teacher's features (c, h, w), finite.

@@ -120,7 +120,7 @@ class Manifest(parts.Part):
 
     @property
     def regressions(self) -> dict[str, parts.Regression]:
-        """The heads with numbers, such as depth, by head name."""
+        """The entries of the numeric heads, such as depth: name of the head -> entry."""
         return {name: head for name, head in self.heads.items() if isinstance(head, parts.Regression)}
 
     @property

@@ -31,7 +31,7 @@ def plan_manifest(probe: TeacherProbe, *, fidelity: bool = True) -> Manifest:
 
     Args:
         probe: the split, the teacher and the options of the build. The teacher must be on the options' device.
-        fidelity: False skips measuring what storing loses, even if the options ask for it.
+        fidelity: False does not measure the errors that storing the logits causes, even if the options ask for it.
     Raises: RecipeError for an invalid number of classes to keep; ModelError for a teacher that does not return logits
         or does not fit the data set; StoreError for a split or tap whose name cannot be a folder name.
     """

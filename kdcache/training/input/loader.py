@@ -67,9 +67,10 @@ class Draws(Dataset[Batch | KDCacheError]):
         return [self.dataset.sample_id(self.visit(draw)[0]) for draw in draws]
 
     def empty(self, *leading: int, pin_memory: bool = False) -> Batch:
-        """Allocate memory for samples. `empty()` is for one sample, `empty(B)` for a batch of B samples.
+        """Return a `Batch` of uninitialised tensors with the shapes and dtypes of the samples.
 
-        `pin_memory` is True for page-locked memory, from which copies to a GPU are fast.
+        `empty()` is for one sample, `empty(B)` for a batch of B samples. `pin_memory` is True for page-locked memory,
+        from which copies to a GPU are fast.
         """
         return self.dataset.empty(*leading, pin_memory=pin_memory)
 

@@ -139,9 +139,9 @@ class Rare:
         ]
 
     def visit(self, draw: int) -> tuple[int, int]:
-        """Return the number of the record that a draw takes, and a random number in place of an epoch.
+        """Return the number of the record that a draw takes, and a random number.
 
-        The random number chooses a view at random.
+        Other orders return an epoch instead of the random number. Either chooses one of the record's stored views.
         """
         # The third word keeps these generators apart from those of the augmentation.
         rng = np.random.default_rng((self._seed, draw, 2))

@@ -32,8 +32,8 @@ def make_optimizer(
     Args:
         model: the model to train.
         settings: optimizer, learning rate, weight decay and factors on the rate.
-        criterion: the loss, whose projections are trained at the full rate, and discriminators by Adam at their own
-            rate. None trains only the model.
+        criterion: the loss. Its projections are trained without these factors on the rate, and its discriminators by
+            Adam at their own rate. None trains only the model.
         capturable: True makes an optimizer for a CUDA graph: its rate and step count are tensors on the device, and its
             update is one fused kernel.
     Raises: RecipeError if a prefix in `lr_scale` begins no parameter's name, and for SGD with a discriminator.
