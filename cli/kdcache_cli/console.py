@@ -20,6 +20,9 @@ class Terminal(Console):
     """A console that prints names, paths and errors as plain text, without control characters.
 
     Strings may have rich's markup, such as [bold]. In tables, panels and bars, markup is printed as it is.
+
+    Args:
+        options: arguments of rich's `Console` other than `markup` and `emoji`.
     """
 
     def __init__(self, **options: Any) -> None:

@@ -83,7 +83,7 @@ class Group:
 
     @property
     def distilled(self) -> bool:
-        """True if any of its streams learnt from a teacher's targets, or if its recipe is unknown."""
+        """True if any stream of the row's training learnt from a teacher's targets, or if the recipe is unknown."""
         return not self.settings or any(map(_is_distilled, stream_settings(self.settings)))
 
     @property

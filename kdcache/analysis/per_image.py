@@ -43,7 +43,7 @@ class ImageScore:
     iou: tuple[float, ...]
 
     def score(self, task: str = SEGMENTATION) -> float:
-        """Return the score in a task, or NaN if the image does not have one."""
+        """Return the image's score in a task: mIoU or rmse. NaN if the image does not have a label for the task."""
         return self.scores.get(task, math.nan)
 
     @property

@@ -103,9 +103,9 @@ def in_turn(steps: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, S
 
 
 def on_device(step: Callable[[], Any], repeats: int) -> Spread:
-    """Time a step `repeats` times on the current CUDA device, with CUDA events. Overwrite the L2 cache each time.
+    """Measure `repeats` times how long a step takes on the current CUDA device, in milliseconds, with CUDA events.
 
-    The step must be warmed up already.
+    The L2 cache is overwritten before each measurement. The step must be warmed up already.
     """
     flush = torch.empty(_flush_bytes(), dtype=torch.uint8, device="cuda")
     event: Any = torch.cuda.Event
@@ -121,7 +121,7 @@ def on_device(step: Callable[[], Any], repeats: int) -> Spread:
 
 
 def on_host(step: Callable[[], Any], repeats: int) -> Spread:
-    """Measure `repeats` times how long the CPU takes to launch a step on the current CUDA device.
+    """Measure `repeats` times how long the CPU takes to launch a step on the current CUDA device, in milliseconds.
 
     The step must be warmed up already.
     """

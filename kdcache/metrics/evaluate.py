@@ -185,7 +185,9 @@ def accumulate(
     depth: DepthSettings | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Accumulator]:
-    """Run a model on samples of a split, and add its predictions to an accumulator for each task. Return them by task.
+    """Run a model on samples of a split, and return task -> an accumulator with the predictions and labels.
+
+    An accumulator's method `result` returns the metrics. Samples without a label for a task do not count in it.
 
     Args:
         model: the model, on the device of `inference`.

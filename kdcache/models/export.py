@@ -80,6 +80,9 @@ class Deployed(nn.Module):
     Args:
         model: the model, in eval mode.
         raw: True leaves out the resize, so that logits are at the native stride.
+
+    Attributes:
+        mean, std: (3, 1, 1), the normalisation of red, green and blue.
     """
 
     mean: Tensor

@@ -310,7 +310,10 @@ def encode_map(picture: Picture, size: tuple[int, int]) -> bytes:
 
 
 def encode_depth(depth: DepthMap, size: tuple[int, int]) -> bytes:
-    """Return a depth map as the bytes of a JPEG, resized to `size` (H, W), with its colour bar below."""
+    """Return a depth map as the bytes of a JPEG, resized to `size` (H, W) in pixels, with its colour bar below.
+
+    If the colour bar is wider than W, H and W are multiplied by the smallest whole number that makes room for it.
+    """
     factor = math.ceil(depth.bar(size[1]).width / size[1])
     enlarged = factor * size[1], factor * size[0]
     small = Image.fromarray(depth.values.astype(np.float32)).resize(enlarged, Image.Resampling.NEAREST)

@@ -106,7 +106,7 @@ class DrawnDataset(Dataset[Batch], ABC):
 
     @property
     def label_flags(self) -> npt.NDArray[np.bool_] | None:
-        """Bool array (len(self),): True for each sample with a label that is used. None if all samples have one."""
+        """Bool array (len(self),), True for each sample with a label that the training uses. None means all samples."""
         if self._complete:
             return None
         return np.array([self._has_label(number) for number in self.indices], np.bool_)

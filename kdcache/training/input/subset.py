@@ -59,9 +59,12 @@ class Part:
         return all(part is None for part in parts)
 
     def choose(self, ids: Sequence[str]) -> Selection:
-        """Return the numbers of the samples in this part. `ids` are the ids of all samples of the cache or data set.
+        """Return the numbers of the samples in this part, and the numbers of the samples whose labels are used.
 
-        Raises: RecipeError if no sample is left, for a fold that does not exist, and for an invalid file `labels_from`.
+        `ids` are the ids of all samples of the cache or data set, in order. A number is a position in `ids`.
+
+        Raises: RecipeError if no sample is left, if the fold does not exist, or if the file in the attribute
+            `labels_from` is invalid.
         """
         numbers = range(len(ids))
         if self.whole:

@@ -287,7 +287,8 @@ _EXAMPLES = {DEPTH: ", for instance --data scenes:96x128,depth=exact"}
 def check_tasks(config: TrainConfig, offered: Sequence[str]) -> None:
     """Raise RecipeError if a loss term needs labels of a task that the data source does not have.
 
-    `offered` are the tasks of the data source.
+    The setting `labels` may also name such a task, which is the same error. `offered` are the tasks for which the data
+    source has labels.
     """
     named = () if config.data.labels in ("all", "none") else config.data.labels.split("+")
     terms = [term for term in config.terms if term.needs_labels]

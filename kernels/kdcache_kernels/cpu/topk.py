@@ -197,7 +197,7 @@ def densify_tasks(first, last, values, indices, tail, width, out):
         values: (B, k, N) float32 kept logits minus the pixel's largest.
         indices: (B, k, N) int32 class ids of the kept logits.
         tail: (B, N) float32 log-odds of the mass of the dropped classes, which share it evenly.
-        out: (B, C, N) float32 result.
+        out: (B, C, N) float32 result, also minus the pixel's largest logit.
     """
     k, pixels = values.shape[1:]
     num_classes = out.shape[1]

@@ -33,9 +33,9 @@ class Yolo(Export):
     looks_for: ClassVar[str] = f"{IMAGES}/ and {LABELS}/ with text files, data.yaml or {CLASSES_FILE}"
 
     def found(self, root: Path) -> str:
-        """Return the file of class names below `root`, or the folder of labels if there is no such file.
+        """Return the name of the file in `root` that lists the classes. Without such a file, return the label folder.
 
-        Return '' if labels are not text files.
+        The text is for messages. It is '' if `root` is not a YOLO export, because labels are not text files.
         """
         places = _places(root)
         if not places or not all(_holds_texts(root / labels) for labels in places.values() if (root / labels).is_dir()):
