@@ -432,9 +432,14 @@ def _with_images(metrics: TaskMetrics, path: Path, sha256: str) -> TaskMetrics:
 
 
 def judged_range(heads: Mapping[str, RegressionHead], split: Split, settings: DepthSettings) -> DepthRange | None:
-    """Return the range and crop of the depth labels that count for a model on a split. None if depth is not evaluated.
+    """Return the range and crop of the depth labels that count when a model is evaluated on a split.
 
-    `heads` are the model's numeric heads by name. `settings` are the limits and the crop that the user chose.
+    Return None if the split has no depth in metres, or the model does not predict it.
+
+    Args:
+        heads: the model's numeric heads by name.
+        split: the split.
+        settings: the limits and the crop that the user chose.
     """
     tasks = [task for task in split.tasks if in_metres([task])]
     judged = [head for task in tasks if (head := metric_head(heads, task)) is not None]

@@ -60,7 +60,7 @@ def list_splits(data: str | os.PathLike[str], *, exports: bool = False) -> list[
     """Return the sorted names of a data set's splits. For joined data sets, return the names that all of them have.
 
     Args:
-        data: the data set, as for `open_split`.
+        data: a folder, LAYOUT:FOLDER, `scenes`, or another spec that `open_split` takes.
         exports: also accept layouts that `data convert` must convert first.
 
     Raises: DataError for an invalid spec, or a folder without a known layout.

@@ -136,7 +136,10 @@ class ClassMapped(SegmentationModel):
         return Outputs({**outputs.heads, SEGMENTATION: self.map_logits(outputs.logits)}, outputs.features)
 
     def map_logits(self, logits_BChw: Tensor) -> Tensor:
-        """Map the teacher's logits (B, teacher classes, h, w) to logits (B, data classes, h, w) of the same dtype."""
+        """Map the teacher's logits (B, teacher classes, h, w) to logits (B, data classes, h, w) of the same dtype.
+
+        The probabilities of merged classes are summed.
+        """
         return _merge(logits_BChw, self.sources, self.absent)
 
     def check_taps(self, taps: Iterable[str]) -> None:

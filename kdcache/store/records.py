@@ -157,7 +157,7 @@ class Records:
     def is_same(self, record: int, pixels: Array) -> bool:
         """Return True if `pixels`, uint8 (H, W, 3), are the pixels that the teacher saw for record number `record`.
 
-        Their checksums are compared. This needs a data set.
+        Their checksum is compared with the cache's. This needs records that were opened with a data set.
         """
         return pixel_checksum(pixels) == int(self._checksums[record])
 

@@ -130,9 +130,9 @@ def label_counts(dataset: DrawnDataset) -> npt.NDArray[np.int64]:
 
 
 def sample_counts(dataset: DrawnDataset) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Return two arrays for the N labelled samples: the pixels of each class (N, C), and all pixels (N,).
+    """Return two arrays for the N labelled samples: the pixels of each class (N, C), and all pixels, also void, (N,).
 
-    The result is kept for the next call, because counting reads all labels.
+    The result is kept for the next call with the same data set, because counting reads all labels.
     """
     if dataset not in _COUNTED:
         classes = len(dataset.classes)
@@ -178,7 +178,7 @@ def rare_order(config: TrainConfig, dataset: DrawnDataset, seed: int, note: Call
 def target_counts(cache: Cache, dataset: DrawnDataset) -> npt.NDArray[np.int64]:
     """Return for each class (C,) the number of cells in which it is the teacher's best class.
 
-    At most 256 samples are counted, evenly spread. With a class map, classes are those of the training.
+    View 0 of at most 256 samples is counted, evenly spread. With a class map, classes are those of the training.
     """
     samples, mapped = dataset.indices, dataset.mapped
     counts = np.zeros(256, np.int64)

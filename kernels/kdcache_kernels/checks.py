@@ -163,7 +163,8 @@ def check_size(labels: Tensor | None, size: tuple[int, int] | None) -> tuple[int
 def check_class_ids(labels: Tensor, num_classes: int, ignore_index: int) -> None:
     """Raise ValueRangeError for a label that is neither a class id (0 to num_classes - 1) nor `ignore_index`.
 
-    Does nothing if `may_read` does not allow reading the labels.
+    Labels on a GPU are checked only with KDCACHE_DEBUG=1, because the check waits for the GPU. Nothing is checked while
+    `torch.compile` traces.
     """
     if not may_read(labels):
         return

@@ -104,7 +104,10 @@ class DepthReport:
         ]
 
     def warnings(self, split: str) -> list[str]:
-        """Return sentences about depth that is valid, but rarely intended. `split` is the split's name."""
+        """Return sentences about valid depth that is rarely intended. `split` is the split's name.
+
+        There are two: under 0.1 % of the pixels have a known depth, or no depth is 0.1 m or more.
+        """
         doubts = []
         if self.known and self.share < LEAST_SHARE:
             doubts.append(

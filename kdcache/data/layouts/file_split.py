@@ -32,7 +32,10 @@ class FileSource(Source[Values]):
         return Path(self.file)
 
     def digest(self, of_file: FileDigest | None = None) -> str:
-        """Return the SHA-256 (hex) of the file's bytes. `of_file` computes it for a path. None reads the file."""
+        """Return the SHA-256 (hex) of the file's bytes.
+
+        `of_file` is a function that returns a file's digest, such as one that remembers digests. None reads the file.
+        """
         return (of_file or file_digest)(Path(self.file))
 
 

@@ -61,7 +61,11 @@ class Wrapper(SegmentationModel):
         self.model.check_taps(taps)
 
     def adopt_names(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Return the tensors `state` of a weights file (name -> tensor), renamed to the wrapped model's names."""
+        """Return the tensors of a weights file under the names that the wrapped model gives them.
+
+        `state` is name -> tensor, as the file has them. Other versions of a library may name the same tensors
+        otherwise.
+        """
         return self.model.adopt_names(state)
 
 

@@ -29,7 +29,7 @@ FEATURES = "features"
 
 @dataclass(frozen=True)
 class Judge:
-    """Says which number of a task's score chooses the best weights, such as mIoU for segmentation.
+    """The number that chooses a task's best weights, such as mIoU for segmentation.
 
     Attributes:
         prefix: the text before the number's name in logs, such as `depth_`.

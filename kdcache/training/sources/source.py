@@ -26,8 +26,9 @@ class Source:
 
     Attributes:
         stream: name, weight and class map.
-        given: the stream's settings, with `flip` as the user gave it. `augment` is not `auto`.
-        config: the same settings, with `flip` and all settings that depend on the data filled in.
+        given: the stream's settings with size, fit, zoom and kind of augmentation filled in, but `flip` as the user
+            gave it.
+        config: the same settings, with `flip` and all other settings that depend on the data filled in.
         cache: the open cache, or None for a data folder.
         dataset: the samples.
         rows: the number of the stream's samples in every batch.

@@ -334,7 +334,8 @@ def label_logit(rows, columns, fraction_n, offset_n):
 
     Shapes and units:
         rows: pointers to the student's rows above and below the pixel. fraction_n: weight of the row below.
-        columns: (left logit, right logit, weight of the right one). offset_n: offset of the class in elements.
+        columns: (index of the logit to the left, index of the logit to the right, weight of the right one).
+        offset_n: offset of the class in elements.
     """
     left_n, right_n, column_n = columns
     top_n = tl.load(rows[0] + left_n + offset_n)

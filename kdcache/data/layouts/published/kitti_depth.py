@@ -27,7 +27,7 @@ _SELECTIONS = ("", "depth_selection", "data_depth_selection/depth_selection")
 
 
 class KittiDepth(Layout):
-    """The layout of KITTI's depth prediction benchmark."""
+    """The layout of KITTI's depth prediction benchmark: images with depth from LiDAR, without classes."""
 
     name: ClassVar[str] = "kitti-depth"
     looks_for: ClassVar[str] = f"train/ or val/ (or {ANNOTATED}/train/) with DRIVE_sync/proj_depth/groundtruth/"
