@@ -125,7 +125,10 @@ def is_partial(path: Path) -> bool:
 
 
 def clear_partials(folder: Path) -> None:
-    """Remove the temporary files of `replacing` from a folder. No other process may be writing there."""
+    """Remove temporary files from a folder, which a killed process left in `replacing`.
+
+    No process may be writing there.
+    """
     for leftover in filter(is_partial, list(folder.iterdir()) if folder.is_dir() else []):
         leftover.unlink(missing_ok=True)
 

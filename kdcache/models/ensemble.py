@@ -142,10 +142,10 @@ class EnsembleModel(SegmentationModel):
 
         Args:
             x_B3HW: float RGB in 0 to 1. Each member normalises it.
-            taps: taps of the first member, whose features to return.
+            taps: the taps of the first member whose features are returned.
         Returns: `heads`, with `segmentation` (B, C, h, w): the log of the mean probabilities. Another head, such as
         depth, has (B, 1, h', w'): its value after the head's nonlinearity is the mean of the members' values.
-        `features` are the first member's, for the image itself and not for other renderings.
+        `features` are the first member's, for the image itself and not for mirrored or scaled renderings.
         Raises: ModelError for unknown taps.
         """
         self.check_taps(taps)

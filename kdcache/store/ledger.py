@@ -319,7 +319,7 @@ def read_or_none(place: Place, key: str, most: int, sha256: str | None = None) -
 
 
 def seal(place: Place, shards: int, metadata_keys: Iterable[str]) -> bool:
-    """Write complete.json, the seal, if all shards are finished. Return False if a shard is not finished.
+    """Write complete.json, the seal, and return True if all shards are finished. Otherwise only return False.
 
     Args:
         place: the cache's location.

@@ -55,8 +55,8 @@ class StoreWriter:
 
     Attributes:
         finished: numbers of the shards that are finished on disk.
-        repaired: the manifest's entry on shards that this build writes again with other library versions, or None if
-            there are none.
+        repaired: the manifest's entry on shards that this build writes again with other library versions, or on another
+            device, than the rest of the cache. None if there are none.
     """
 
     def __init__(self, place: Place, manifest: Manifest, worker: Worker) -> None:
@@ -151,9 +151,9 @@ class StoreWriter:
             release()
 
     def seal(self) -> bool:
-        """Seal the cache if all shards of all workers are finished. Return False if other workers are not finished.
+        """Seal the cache and return True if all workers have finished their shards. Otherwise only return False.
 
-        Call it when `missing` is empty.
+        Call it when `missing` is empty, so when this worker has finished.
         """
         assert not self.missing, self.missing
         keys = [*metadata_keys(self.manifest), *([recovery.SPARE] if self.place.exists(recovery.SPARE) else [])]

@@ -17,7 +17,7 @@ def check_data(sweep: Sweep) -> None:
 
     Streams with a class map are not compared.
 
-    Raises: MismatchError for other classes; DataError for a stream without the labels that its loss needs, or with data
+    Raises: MismatchError if classes differ; DataError for a stream without the labels that its loss needs, or with data
         that cannot be opened.
     """
     recipe = sweep.recipe

@@ -98,7 +98,7 @@ def plan_reuse(
         reuse: the earlier cache.
         data: folder or spec of a data set, or a split.
         split: name of the split. Default: the earlier cache's split.
-        teacher: where the teacher comes from, as in `kdcache.build_cache`.
+        teacher: a run folder, SPEC@FILE, a module or a `Teacher`. Several run folders or specs are an ensemble.
         given: name -> value of the settings that the user gave. Other settings are those of the earlier cache.
         out: the cache to build.
         note: called with each text that the user should see.
@@ -278,7 +278,7 @@ def plan_build(
 
     Args:
         source: the split.
-        teacher: where the teacher comes from, as in `kdcache.build_cache`, such as a run folder.
+        teacher: a run folder, SPEC@FILE, a module or a `Teacher`. Several run folders or specs are an ensemble.
         settings: name -> value of all settings of the build.
         out: the cache to build, or None. If it was already begun, it determines how images are fitted.
         note: called with each text that the user should see.

@@ -86,8 +86,9 @@ def plan(
     scales their bytes and seconds to the whole split. Nothing is kept.
 
     Args:
-        data: the data set, as in `kdcache.build_cache`.
-        teacher: the teacher, as in `kdcache.build_cache`.
+        data: folder or spec of a data set, or a split.
+        teacher: a run folder, SPEC@FILE, a module, or the result of `load_teacher`. Several run folders or specs are an
+            ensemble.
         out: the folder or address for the cache. Only its free space is read.
         split: name of the split. Default: train.
         measure_disk: also write at most 2 GB to the disk of `out`, measure its speed, and delete them.

@@ -97,8 +97,8 @@ class DepthTerm(Term):
         """Return the loss (B,) of each image, 0 for an image without a valid pixel.
 
         Args:
-            prediction_BHW: the student's depth, as `compared` returns it, with the gradient.
-            reference_BHW: depth of the labels or the teacher, as `compared` returns it.
+            prediction_BHW: the student's depth, in the unit that `compared` returns. Only it gets a gradient.
+            reference_BHW: depth of the labels or the teacher, in the same unit.
             mask_BHW: bool, True for valid pixels.
         """
         raise NotImplementedError

@@ -93,9 +93,10 @@ class Interleaved:
         self._orders = tuple(Order(len(records), seed, shard_records) for records in self._records)
 
     def visit(self, draw: int) -> tuple[int, int]:
-        """Return the number of the record that a draw takes, and the epoch of this draw.
+        """Return the number of the record that draw number `draw` takes, and the epoch of this draw.
 
-        Labelled and other records have separate epochs.
+        Records with a label, and records without one, have separate epochs. A new epoch of one kind begins when all its
+        records were taken.
         """
         parts, of = self._share.numerator, self._share.denominator
         before = draw * parts // of  # draws of labelled records so far

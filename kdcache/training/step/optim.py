@@ -163,7 +163,10 @@ class Schedule:
             self._set(self._highest * self._factor(self._step))
 
     def after_validation(self, score: float) -> None:
-        """Tell `plateau` the score of a validation, where higher is better. Other schedules ignore this call."""
+        """Tell the schedule `plateau` the score of a validation, so that it may halve the learning rate.
+
+        A higher score is better. The other schedules ignore this call.
+        """
         if self._kind != "plateau":
             return
         if score > self._best * (1 + BETTER if self._best > 0 else 1 - BETTER):

@@ -94,8 +94,9 @@ def tiles_kernel(
         num_lanes, num_blocks: the number of columns of cells of all strips of the batch, and the number of blocks.
         most_columns: the largest number of label columns of a cell. steps: bit length of max(H, W).
         scratch_ptr: float32, `scratch_size` elements per program.
-        POWER: T if it is 1 to 4 and both terms are computed, else 0. BLOCK_SUMS, BLOCK_C, UNROLL, LANES: as in
-            `Tiling`. DEPENDENT: see `take_turn`.
+        POWER: T if it is 1 to 4 and both terms are computed, else 0. DEPENDENT: see `take_turn`.
+        BLOCK_SUMS, BLOCK_C: classes at a time in the sums and in the gradient. UNROLL: blocks of BLOCK_C classes per
+            iteration of the loop. LANES: lanes per program.
     Results:
         gradient_ptr: (B, C, h, w), or None for no gradient.
         partials_ptr: `Buffers.partials`. Row first_partial + program gets the program's sums of CE and KL in nats.
