@@ -245,7 +245,7 @@ def overlay(pixels_HW3: Array, ids_HW: Array, classes: ClassList, opacity: float
 
     Args:
         pixels_HW3: the image, uint8 (H, W, 3).
-        ids_HW: class ids (H, W).
+        ids_HW: class ids, uint8 (H, W). Ids without a class, such as void, are light grey.
         classes: the colours of the classes.
         opacity: from 0 (image only) to 1 (classes only).
     """

@@ -60,9 +60,9 @@ class ImageCounts:
 
     @property
     def parts(self) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-        """Hits and unions, (N, C) each.
+        """The pixel counts `hits` (intersections) and `unions`, (N, C) each.
 
-        Sum both over some images: the mean over classes of hits / unions is the mIoU of these images.
+        If both are summed over some images, the mean over classes of hits / unions is the mIoU of these images.
         """
         return self.hits, self.unions
 

@@ -63,9 +63,11 @@ def common_classes(results: Sequence[OnDataSet]) -> tuple[str, ...]:
 
 
 def common_mious(results: Sequence[OnDataSet]) -> dict[int, float]:
-    """Return the mIoU (0 to 1) over the common classes, by the index of the data set in `results`.
+    """Return each data set's mIoU (0 to 1) over the classes that have an IoU on all data sets.
 
     This mIoU compares data sets with different classes. Data sets without segmentation labels are left out.
+
+    Returns: index of the data set in `results` -> mIoU.
     """
     names = common_classes(results)
     return {number: mean_of([_ious(metrics)[name] for name in names]) for number, metrics in _segmented(results)}

@@ -216,7 +216,7 @@ class TrainConfig:
 
     @property
     def compares_metres(self) -> bool:
-        """True if a term compares depth in metres. `depth-ssi` does so only with labels."""
+        """True if a term compares depth in metres. The term `depth-ssi` does so only if it learns from labels."""
         return any(term.in_metres and (term.reads_labels or self.reads_targets) for term in self.active)
 
     @property

@@ -82,8 +82,15 @@ class Counted(NamedTuple):
     """The checked arguments of `kdcache_kernels.distill_denominators`, which counts the denominators of CE and KL.
 
     Attributes:
-        labels, class_weight, num_classes, ignore_index, distill_void, size, window, flip: as in `LossProblem`.
+        labels: (B, H, W) class ids, or None without labels.
+        class_weight: (C,) floats. None weighs every class 1.
+        num_classes: C.
+        ignore_index: the label of void pixels.
+        distill_void: whether KL counts void pixels.
+        size: (H, W) of the labels in pixels.
         view_size: (height, width) of the target's view in pixels, or None without a target.
+        window: (B, 4) float64 edges (y0, x0, y1, x1) in pixels of the view. None is the whole view.
+        flip: (B,) bool, whether the window is mirrored. None mirrors nothing.
         batch: B.
     """
 

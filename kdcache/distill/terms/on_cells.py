@@ -103,9 +103,10 @@ class Decoupled(OnCells):
     spec: specs.Decoupled
 
     def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
-        """Return alpha * TCKD + beta * NCKD, times T^2, averaged over cells: 0-dimensional.
+        """Return T^2 * (alpha * TCKD + beta * NCKD), averaged over cells: 0-dimensional.
 
-        `count` is the denominator, 0-dimensional. None uses the batch's own number of counted cells.
+        TCKD is the KL between teacher and student of the target class against all others. NCKD is the KL of the other
+        classes. `count` is the denominator, 0-dimensional. None uses the batch's own number of counted cells.
         """
         assert batch.rows.target is not None  # by `reads_target`; all classes are kept, by `check_terms`
         maps = seen_on_cells(self, batch, batch.student.logits, batch.rows.target.values)

@@ -113,7 +113,10 @@ class Maps(Reading):
         self.hidden = hidden
 
     def call(self, network: nn.Module, x_B3HW: Tensor) -> object:
-        """Return the network's return value for images (B, 3, H, W). With `hidden`, it has all blocks' outputs."""
+        """Return the network's return value for images (B, 3, H, W).
+
+        If the attribute `hidden` is True, the network is asked to include the outputs of all its blocks.
+        """
         return network(x_B3HW, output_hidden_states=True) if self.hidden else network(x_B3HW)
 
     def features(self, answer: object, size: tuple[int, int], patch: int | None) -> dict[str, Tensor]:

@@ -304,7 +304,8 @@ def _decode_blosc(payload: Any, out: Array) -> None:
 def decode_zstd(payload: Any, out: Array) -> None:
     """Decompress the zstd frame `payload` into the array `out`.
 
-    Raises: ValueError if the decompressed size is not `out`'s size; NotImplementedError if the frame does not give it.
+    Raises: ValueError for bytes that are not a zstd frame, and if the decompressed size is not the size of `out`.
+        NotImplementedError if the frame does not give its decompressed size.
     """
     # A frame that holds less than was requested is no error to zstd: the rest of `out` would stay what it was.
     # One that does not say what it holds would be decoded to its end, whatever that takes.

@@ -25,7 +25,7 @@ class RecordSource(Protocol):
     """The interface for reading records: a cache, or memory that keeps its records. Safe in several threads at once."""
 
     def read_into(self, record: int, path: str, out: Array) -> None:
-        """Read one record of the cache's array `path` into `out`."""
+        """Read record `record` of the cache's array `path` into `out`, which has one record's shape and dtype."""
 
 
 class RamRecords:

@@ -195,8 +195,10 @@ class Watch:
     def unsure(self, values: Mapping[str, float], *, last: bool) -> Iterator[str]:
         """Yield a note, once, for each stream whose pseudo labels had no confident pixel in the last 3 calls.
 
-        `values` has name of a loss term -> its value. With `last` of True, this call without a confident pixel is
-        enough.
+        Args:
+            values: name -> value of the losses in a log line. The share of confident pixels has a name such as
+                `kitti/confident`.
+            last: True for the training's last log line. One call without a confident pixel is then enough.
         """
         for name, value in values.items():
             stream, slash, part = name.rpartition("/")
@@ -215,8 +217,9 @@ class Watch:
     def lopsided(self, step: int, norms: dict[str, float]) -> Iterator[str]:
         """Yield a note, once, for each term whose gradient is very small or very large next to cross-entropy's.
 
-        A stream's terms are compared with the stream's own cross-entropy. At step 0, terms without any gradient are
-        skipped, because the queue of the term `queue` is still empty then.
+        That is a norm of less than 0.01 or more than 10 times cross-entropy's, or 100 times at step 0. A stream's terms
+        are compared with the stream's own cross-entropy. At step 0, terms without any gradient are skipped, because the
+        queue of the term `queue` is still empty then.
 
         Args:
             step: number of the step, from 0.

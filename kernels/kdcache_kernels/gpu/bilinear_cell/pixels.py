@@ -64,7 +64,8 @@ def read_labels(label_ptrs, stride_h, stride_w, pixels, active, i, j, g, h, w, S
     Shapes and units:
         label_ptrs: pointers to the first of these pixels, one per lane. stride_h and stride_w are in elements.
         pixels: `Pixels`, for the number of classes and the void id. active: bool, whether the lane has a cell.
-        i, j, g, h, w: as in `in_image`.
+        i, j: the cell lies between logits i and i + 1 vertically, and j and j + 1 horizontally. -1 is the first.
+        g: number of the group in the cell, from top to bottom. h, w: rows and columns of the student's logits.
     Returns: (labels, bits, lowest, highest)
         labels: tuple of int32 blocks with two class ids each, see `unpack`.
         bits: int32, with bit (id modulo 32) set for each id.

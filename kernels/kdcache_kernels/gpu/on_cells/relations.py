@@ -371,7 +371,12 @@ def relation_loss(problem: RelationProblem) -> tuple[Tensor, Tensor]:
 
 
 def relation_moments(problem: RelationProblem) -> Tensor:
-    """Compute `kdcache_kernels.relation_moments` on CUDA from checked arguments. The result is (6, C) float64."""
+    """Compute `kdcache_kernels.relation_moments` on CUDA from checked arguments.
+
+    Returns: (6, C) float64, for each class: the sum of the cells' weights, the student's and the teacher's mean
+        probability, and the weighted sums over cells of a * b, a * a and b * b. a and b are the deviations of the
+        student's and the teacher's probability from these means.
+    """
     if problem.student.shape[0] == 0:
         shape = (MOMENTS, problem.student.shape[1])
         return torch.zeros(shape, dtype=torch.float64, device=problem.student.device)
