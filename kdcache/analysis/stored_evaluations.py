@@ -385,8 +385,8 @@ def write_evaluation(record: Record, path: Path, run: str, metrics: TaskMetrics)
 def name_of_several(records: Sequence[Record], run: str, *, own_size: bool = True) -> str:
     """Return the name of the file for an evaluation on several data sets, without a suffix.
 
-    `records` are the settings of the evaluation on each data set. `run` is the run's name as the user wrote it.
-    `own_size` says that the model sees images at the size of its training.
+    `records` has a record for each data set, and `run` is the run's name as the user wrote it. `own_size` says that the
+    model sees images at the size of its training.
     """
     kinds = [[record.place, record.name(own_size=own_size), record.which or run] for record in records]
     return f"evaluations-{hashlib.sha256(json.dumps(kinds).encode()).hexdigest()[:8]}"
@@ -434,12 +434,8 @@ def _with_images(metrics: TaskMetrics, path: Path, sha256: str) -> TaskMetrics:
 def judged_range(heads: Mapping[str, RegressionHead], split: Split, settings: DepthSettings) -> DepthRange | None:
     """Return the range and crop of the depth labels that count when a model is evaluated on a split.
 
-    Return None if the split has no depth in metres, or the model does not predict it.
-
-    Args:
-        heads: the model's numeric heads by name.
-        split: the split.
-        settings: the limits and the crop that the user chose.
+    None if the split has no depth in metres, or the model does not predict it. `heads` are the model's numeric heads by
+    name. `settings` are the limits and the crop that the user chose.
     """
     tasks = [task for task in split.tasks if in_metres([task])]
     judged = [head for task in tasks if (head := metric_head(heads, task)) is not None]
