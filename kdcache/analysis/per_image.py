@@ -100,7 +100,7 @@ class ImageScores:
 
     @property
     def tasks(self) -> tuple[str, ...]:
-        """The evaluated tasks."""
+        """The names of the evaluated tasks: "segmentation", "depth" or both."""
         return tuple(self.by_task)
 
     @property
@@ -109,7 +109,7 @@ class ImageScores:
         return self.confusion.metrics()
 
     def known(self, score: Score = MIOU) -> list[float]:
-        """Return the scores of the images that have one, in the order of the split."""
+        """Return the images' values of `score`, in the order of the split. Images without a value are left out."""
         return [value for image in self.images if not math.isnan(value := score.of(image))]
 
     def to_json(self) -> dict[str, Any]:

@@ -95,7 +95,7 @@ def regressions_of(entry: Entry, classes: ClassList, which: str) -> Mapping[str,
 
 
 def check_judged(entries: Sequence[Entry]) -> None:
-    """Check that every run has learnt a task that labels can judge.
+    """Check that every run has learnt segmentation or depth, so that labels can judge it.
 
     Raises: RecipeError for runs that learnt only features.
     """

@@ -69,7 +69,7 @@ def check_repeats(count: int, flag: str = "--repeats") -> None:
 
 
 def default_repeats(device: torch.device) -> int:
-    """Return the default number of samples per contestant on a device: 100 on CUDA, else 15."""
+    """Return the default number of timed samples of each compared implementation: 100 on CUDA, else 15."""
     return CUDA_REPEATS if device.type == "cuda" else CPU_REPEATS
 
 

@@ -96,9 +96,9 @@ def read_classes(folder: Path) -> ClassList:
 
 
 def read_numbers(folder: Path) -> dict[int, int] | None:
-    """Return a dict from each number in label files to a class id, or to 255 for void.
+    """Return what `classes.txt` in a data folder defines: number in label files -> class id, or 255 for void.
 
-    `classes.txt` of a data folder defines it. Return None if every number is a class id already, or without that file.
+    Return None if every number is a class id already, or if the folder does not have that file.
 
     Raises: DataError for an invalid file, like `read_classes`.
     """

@@ -106,7 +106,7 @@ def check_folds(split: Split, folds: int, by: str | None = None) -> None:
 def check_fold_labels(
     rounds: Iterable[Iterable[tuple[int, Pixels | None]]], folds: int, class_names: Sequence[str]
 ) -> None:
-    """Check folds like `check_folds`, with labels that the caller reads.
+    """Check that every class has labelled pixels in at least two folds. The caller reads the labels.
 
     Args:
         rounds: the labels in several rounds, each an iterable of (fold number, label). A label is uint8 (H, W) or None.

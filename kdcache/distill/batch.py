@@ -189,7 +189,7 @@ class Batch:
         """Return the bool mask (B, H, W) of pixels of the student's image that lie in the teacher's view.
 
         The mask is (1, H, W) if all rows show the whole view. `form` is the format of the targets, such as an open
-        cache, and `size` is (H, W).
+        cache. `size` is (H, W) of the student's image.
         """
         return self._positions(form, size).inside()
 

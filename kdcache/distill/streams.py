@@ -140,8 +140,13 @@ class Criterion(nn.Module):
         """Return the weighted loss of each active term, as a dict: name -> 0-dimensional tensor with a gradient.
 
         Use it to measure the gradient of each term. The weights include the weight of the stream and the balance. A
-        named stream also has the sum of its weighted terms, such as `kitti/loss`. The arguments and errors are the same
-        as in `forward`.
+        named stream also has the sum of its weighted terms, such as `kitti/loss`.
+
+        Args:
+            outputs: the student's outputs for the pixels of all streams, one stream after another.
+            streams: the batch of each stream.
+            counts: the denominators of each stream's loss. None uses the batches' own.
+        Raises: RecipeError or DataError as `DistillLoss.forward`.
         """
         parts: dict[str, Tensor] = {}
         parted = self._parted(outputs, streams, counts)

@@ -110,7 +110,7 @@ def _make_plain(figure: "Figure") -> None:
 def dress(axes: "Axes", title: str, x: str = "", y: str = "") -> "Axes":
     """Set the title and the axis labels (`x`, `y`) of matplotlib axes. Return the axes.
 
-    They get a light grid, and no frame at the top and right.
+    Also give the axes a light grid, and remove their frame at the top and right.
     """
     axes.set_title(title, fontsize=11, color=INK)
     axes.set_xlabel(x, fontsize=10)

@@ -90,7 +90,12 @@ class Framing:
     def scaled(self, image_size: Size, size: Size) -> Size:
         """Return the size (H, W) that an image is resized to before windows are cut.
 
-        `image_size` is (H, W) of the image, and `size` is (H, W) of the model's input.
+        With a set window, it follows from `whole`, or is the image's own size without `whole`. Otherwise it follows
+        from the model's input size.
+
+        Args:
+            image_size: (H, W) of the image.
+            size: (H, W) of the model's input.
         """
         target = size if self.window is None else self.whole
         if target is None:

@@ -134,7 +134,10 @@ class EnsembleModel(SegmentationModel):
         return EnsembleModel(self.parts, self.shares).eval()
 
     def check_taps(self, taps: Iterable[str]) -> None:
-        """Check that the first member has these taps. Raises: ModelError for an unknown one."""
+        """Check that the first member has these taps, because only it returns features.
+
+        Raises: ModelError for an unknown tap.
+        """
         self.parts[0].check_taps(taps)
 
     def forward(self, x_B3HW: Tensor, taps: Sequence[str] = ()) -> Outputs:

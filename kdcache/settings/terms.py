@@ -60,7 +60,7 @@ class PseudoLabels(LossTerm):
 
     @property
     def whole_batch(self) -> bool:  # type: ignore[override]
-        """True if a quantile is set, because it is computed over the whole batch."""
+        """True if a quantile is set. It is computed over the whole batch, so the batch cannot be divided."""
         return self.quantile is not None
 
 

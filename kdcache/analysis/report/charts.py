@@ -131,7 +131,7 @@ def _alternative(title: str, lines: Sequence[Line], unit: str, digits: int) -> s
 
 
 def ticks(low: float, high: float, most: int) -> list[float]:
-    """Return at most `most` round numbers from `low` to `high`."""
+    """Return at most `most` round numbers from `low` to `high`, or [low] if `high` is not above `low`."""
     span = high - low
     if not math.isfinite(span) or span <= 0:
         return [low]

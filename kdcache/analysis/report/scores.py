@@ -61,7 +61,7 @@ class Column:
 
 
 def scores(comparison: Comparison) -> Markup:
-    """Return the section with the table of scores, the tables of differences, and their explanations."""
+    """Return the report's section with the table of scores, the tables of differences, and their explanations."""
     tables = [(view.title, *difference_table(comparison, task)) for task, view in VIEWS.items()]
     return render(
         "scores.html",

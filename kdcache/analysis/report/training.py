@@ -143,9 +143,10 @@ def curves(trainings: Sequence[Training]) -> Markup | None:
 
 
 def gradients(trainings: Sequence[Training]) -> Markup | None:
-    """Return the section that compares each loss term's gradient norm with cross-entropy's, or None.
+    """Return the report's section that compares each loss term's gradient norm with cross-entropy's.
 
-    A stream's terms are compared with the cross-entropy of the same stream. None if no log has norms of other terms.
+    A stream's terms are compared with the cross-entropy of the same stream. Return None if no log has gradient norms of
+    other terms than cross-entropy.
     """
     terms = [
         _term(training, name)

@@ -54,7 +54,7 @@ class Settings:
     weigh: bool = True
 
     def cases(self) -> Iterator[Case]:
-        """Yield a `Case` for every combination of shape, kind and dtype, without repetitions."""
+        """Yield a `Case` for every combination of a shape, a kind of loss and a dtype of the settings, each once."""
         grid = itertools.product(self.shapes, self.kinds, self.dtypes)
         yield from dict.fromkeys(Case(shape, dtype, kind=kind) for shape, kind, dtype in grid)
 

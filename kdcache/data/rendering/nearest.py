@@ -36,7 +36,10 @@ def _cell(centre, step, length):
 
 @kernel(READ_ONLY_FLOATS, types.UniTuple(types.float64, 4), types.boolean, FLOATS)
 def render_nearest(depth_HW, window, flip, out_HW):
-    """Fill `out_HW` with the depth in a window, by the rules of `kdcache.data.render_depth`.
+    """Fill `out_HW` with the depth in a window.
+
+    Each pixel of the result takes the source pixel at its centre or, if that is unknown, the nearest known one that it
+    covers. It is NaN if there is none, and outside the source.
 
     Args:
         depth_HW: float32 (H, W) in metres, NaN for unknown.

@@ -64,7 +64,10 @@ class Footprint:
 
 
 def no_window(transform: str) -> DataError:
-    """Return the DataError for a transform that moves pixels other than by cropping, resizing, padding or flipping."""
+    """Return the DataError for a transform that moves pixels other than by cropping, resizing, padding or flipping.
+
+    `transform` is its name, for the message.
+    """
     return DataError(
         f"Cannot trace {transform}: it moves pixels in other ways than crops, resizes, padding and horizontal flips",
         fix="Leave it out of what is traced. Changes of colour may stay.",

@@ -172,7 +172,8 @@ def default_state(name: str, whole: bool) -> dict[str, Tensor]:
 def default_moments(name: str) -> tuple[list[float], list[float]]:
     """Return the mean and the standard deviation of RGB in 0 to 1 that the encoder's weights were trained with.
 
-    `name` is the part of a spec after the colon, such as `unet-resnet18`. The weights are those of `default_state`.
+    The weights are the ImageNet weights that smp downloads. `name` is the part of a spec after the colon, such as
+    `unet-resnet18`.
 
     Raises: ModelError if they were trained on other channels than red, green and blue, or cannot be looked up.
     """

@@ -60,7 +60,7 @@ def is_checkpoint(spec: str) -> bool:
 
 
 def parse_hub(spec: str) -> HubSpec:
-    """Split the spec of a hub model into its parts.
+    """Split the spec of a hub model, such as `hf:nvidia/mit-b0,revision=main`, into library, name and options.
 
     Raises: ModelError for an unknown option or task, and if the name is missing.
     """

@@ -143,9 +143,9 @@ class TimmMaps(Reading):
         super().__init__({})
 
     def call(self, network: Any, x_B3HW: Tensor) -> object:
-        """Return the network's features for images (B, 3, H, W), by tap.
+        """Return the network's features for images (B, 3, H, W), as a dict: tap -> features.
 
-        `summary` is pooled, (B, c, 1, 1). The stages are (B, c, h, w).
+        The tap `summary` has the pooled features, (B, c, 1, 1). The taps `stage1`, `stage2`, ... have (B, c, h, w).
         """
         names = network.forward_intermediates.__code__.co_varnames
         norm = {"norm": True} if "norm" in names else {}

@@ -149,12 +149,10 @@ class Estimate:
 def student_seconds(spec: str, classes: int, options: BuildOptions) -> float:
     """Measure a student's forward and backward pass, and return the seconds per image.
 
-    `options` gives the view size, the batch size and the device.
-
     Args:
         spec: model spec of the student, such as `kdcache:tiny`.
         classes: number of classes.
-        options: the options of the build.
+        options: the options of the build, which give the view size, the batch size and the device.
     Raises: ModelError for an invalid spec.
     """
     height, width = options.size if options.crop is None else options.crop

@@ -53,7 +53,7 @@ class DiskRate:
 
     @property
     def slows_down(self) -> bool:
-        """True if the last rate is less than half of the first rate."""
+        """True if the disk wrote the last fifth at less than half the rate of the first fifth."""
         return self.last < SLOWER * self.first
 
 

@@ -32,10 +32,10 @@ _OF_FEATURES = ("features/", "scales/")
 
 @dataclass(frozen=True)
 class Seconds:
-    """The seconds per record of each stage of a build.
+    """Measured seconds per record: of a build, of its stages, and of reading a target.
 
     Attributes:
-        build: the whole pass.
+        build: the whole build.
         render: decoding and resizing the images.
         teach: the teacher's forward pass.
         write: compressing and writing.

@@ -92,12 +92,13 @@ def load_like(
 
     Args:
         fingerprint: the entry on the teacher in the cache's manifest.
-        origins: where each teacher comes from, as in `load_teacher`, in the order of the build.
+        origins: for each teacher a run folder, `RUN@best-ema`, `SPEC@FILE` or `SPEC@default`, in the order of the
+            build.
         classes: the classes of the data set.
         class_map: file that names the data class for each class of a teacher. None if the classes are the same.
         classified: whether the cache has a segmentation head.
-    Raises: MismatchError for another number of teachers, or for a cache of earlier versions with one teacher per head;
-        the errors of `load_teachers`.
+    Raises: MismatchError for another number of teachers, for a cache of earlier versions with one teacher per head, or
+        for other classes. ModelError or RecipeError for a teacher that cannot be loaded.
     """
     check_computable(fingerprint)
     _check_plain(origins)

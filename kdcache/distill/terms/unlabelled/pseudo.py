@@ -183,7 +183,8 @@ class Consistency(Pseudo):
     The strong view is the student's image. The weak view has the same pixels before the colour jitter. `by` says who
     predicts the weak view: `student`, its moving average `ema`, or `store`, the cached teacher. Student and average
     predict in eval mode and without gradient. Pixels without a label count, but pixels outside the image do not.
-    `threshold`, `quantile` and `normalise` are as in `Pseudo`. Gates weigh only the cached teacher's pixels.
+    `threshold` or `quantile` says which pixels are confident, and `normalise` what the sum is divided by, see `Pseudo`.
+    Gates weigh only the cached teacher's pixels.
 
     Default weight 1, threshold 0.968, `normalise=all`.
     Source: Sohn et al. 2020 (FixMatch), arXiv 2001.07685, equation 4; the threshold, and `share`: Tranheden et al. 2021
@@ -227,7 +228,10 @@ class Consistency(Pseudo):
         )
 
     def confident_and_counted(self, batch: TermBatch) -> tuple[Tensor, Tensor]:
-        """Return the number of confident pixels and the number of counted pixels, 0-dimensional float64 each."""
+        """Return how many counted pixels have a confident pseudo label, and how many pixels count.
+
+        Each is a 0-dimensional float64.
+        """
         _, confident_BHW, counted_BHW = self._confident(batch)
         return confident_BHW.sum(dtype=torch.float64), counted_BHW.sum(dtype=torch.float64)
 
