@@ -33,8 +33,8 @@ def cluster(address: str | None) -> Iterator[Any]:
     the block.
 
     Args:
-        address: as in `ray.init`. None and "auto" take the environment variable RAY_ADDRESS, if it is set. "auto" never
-            starts a cluster.
+        address: the cluster's address, such as "10.0.0.1:6379" or "ray://10.0.0.1:10001". None and "auto" take the
+            environment variable RAY_ADDRESS, if it is set. "auto" never starts a cluster.
 
     Raises:
         RecipeError: Ray is not installed, or there is no cluster at the address.

@@ -60,12 +60,13 @@ class _Picture:
 
 
 def find_images(paths: Sequence[str]) -> list[Input]:
-    """Find the images of paths: files, folders with all images below them, and patterns such as `photos/*.jpg`.
+    """Return the images that paths name: files, folders with all images below them, or patterns like `photos/*.jpg`.
 
-    The names of results keep the subfolders of a folder.
+    An image's result is named after its file. For an image of a folder, the name also has its subfolders. An image that
+    is named twice is returned once.
 
-    Raises: DataError for a missing path, a folder or pattern without images, a file that is not an image, or two images
-    whose results would have the same name.
+    Raises: DataError for a missing path, a folder or pattern without images, or a file that is not an image. It is also
+        raised if the results of two images would have the same name.
     """
     images: dict[str, Input] = {}
     if not paths:

@@ -129,7 +129,10 @@ class Batch:
         return changed
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
-        """Return a copy with all tensors on `device`. `non_blocking` is as in `Tensor.to`."""
+        """Return a copy with all tensors on `device`.
+
+        True for `non_blocking` does not wait for copies between pinned memory and a GPU, like `Tensor.to`.
+        """
         return self.map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def empty_like(self, device: torch.device) -> "Batch":

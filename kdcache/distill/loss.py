@@ -74,7 +74,7 @@ class DistillLoss(nn.Module):
         size: (H, W) of the labels of a whole view, if their aspect ratio differs from the view's. None is the view's.
         impl: the implementation of the kernels (see `kdcache_kernels.distill_loss`).
     Raises: RecipeError for an invalid weight, temperature or impl.
-    Source: Hinton et al. 2015, arXiv 1503.02531, section 2; focal Lin et al. 2017, arXiv 1708.02002.
+    Source: Hinton et al. 2015, arXiv 1503.02531, section 2. Focal loss: Lin et al. 2017, arXiv 1708.02002.
     """
 
     class_weight: Tensor | None
@@ -284,8 +284,13 @@ class DistillLoss(nn.Module):
     def parts(self, outputs: Outputs | Tensor, batch: Batch, counts: Counts | None = None) -> dict[str, Tensor]:
         """Return the weighted loss of each active term, as a dict: name -> 0-dimensional tensor with a gradient.
 
-        Use it to measure the gradient of each term. Terms that do not teach the student are left out. The arguments and
-        errors are the same as in `forward`.
+        Use it to measure the gradient of each term. Terms that do not teach the student are left out.
+
+        Args:
+            outputs: the student's outputs, or only a tensor of logits (B, C, h, w).
+            batch: labels and targets of the same samples.
+            counts: denominators to divide by. None uses the batch's own.
+        Raises: RecipeError and DataError for an unsuitable batch or outputs, as `forward` does.
         """
         student = unpacked(outputs)
         batch = self._with_targets(batch, student.logits.dtype)

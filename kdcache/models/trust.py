@@ -23,7 +23,7 @@ _FIX = "Name a model that `kdcache models` lists, or restore the file from a cop
 def trusting(trust: bool = True) -> Iterator[None]:
     """Allow the import of code that a file names, such as a run's model function, in a with block.
 
-    False changes nothing: inside an outer `trusting()` block, the import stays allowed.
+    `trust` False changes nothing: inside an outer `trusting()` block, the import stays allowed.
     """
     token = CODE_ALLOWED.set(trust or CODE_ALLOWED.get())
     try:

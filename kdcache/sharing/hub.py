@@ -154,10 +154,10 @@ def push_store(
     Args:
         source: the cache to push.
         address: the repository's address.
-        changes: what the copy changes, as in `copy_store`. None means no changes.
+        changes: how the pushed copy differs, such as its codec, or that it has the images. None means no changes.
         licence: a licence's name on the Hub, such as "cc-by-4.0". None is an error.
         private: whether a new repository is private. A public repository is then an error.
-        fidelity: the measured error of rounded logits, as in `copy_store`, or None if it was not measured.
+        fidelity: the error that rounding logits causes (codec `small`), or None if it was not measured.
         cache_dir: folder for the copy, which is removed after the push. None means the user's cache folder.
         progress: whether to show huggingface_hub's progress bars on a terminal.
     Raises: StoreError if the Hub refuses the push, if the repository has files of another cache, or without a licence.

@@ -161,9 +161,10 @@ def checked_loss(problem: LossProblem, family: str) -> LossResult:
 
 
 def computed(problem: LossProblem, family: str) -> LossResult:
-    """Compute the loss of a problem with an implementation, "numba", "triton" or "torch", without checks.
+    """Compute the loss of a problem with the implementation `family`: "numba", "triton" or "torch".
 
-    With only one class, loss and gradient are exactly 0, or NaN if a counted pixel depends on an unusable logit.
+    Arguments are not checked. With only one class, loss and gradient are exactly 0, or NaN if a counted pixel depends
+    on an unusable logit.
     """
     result: LossResult = module_of(family, "loss").distill_loss(problem)
     if problem.student.shape[1] > 1:

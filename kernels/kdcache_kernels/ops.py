@@ -224,8 +224,9 @@ def distill_denominators(
     Pass the sums over all parts of a batch to each part's `distill_loss`. The parts' losses then add up to the loss of
     the whole batch. (DistributedDataParallel averages gradients, so multiply the loss by the number of ranks.)
 
-    Pass labels_BHW, target or both. `num_classes` is the student's number of classes. Every other argument must have
-    the value that `distill_loss` gets, which explains it.
+    Pass labels_BHW, target or both. `num_classes` is the student's number of classes. All other arguments (label size,
+    class weights, label of void, window, flip, whether KL counts void, implementation) must have the values that
+    `distill_loss` gets, which explains them.
 
     Returns: (ce, kl), 0-dimensional float64 on the device. ce is the sum of the class weights of the labelled pixels,
         or 0 without labels. kl is the number of pixels that KL counts, or 0 without a target. A label outside 0 to

@@ -63,8 +63,8 @@ def draw_street(
         width: width of the image in pixels, at least 16.
         style: colours, objects and camera of the scene.
 
-    Returns: the image, uint8 (height, width, 3) RGB, its class ids, uint8 (height, width), 255 for void, and its depth,
-        float32 (height, width) metres, NaN in the sky.
+    Returns: (image, label, depth). The image is uint8 (height, width, 3) RGB. The label has class ids, uint8 (height,
+        width), 255 for void. The depth is float32 (height, width) in metres, NaN in the sky.
     """
     scene = _Scene.draw(rng, height, width, style)
     scene.sky()

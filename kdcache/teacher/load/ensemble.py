@@ -150,8 +150,10 @@ def check_cross_fit(origins: Sequence[str], split: Split, by: str | None = None)
         split: the data set. All its labels are read.
         by: regular expression whose match in a sample id names the sample's sequence. None for folds by a hash of each
             id.
-    Raises: MismatchError if a teacher has seen its fold, or was trained on other data; RecipeError for a run without a
-        recipe, or if a class has labels in one fold only.
+
+    Raises:
+        MismatchError: a teacher has seen its fold, or was trained on other data than `split`.
+        RecipeError: a run does not have a recipe, or a class has labels in one fold only.
     """
     folds = len(origins)
     check_folds(split, folds, by)

@@ -219,9 +219,15 @@ def densify_tasks(first, last, values, indices, tail, width, out):
 
 
 def pack(logits_BChw: Tensor, k: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Compute `kdcache_kernels.pack` in float32 on the CPU, with the same bits for any number of threads.
+    """Keep the k largest logits of every pixel, in float32 on the CPU, with the same bits for any number of threads.
 
-    Returns: (values, indices, tail), the last two None if k = C, as in `PackedTarget`.
+    It is the "numba" implementation of `kdcache_kernels.pack`.
+
+    Args:
+        logits_BChw: any floating dtype, any strides.
+        k: 1 to C. C keeps every class in class order.
+    Returns: (values, indices, tail) as in `PackedTarget`: the kept logits (B, k, h, w) minus the pixel's largest, their
+        class ids, and the log-odds (B, h, w) of the other classes' mass. With k = C, indices and tail are None.
     Raises: ShapeError or ValueRangeError for wrong arguments.
     Memory: the result in float32 and int32. Logits that are not contiguous float32 are copied.
     """

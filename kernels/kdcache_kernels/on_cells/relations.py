@@ -136,8 +136,8 @@ def relation_moments(
     >>> kdcache_kernels.relation_moments(student, teacher, view_size=(16, 16), size=(16, 16)).shape
     torch.Size([6, 3])
 
-    Pass the part's logits, masks and gate. Every argument and error is the same as in `relation_loss`, which explains
-    them. `counted_BHW` are the pixels that count, and `pixel_weight_BHW` is the gate.
+    Pass the arguments that `relation_loss` gets for this part: logits, view size, label size, temperature, window,
+    flip, gate, mask of counted pixels and implementation. `relation_loss` explains them. The errors are the same.
 
     Returns: (6, C) float64. For each class: the sum of the cells' weights, the weighted means of the student's and the
         teacher's probabilities p and q, and three sums over the cells. With a = p - its mean and b = q - its mean,

@@ -183,7 +183,8 @@ def turned_ellipse(label: str, centre: Point, radii: Point, degrees: float, scal
         centre: (x, y) of the centre.
         radii: half the width and half the height, before rotation.
         degrees: the clockwise rotation.
-        scale: the unit of centre and radii, as in `Shape.scale`.
+        scale: 0 for centre and radii in pixels. Otherwise, the coordinate at the image's full width and height: 1 or
+            100.
     """
     (cx, cy), (rx, ry) = centre, radii
     if not degrees:
