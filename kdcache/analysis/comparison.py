@@ -50,7 +50,10 @@ class RunScore:
         return Metrics(names, nothing, nothing, (0,) * len(names), math.nan, math.nan, math.nan)
 
     def images(self, task: str) -> Images | None:
-        """Return the per-image counts or metrics of a task, or None if they are not known."""
+        """Return the numbers of each image in a task: counts of pixels per class, or depth metrics.
+
+        Return None if they are not known.
+        """
         metrics = self.tasks.by_task.get(task)
         return None if metrics is None else metrics.images
 

@@ -100,7 +100,7 @@ def read_numbers(folder: Path) -> dict[int, int] | None:
 
     Return None if every number is a class id already, or if the folder does not have that file.
 
-    Raises: DataError for an invalid file, like `read_classes`.
+    Raises: DataError if the file is empty or malformed.
     """
     if not (folder / CLASSES_FILE).is_file():
         return None
@@ -113,7 +113,7 @@ def read_numbers(folder: Path) -> dict[int, int] | None:
 def says_numbers(folder: Path) -> bool:
     """Return whether a line of `classes.txt` in a data folder says which number in label files means a class or void.
 
-    Return False without this file. Raises: DataError for an invalid file, like `read_classes`.
+    Return False without this file. Raises: DataError if the file is empty or malformed.
     """
     return (folder / CLASSES_FILE).is_file() and _read(folder).numbered
 
@@ -124,7 +124,7 @@ def read_colour_codes(folder: Path) -> ColourCodes | None:
     A class is given by its number if the file has numbers, and by its class id if not. Return None if the file does
     not exist, or if a class has no unique colour.
 
-    Raises: DataError for an invalid file, like `read_classes`.
+    Raises: DataError if the file is empty or malformed.
     """
     if not (folder / CLASSES_FILE).is_file():
         return None

@@ -179,7 +179,7 @@ class DistillLoss(nn.Module):
 
         `dtype` is the dtype of the student's logits.
 
-        Raises: RecipeError or DataError if the batch lacks something that a term reads, as in `forward`.
+        Raises: RecipeError or DataError if the batch lacks something that a term reads.
         """
         batch = self._with_targets(batch, dtype)
         self._check(batch)

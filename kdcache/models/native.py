@@ -230,7 +230,7 @@ class SegmentationModel(nn.Module):
 
     @property
     def deployed(self) -> "SegmentationModel":
-        """The model without the heads that are used in training only. Its weights are the ones that are saved."""
+        """The model without the heads that are used in training only. A run saves the weights of this model."""
         return self
 
     @property

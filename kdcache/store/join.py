@@ -89,7 +89,7 @@ class JoinedCache(Cache):
 
         `out` must be a writable C-contiguous array with the record's shape and dtype.
 
-        Raises: CorruptError for a damaged file; IndexError for a missing record; StoreError for an unsuitable `out`.
+        Raises: CorruptError for a damaged file; IndexError for a missing record; StoreError for another kind of `out`.
         """
         if path in self._further:
             cache, path_there = self._further[path]

@@ -217,8 +217,8 @@ def named_flag(value: Any) -> str | None:
 def filled(table: Flags, own: Flags) -> dict[str, Any]:
     """Return `table` with each value such as "{limit-labels}" replaced by that flag's value in `own`.
 
-    Both map names of flags, without dashes, to values. `own` has the flags of an arm. A flag that the arm does not have
-    becomes "".
+    `table` and `own` map names of flags, without dashes, to values. `own` has the flags of an arm. A flag that the arm
+    does not have becomes "".
     """
     return {key: value if (name := named_flag(value)) is None else own.get(name, "") for key, value in table.items()}
 

@@ -89,7 +89,7 @@ class Shape:
 
     @property
     def class_pixels(self) -> int:
-        """B * C * H * W, the number of elements of each label-size tensor of a rival."""
+        """B * C * H * W, the number of elements of class scores at label size, which kdcache's rivals store."""
         return self.batch * self.num_classes * self.height * self.width
 
     def __str__(self) -> str:

@@ -56,7 +56,7 @@ class LayoutRoot(NamedTuple):
     Attributes:
         layout: its layout.
         root: the folder in which it begins.
-        images: a folder with other images for its samples, or None.
+        images: a folder whose images replace the data set's own images, or None.
     """
 
     layout: Layout

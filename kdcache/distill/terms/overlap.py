@@ -17,7 +17,7 @@ class Overlap(Term):
     """
 
     def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
-        """Return the mean of `of_classes` over each image's classes, then over labelled images, 0-dimensional.
+        """Return the mean of `of_classes` over the classes in an image's label, then over the labelled images.
 
         `count` is the denominator, 0-dimensional. None uses the batch's own number of labelled images.
         """

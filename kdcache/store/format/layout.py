@@ -74,7 +74,7 @@ class Layout:
         return self.chunk_rows * math.prod(self.shape[1:]) * self.dtype.itemsize
 
     def used_chunks(self, shard: int) -> int:
-        """Return the number of chunks in shard number `shard` that hold records. The last shard may have fewer."""
+        """Return the number of chunks in shard number `shard` that hold records, fewer in an incomplete last shard."""
         return min(self.shard_chunks, -(-self.shape[0] // self.chunk_rows) - shard * self.shard_chunks)
 
     def key(self, shard: int) -> str:

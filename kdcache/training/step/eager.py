@@ -41,7 +41,7 @@ class EagerStep:
     Args:
         model: the model, on `device`.
         criterion: the loss, on `device`. It may have parameters.
-        optimizer: the optimizer of the parameters of both.
+        optimizer: the optimizer of the model's and the loss's parameters.
         device: the device of the training.
         bf16: True runs the model under autocast to bfloat16.
         clip_grad: largest L2 norm of the gradient. 0 does not clip.

@@ -75,10 +75,10 @@ class Taps(NamedTuple):
 class Plan(NamedTuple):
     """The neighbour tables and the layout of label columns that one call of the CPU loss needs.
 
-    There are two layouts: by cells, for the kernel `cells.cells`, and by pixels, for the kernel `pixels.pixels`. Both
-    cut a row of label pixels into tiles. By cells, a tile has four phases, each with every fourth of its label columns.
-    By pixels, a tile has one phase. Bt is B, or 1 if all images share an array. For the student's arrays, Bt is always
-    1.
+    There are two layouts: by cells, for the kernel `cells.cells`, and by pixels, for the kernel `pixels.pixels`. In
+    both layouts, a row of label pixels is cut into tiles. By cells, a tile has four phases, each with every fourth of
+    its label columns. By pixels, a tile has one phase. Bt is B, or 1 if all images share an array. For the student's
+    arrays, Bt is always 1.
 
     Attributes:
         student_rows, student_columns: `Taps` (H,) and (W,), neighbours of label rows and columns in the student's
@@ -96,7 +96,7 @@ class Plan(NamedTuple):
             By cells, they are (Bt, tiles, n), four label pixels apart. By pixels, there is one at each of the student's
             or the target's w logits, and the last one twice: (1, 1, w + 1).
         student_runs, target_runs: (Bt, tiles, 2) int64, or (1, 1, 2) by pixels. For each tile, the first and the end
-            index of a run of nodes that lie exactly on consecutive logits. Both are 0 if there is no run.
+            index of a run of nodes that lie exactly on consecutive logits. Both indices are 0 if there is no run.
         columns: None by cells. By pixels, (low, fraction, low, fraction): the fields of the student's `Taps` of the
             label columns, (tiles, n) each, then of the target's, (Bt, tiles, n) each.
     """
