@@ -100,10 +100,10 @@ class Group:
         return is_control(self.settings)
 
     def likeness(self, other: "Group") -> float:
-        """Return how unlike two rows are: the number of settings in `differs` whose values differ. 0 means equal.
+        """Return how unlike two rows are: how many settings that distinguish rows (`differs`) have different values.
 
-        If both rows have streams, all their streams together count as one setting. It adds the share (0 to 1) of the
-        streams' settings that differ.
+        0 means equal. If both rows have streams, all their streams together count as one setting. It adds the share (0
+        to 1) of the streams' settings that differ.
         """
         streams = [*(self.settings.get("stream") or ()), *(other.settings.get("stream") or ())]
         both = bool(self.settings.get("stream")) and bool(other.settings.get("stream"))

@@ -86,7 +86,8 @@ class EnsembleModel(SegmentationModel):
         tta: renderings of each image to average over. None uses the image only.
 
     Raises:
-        ModelError: the members do not fit each other.
+        ModelError: members differ in the number of classes, in `align_corners`, or in a head that several have. Or a
+            shared numeric head is not in metres.
         RecipeError: a weight is invalid, or members have a depth head and 1 is missing in `tta.scales`.
     """
 

@@ -106,7 +106,7 @@ class TrainConfig:
         return {name: value for owner in owners for name, value in vars(owner).items()}
 
     def changed(self, **settings: Any) -> "TrainConfig":
-        """Return a copy with other values of some settings (name=value). The new values are not checked."""
+        """Return a copy in which some settings (name=value) have new values. The new values are not checked."""
         return replace(self, **_by_owner(self.settings | settings))
 
     @property

@@ -234,9 +234,10 @@ def _shown(value: Any) -> str:
 
 
 def reuse_notes(earlier: Cache, source: Split) -> Iterator[str]:
-    """Yield texts about what has changed since the cache `earlier` was built.
+    """Yield texts about what a build that reuses the targets of the cache `earlier` cannot simply copy.
 
-    They name changes of the data set `source`, and of the library that decodes images.
+    They name changes of the data set `source` since then, and statistics that only the earlier cache has. They also
+    name a changed version of the library that decodes images.
     """
     renewed = data_changes(earlier, source)
     yield from renewed.notes()

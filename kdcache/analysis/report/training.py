@@ -73,7 +73,10 @@ def read_trainings(comparison: Comparison, runs: Mapping[str, Entry]) -> list[Tr
 
 
 def read_norms(run: Run) -> Norms:
-    """Return the gradient norms in a run's log: pairs of a step and the norm of each loss term by name."""
+    """Return the gradient norms in a run's log: pairs of a step and the norm of each loss term by name.
+
+    The result is empty if the training measured none.
+    """
     norms = []
     for row in run.metrics or ():
         if row["kind"] == "gradients":

@@ -29,7 +29,7 @@ class RandAugment:
         operations: how many operations, at least 1.
         magnitude: the strength of the operations, 0 to 30.
 
-    Raises: ValueError for other numbers.
+    Raises: ValueError for a number out of these ranges.
 
     Source: Cubuk et al. 2020, arXiv 1909.13719. Magnitudes and signs are as in torchvision's RandAugment.
     """

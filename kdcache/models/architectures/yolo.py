@@ -244,8 +244,8 @@ def write_checkpoint(model: SegmentationModel, description: RunModel, path: Path
 def reader(path: Path, mean: tuple[float, float, float]) -> Callable[[Tensor], Tensor]:
     """Return a function that runs the network in a checkpoint that kdcache wrote, to compare it with the model.
 
-    The function takes images (B, 3, H, W), RGB in 0 to 1, and returns the network's output. It pads images with
-    `mean`, the model's mean of RGB in 0 to 1, as in training. Ultralytics itself pads them with black.
+    The function takes images (B, 3, H, W), RGB in 0 to 1, and returns the network's output. For the first convolution,
+    it pads them with `mean`, the model's mean of RGB in 0 to 1, as in training. Ultralytics itself pads with black.
     """
     with TemporaryDirectory() as folder, _quiet():
         named = Path(folder, f"model{CHECKPOINT_SUFFIX}")  # the package goes by the suffix

@@ -74,7 +74,10 @@ class Mirror:
         return handle
 
     def forget(self, store: Path, key: str) -> bool:
-        """Delete the local copy of the file `key` from the folder `store`. Return False if there is no copy."""
+        """Delete the local copy of a file. Return False if there is no copy.
+
+        `store` is the folder with the copies of one cache's files, and `key` is the file's path below the cache.
+        """
         try:
             (store / key).unlink()
         except FileNotFoundError:

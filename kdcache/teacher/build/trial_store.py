@@ -129,10 +129,10 @@ class Trial:
         return float(np.std(sizes_R) / np.mean(sizes_R) * (unseen / len(sizes_R)) ** 0.5)
 
     def seconds(self, k: int | None, codec: Codec, dtype: StoredAs = "fp16") -> Seconds:
-        """Measure the seconds per record of each stage of a build.
+        """Measure how long each stage of a build takes, such as the teacher's forward pass, in seconds per record.
 
         Args:
-            k: number of stored classes, or None without a segmentation head.
+            k: number of stored classes for each pixel, or None without a segmentation head.
             codec: how arrays are compressed: `default`, `small` or `none`.
             dtype: data type of stored features, `fp16` or `uint8`.
         """

@@ -34,7 +34,8 @@ def load_teachers(
     """Load one teacher, or several as an ensemble.
 
     Args:
-        origins: for each teacher a run folder, `RUN@best-ema`, `SPEC@FILE` or `SPEC@default`.
+        origins: one text for each teacher. It is a run folder, `RUN@best-ema` for other weights of the run, `SPEC@FILE`
+            for weights trained elsewhere, or `SPEC@default` for weights that the library downloads.
         classes: the classes of the data set.
         weights: weight of each teacher's probabilities. Default: equal.
         tta: test-time augmentation. None uses the image only.

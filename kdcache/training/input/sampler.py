@@ -77,10 +77,10 @@ class Order:
 
 
 class Interleaved:
-    """An order that mixes labelled and other records evenly, so that every batch has the same share of labelled ones.
+    """An order that mixes labelled and unlabelled records evenly, so every batch has the same share of labelled ones.
 
     Args:
-        labelled: (R,) bool, True for records with a label. Both kinds must occur.
+        labelled: (R,) bool, True for records with a label. There must be labelled and unlabelled records.
         share: share of the draws that take a labelled record, in 0..1, rounded to a fraction with a denominator up to
             1000.
         seed: seed of the permutations.

@@ -43,9 +43,10 @@ class ModelEma:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Move the average towards the model's weights, by 1 - `decay_at(step)`. Tensors other than floats are copied.
+        """Move each averaged weight towards the model's by the share 1 - `decay_at(step)` of their difference.
 
         Call it after each optimizer step. `step` is the number of that step, from 1. Early steps move the average more.
+        Tensors other than floats are copied.
         """
         torch._foreach_lerp_(*self._pairs(self._averaged), 1 - self.decay_at(step))
         if self._copied:

@@ -112,7 +112,8 @@ def cells_kernel(
             `Prepared.tables`, or None without a window.
         pixels: `Pixels`, labels and pixel weights. label_stride_b to gate_stride_w: their strides in elements.
         blocks: programs per image. strips: strips per image. temperature: T.
-        S: label pixels per logit. NC: lanes per program. POWER: T if it is 1 to 4, else 0. DEPENDENT: see `take_turn`.
+        S: label pixels per logit. NC: lanes per program. POWER: T if it is 1 to 4, else 0.
+        DEPENDENT: whether the kernel may start before the previous one ends.
     Results:
         gradient_ptr: (B, C, h, w), except the rows of logits where strips meet. None computes no gradient.
         edges_ptr: (B, strips, planes, C, w) float32, what a strip adds to these rows. Plane 0 is for the row above the

@@ -305,7 +305,8 @@ def geometry_kernel(
             time.
         FAST: whether an image may take the fast kernel, which needs each student logit to meet one target logit
             exactly.
-        GUARD_RANGE: whether the fast kernel also needs a range of at most 80. DEPENDENT: see `take_turn`.
+        GUARD_RANGE: whether the fast kernel also needs a range of at most 80.
+        DEPENDENT: whether the kernel may start before the previous one ends.
     Results:
         factors_ptr, route_ptr, tables_ptr: `factors`, `route` and `tables` of `Prepared`.
     """

@@ -81,7 +81,7 @@ def totals_kernel(
             completed.
         num_classes: C. strips: strips per image. rows: rows of bilinear cells per strip.
         GROUPS: 4 at stride 8, else 1, as in `cells.Seams`. BLOCK: partial sums that are read at a time.
-        DEPENDENT: see `take_turn`.
+        DEPENDENT: whether the kernel may start before the previous one ends.
     """
     take_turn(DEPENDENT)
     if tl.program_id(0) > 0:

@@ -153,7 +153,8 @@ def pixels_kernel(
         pixels: `Pixels`, labels and pixel weights. batch: B. temperature: T.
         plane, target_plane: h * w and ht * wt. image_blocks, num_blocks: blocks per image, and of all images.
         MOVED: whether there is a window or a flip. SINGLE: whether images have one pixel, so a block has many images.
-        POWER: T if it is 1 to 4 and both terms are computed, else 0. DEPENDENT: see `take_turn`.
+        POWER: T if it is 1 to 4 and both terms are computed, else 0.
+        DEPENDENT: whether the kernel may start before the previous one ends.
         BLOCK_N, BLOCK_C: pixels of a block, and classes that are read at a time.
     Results:
         gradient_ptr: (B, C, h, w), or None for no gradient.

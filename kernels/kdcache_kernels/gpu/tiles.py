@@ -94,7 +94,8 @@ def tiles_kernel(
         num_lanes, num_blocks: the number of columns of cells of all strips of the batch, and the number of blocks.
         most_columns: the largest number of label columns of a cell. steps: bit length of max(H, W).
         scratch_ptr: float32, `scratch_size` elements per program.
-        POWER: T if it is 1 to 4 and both terms are computed, else 0. DEPENDENT: see `take_turn`.
+        POWER: T if it is 1 to 4 and both terms are computed, else 0.
+        DEPENDENT: whether the kernel may start before the previous one ends.
         BLOCK_SUMS, BLOCK_C: classes at a time in the sums and in the gradient. UNROLL: blocks of BLOCK_C classes per
             iteration of the loop. LANES: lanes per program.
     Results:

@@ -97,10 +97,10 @@ class Adversarial(Term):
         return (Discrimination(self),)
 
     def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
-        """Return the student's loss, 0-dimensional: small if the discriminator takes this stream for the other one.
+        """Return the student's loss, 0-dimensional: small if the discriminator takes this stream for the other stream.
 
-        Only the student gets a gradient, not the discriminator. `count` is ignored: the loss is a plain mean over the
-        discriminator's outputs.
+        The other stream is the one that the setting `against` names. Only the student gets a gradient, not the
+        discriminator. `count` is ignored: the loss is a plain mean over the discriminator's outputs.
         """
         fixed = {name: parameter.detach() for name, parameter in self.discriminator.named_parameters()}
         passes = torch.func.functional_call(
