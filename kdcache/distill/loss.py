@@ -160,9 +160,9 @@ class DistillLoss(nn.Module):
         return tuple(dict.fromkeys(path for term in self.terms for path in term.arrays()))
 
     def set_distill_weight_scale(self, scale: float) -> None:
-        """Set the factor on the weights of KL and the other teacher terms. It replaces the factor of an earlier call.
+        """Multiply the given weights of KL and the other teacher terms by `scale`, until the next call.
 
-        The loss must have been made with `scheduled=True`. Its factor is 1 at first.
+        The loss must have been made with `scheduled=True`. Before the first call, the factor is 1.
         """
         assert self.distill_weight_scale is not None
         self.distill_weight_scale.fill_(scale)

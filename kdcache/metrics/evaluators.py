@@ -128,7 +128,10 @@ class ClassCounts:
         self._ids, self._counts = list[str](), list[Tensor]()
 
     def update(self, predicted: Tensor, label: Tensor, sample_id: str = "") -> None:
-        """Add an image's predicted and true class ids, (H, W) each. `sample_id` names the image in the results."""
+        """Add an image: its `predicted` class ids and its `label`, (H, W) each.
+
+        `sample_id` names the image in the results.
+        """
         self._ids.append(sample_id)
         self._counts.append(self.confusion.update(predicted, label))
 

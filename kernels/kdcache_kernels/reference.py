@@ -244,10 +244,16 @@ def _kl_divergence(
 def argmax_confidence_reference(
     target: PackedTarget, size: Size, window_B4: Tensor | None, flip_B: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Compute `kdcache_kernels.target_argmax_confidence` with PyTorch operations.
+    """Return the teacher's most likely class at each pixel, and its probability, with PyTorch operations.
 
-    The arguments and the result are the same. There is no `impl`.
+    This is the reference for `kdcache_kernels.target_argmax_confidence`.
 
+    Args:
+        target: packed teacher logits.
+        size: (H, W) of the result in pixels.
+        window_B4: (B, 4) edges (y0, x0, y1, x1) in pixels of the view, or None for the whole view.
+        flip_B: (B,) bool, whether to mirror left to right, or None.
+    Returns: (class ids, float16 probabilities), (B, H, W) each.
     Memory: O(C*H*W), because it computes one image at a time.
     """
     shape = (target.batch_size, *size)

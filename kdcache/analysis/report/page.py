@@ -67,7 +67,7 @@ def check_out(out: Path) -> Path:
 
 
 def read_figure(path: Path) -> bytes:
-    """Return the bytes of a PNG. Raises: RecipeError for another kind of file."""
+    """Return the content of the PNG file at `path`. Raises: RecipeError for another kind of file."""
     try:
         content = read_bytes(path)
     except (OSError, ValueError) as error:

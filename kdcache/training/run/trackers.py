@@ -134,7 +134,7 @@ class Loggers(Observer):
         self._write(step, {f"train/{name}": value for name, value in values.items()})
 
     def gradients(self, step: int, norms: dict[str, float]) -> None:
-        """Send gradient norms, name of a loss term -> norm, as `gradients/<term>`."""
+        """Send a step's gradient norms, name of a loss term -> norm, as `gradients/<term>`."""
         self._write(step, {f"gradients/{name}": norm for name, norm in norms.items()})
 
     def balanced(self, step: int, tasks: dict[str, dict[str, float]]) -> None:
