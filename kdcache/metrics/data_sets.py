@@ -122,8 +122,8 @@ def tables(results: Sequence[OnDataSet], class_names: Sequence[str]) -> list[Tab
 def data_sets_markdown(title: str, results: Sequence[OnDataSet], class_names: Sequence[str]) -> str:
     """Return an evaluation on several data sets as Markdown.
 
-    It has the title, a table with the IoU of each class on each data set, a table of the figures of depth, and notes on
-    classes that model and data do not share. A table without data sets is left out.
+    After the title come a table with the IoU of each class on each data set, and a table of the figures of depth. A
+    table without data sets is left out. Notes name the classes that model and data do not share.
 
     Args:
         title: text of the heading.
