@@ -97,7 +97,10 @@ def removal(name: str, *tables: Mapping[str, Removed]) -> RecipeError | None:
 
 
 def without_removed(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a recipe of an earlier version without removed settings that have no effect (see `Removed.unused`)."""
+    """Return a recipe of an earlier version without settings that no longer exist, if their values have no effect.
+
+    Removed settings with other values stay in it. `Removed.unused` has the values without effect.
+    """
     return {k: v for k, v in recipe.items() if k not in SETTINGS or not _is_unused(v, SETTINGS[k].unused)}
 
 

@@ -130,7 +130,7 @@ def label_counts(dataset: DrawnDataset) -> npt.NDArray[np.int64]:
 
 
 def sample_counts(dataset: DrawnDataset) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Return two arrays for the N labelled samples: the pixels of each class (N, C), and all pixels, also void, (N,).
+    """Return the numbers of pixels in the N labelled samples: of each class (N, C), and of all pixels, also void, (N,).
 
     The result is kept for the next call with the same data set, because counting reads all labels.
     """

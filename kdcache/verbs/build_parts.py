@@ -200,14 +200,14 @@ def plan_like(
 
 
 def check_source(data: Any, reuse: Any, like: Any) -> None:
-    """Check which source of views a build was given: a data set, or an existing cache.
+    """Check that a build has a source of views: a data set, or a cache whose views are repeated.
 
     Args:
-        data: the data set, or None. Required without `like`.
+        data: the data set, or None.
         reuse: an earlier cache whose targets are kept (`--from`), or None.
-        like: a cache whose views are repeated for another teacher (`--like`), or None. It excludes `reuse`.
+        like: a cache whose views are repeated for another teacher (`--like`), or None.
 
-    Raises: RecipeError.
+    Raises: RecipeError without `data` and `like`, or with both `reuse` and `like`.
     """
     if reuse is not None and like is not None:
         raise RecipeError(

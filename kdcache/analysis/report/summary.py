@@ -40,7 +40,7 @@ def summary(comparison: Comparison, device: str | None) -> Markup:
 
 
 def headline(comparison: Comparison) -> tuple[str, str, list[str]]:
-    """Return the answer to "did distillation help?": one word, one sentence, and a list of further sentences.
+    """Return the answer to "did distillation help?": a few words such as "Yes.", an explanation, and further sentences.
 
     It covers the rows that learnt from a teacher and have a baseline. Other rows count only if there are none.
     """

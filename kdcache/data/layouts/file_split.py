@@ -152,7 +152,7 @@ class ClassIds:
     def decode(self, path: Path) -> Pixels:
         """Return the class ids in a label file, uint8 (H, W). Unknown ids are not an error here, but in `check`.
 
-        Raises: DataError for a file that cannot be read, or whose numbers contradict its name.
+        Raises: DataError for a file that cannot be read, or whose numbers contradict its name (see `LabelIds.check`).
         """
         label = read_label(path, self.label_ids.colours)
         if self.label_ids.check is not None:

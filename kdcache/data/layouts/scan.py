@@ -132,8 +132,8 @@ def scan_depth(
 ) -> Scan:
     """Return a copy of the scan, with the depth files below a folder added.
 
-    Files whose names do not have `depth_begin` and `depth_end` are ignored. Of the others, files without an image are
-    listed in the result, for the report of `data check`.
+    Files whose names do not have `depth_begin` and `depth_end` are ignored. Of the others, a file is listed as an
+    orphan if it has no image, or if its image already has a depth file.
 
     Args:
         scan: the images and labels of the split.

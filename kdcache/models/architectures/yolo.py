@@ -99,7 +99,8 @@ class YoloModel(WrappedModel):
     def train(self, mode: bool = True) -> "YoloModel":
         """Set the mode of all layers, True for training and False for eval, and return the model.
 
-        The head's last layer always stays in eval mode, so that its output has the same form in both modes.
+        Only the head module itself stays in eval mode, so that its output has the same form in both modes. The layers
+        in it follow `mode`.
         """
         super().train(mode)
         self.network.model[-1].training = False  # of the layer itself: those below it normalise by the batch

@@ -243,7 +243,7 @@ def _keep_open(shard: _Shard) -> None:
 
 
 def let_go_of_removed() -> None:
-    """Close open shard files that have been deleted, so that the disk can free their space."""
+    """Close shard files that this process still reads, but that were deleted, so that the disk can free their space."""
     for shard in [opened for reference in list(_opened) if (opened := reference()) is not None]:
         file = shard.file
         if file is not None and os.fstat(file.handle).st_nlink == 0:

@@ -55,7 +55,10 @@ class AccumulatedStep(EagerStep):
         return losses, self._norms(total.items())._replace(weights=weights)
 
     def held(self, batch: Streams) -> Streams:
-        """Return the first part of a batch, the most samples that go through the model at once."""
+        """Return the first part of a batch, as many samples as go through the model at once.
+
+        The trainer uses it to find out which batch size fits into memory.
+        """
         return self.part_of(batch, 0)
 
     def _learn_parts(self, batch: Streams, total: dict[str, list[Tensor | None]] | None) -> Tensor:

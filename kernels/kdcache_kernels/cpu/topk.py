@@ -279,7 +279,7 @@ def densify(values: Tensor, indices: Tensor | None, tail: Tensor | None, num_cla
 
 
 def block_width(num_classes: int, pixels: int) -> int:
-    """Return how many pixels to process at a time, so that a block of (num_classes, width) floats fits the cache.
+    """Return how many pixels to process at a time, so that a block of (num_classes, width) floats fits the CPU's cache.
 
     It is a power of two from 16 to 256, or `pixels` if that is less.
     """

@@ -63,7 +63,8 @@ class Item:
         size: (height, width) in pixels that the export states, or None.
         folders: folders below the data set's folder in which the image is searched first.
         place: a folder below the data set's folder, in which the image is searched next. The sample's id is the path
-            below it, without suffix. None searches the whole data set, and also drops folders such as images/train/.
+            below it, without suffix. None searches the whole data set. The id then lacks leading folders such as
+            images/train/ (see `sample_id`).
     """
 
     image: str
