@@ -44,7 +44,11 @@ def score_table(comparison: Comparison, mark: Mark = BOLD) -> Table:
 
 
 def difference_table(comparison: Comparison, task: str = SEGMENTATION) -> Table:
-    """Return a table of the differences of rows from baselines and controls: intervals, correlation and p-values."""
+    """Return a table with a line for each difference between a row and its baseline or control.
+
+    It has the difference, three intervals, the correlation of the paired scores, p-values and a verdict. Differences
+    that are NaN are left out.
+    """
     seeds, images = interval_spans(comparison, task)
     intervals = [f"paired over {seeds}, 95 %", f"unpaired over {seeds}, 95 %", f"over {images}, 95 %"]
     header = ["row", "to", VIEWS[task].distance, *intervals, "correlation", "p", "p by Holm", "verdict"]

@@ -92,9 +92,9 @@ def class_table(results: Sequence[OnDataSet], class_names: Sequence[str]) -> Tab
 
 
 def figure_table(results: Sequence[OnDataSet], task: str) -> Table:
-    """Return a table of a numeric task's metrics: a row for each metric, a column for each data set with its labels.
+    """Return a table of a numeric task's metrics: a row for each metric, a column for each data set.
 
-    `task` is the task's name, such as `depth`.
+    Data sets on which the task was not evaluated are left out. `task` is the task's name, such as `depth`.
     """
     found = {
         number: metrics

@@ -53,10 +53,13 @@ def new_figure(width: float, height: float, title: str) -> "Figure":
 def save_figure(
     figure: "Figure", path: Path, above: str | None = None, formats: Sequence[Format] = ("png",)
 ) -> list[Path]:
-    """Save a figure in each of `formats`, each file completely or not at all. Return the files.
+    """Save a figure in each of `formats`, each file completely or not at all. Return the paths of the files.
 
-    `path` is the PNG. Other formats have the same name with their own suffix. `above` is a warning in red at the top,
-    or None.
+    Args:
+        figure: a matplotlib figure.
+        path: the PNG file. Files of other formats have the same name with another suffix.
+        above: a warning to draw in red at the top, or None.
+        formats: the formats to save. Without "png", no PNG is saved.
     """
     from matplotlib import rc_context
 

@@ -95,7 +95,7 @@ class Cache:
 
     @property
     def num_classes(self) -> int:
-        """The number of classes of the data set."""
+        """The number of classes of the data set that the cache was built from. 0 if it has no classes."""
         return len(self.manifest.dataset.class_names)
 
     @property

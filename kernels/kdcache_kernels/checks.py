@@ -214,7 +214,8 @@ def check_window(window: Tensor | None, flip: Tensor | None, batch: int, device:
 def check_window_values(window: Tensor | None, view_size: tuple[int, int] | None) -> None:
     """Raise ValueRangeError for windows that are empty, reversed, not finite, or completely outside the view.
 
-    Does nothing for None, or if `may_read` does not allow reading the windows.
+    Does nothing for None. It also does nothing on a GPU (except with KDCACHE_DEBUG=1), while `torch.compile` traces,
+    and inside a `torch.func` transform.
 
     Args:
         window: (B, 4) edges y0, x0, y1, x1 in pixels of the view, or None.

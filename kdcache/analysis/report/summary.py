@@ -23,7 +23,7 @@ Measured = tuple[Row, Difference]
 
 
 def summary(comparison: Comparison, device: str | None) -> Markup:
-    """Return the first section: the headline, a chart of the differences, and facts on the data.
+    """Return the first section of the report page: the headline, a chart of the differences, and facts on the data.
 
     `device` is the name of the device on which the runs were evaluated, or None.
     """

@@ -91,7 +91,16 @@ class CheckSettings:
 
 @dataclass(frozen=True)
 class Point:
-    """One combination of settings at which the loss is checked: one value of each list in `CheckSettings`."""
+    """One combination of settings at which the loss is checked: one value of each list in `CheckSettings`.
+
+    Attributes:
+        dtype: dtype of the student's logits, such as "fp32".
+        stride: label pixels per logit as text, such as "4", or "17x23 of 5x7" (label size and logit size).
+        temperature: T.
+        num_classes: C.
+        window: what the label shows of the view: "whole", "flip", "crop", "scale" or "edge".
+        values: distribution of the logits: "normal", "wide" or "range".
+    """
 
     dtype: str
     stride: str

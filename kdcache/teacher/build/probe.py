@@ -23,8 +23,8 @@ def heads_of(options: BuildOptions, teacher: Teacher) -> tuple[str, ...]:
 
     Without `options.heads` these are all heads that the teacher has learnt.
 
-    Raises: RecipeError for heads that the teacher does not have or has not learnt, if nothing would be stored, and for
-        options of logits without a segmentation head.
+    Raises: RecipeError for heads that the teacher does not have or has not learnt, and if nothing would be stored. Also
+        for options such as `top_k` that need a segmentation head, if none is stored.
     """
     trained = teacher.model.learnt_heads
     wrong = next((name for name in options.heads if name not in trained), None)
