@@ -129,7 +129,7 @@ def resample(map_Bchw: Tensor, rows_BHh: Tensor, columns_BWw: Tensor) -> Tensor:
 def labels_at_centres(labels_BHW: Tensor, grid: Size) -> Tensor:
     """Return the label of the pixel at the centre of each of the h x w cells that tile an image, (B, h, w).
 
-    `grid` is (h, w).
+    `grid` is (h, w). If a centre lies between pixels, the lower or right one is taken.
     """
     rows, columns = (
         torch.arange(1, 2 * cells, 2, device=labels_BHW.device) * pixels // (2 * cells)

@@ -87,7 +87,10 @@ class Projected(Term):
 
 
 def tap_channels(spec: FeatureTerm, setup: TermSetup) -> tuple[int, int]:
-    """Return the number of channels of the student's tap, and of the teacher's tap. The term `spec` must name both."""
+    """Return the numbers of channels of the student's tap and of the teacher's tap, from `setup`.
+
+    The settings `spec` of the loss term must name both taps.
+    """
     assert spec.student_tap is not None and spec.teacher_tap is not None, "taps are filled in"  # noqa: PT018
     return setup.student_taps[spec.student_tap], setup.targets.manifest.features[spec.teacher_tap].channels
 

@@ -302,7 +302,10 @@ class ChannelLogits(OnCells):
 
     @classmethod
     def of(cls, spec: specs.Channels, setup: TermSetup) -> Term:
-        """Make the module of the loss term `cwd`: for features if the settings `spec` name a tap, else for logits."""
+        """Make the module of the loss term `cwd`: for features if the settings `spec` name a tap, else for logits.
+
+        `setup` has the inputs for making a loss term's module, such as the cache and the student's taps.
+        """
         return ChannelFeatures(spec, setup) if spec.reads_taps else cls(spec, setup)
 
     def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:

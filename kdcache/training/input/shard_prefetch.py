@@ -105,9 +105,12 @@ def reads_ahead(dataset: DrawnDataset) -> bool:
 
 
 def check_room(dataset: DrawnDataset, shuffle: str, note: Callable[[str], None]) -> None:
-    """Call `note` if the local copies of a remote cache are so small that shards would be downloaded again and again.
+    """Tell the user if the local copies have too little room, so that shards are downloaded again and again.
 
-    `shuffle` is `full` or `window`.
+    Args:
+        dataset: the samples to train on. Nothing is checked unless they come from a remote cache.
+        shuffle: the order of the samples, `full` or `window`.
+        note: called with the message.
     """
     cache = dataset.cache
     if cache is None or not dataset.remote:

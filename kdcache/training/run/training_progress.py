@@ -68,7 +68,7 @@ class TrainingProgress(Observer):
         return terms if len(terms) > 1 else []
 
     def gradients(self, step: int, norms: dict[str, float]) -> None:
-        """Print the gradient norm of each loss term."""
+        """Print the gradient norm of each loss term at optimizer step `step`. `norms` has name of a term -> norm."""
         texts = ", ".join(f"{name} {norm:.3g}" for name, norm in norms.items())
         self._bar.console.print(f"  gradient norms at {step}: {texts}", markup=False)
 
@@ -86,7 +86,7 @@ class TrainingProgress(Observer):
             self._bar.console.print(f"  gradient norms of the tasks at {step}: {', '.join(texts)}", markup=False)
 
     def validating(self, done: int, total: int) -> None:
-        """Show the number of validated images next to the bar."""
+        """Show next to the bar that `done` of `total` images are validated."""
         assert self._task is not None
         self._bar.update(self._task, note=self._note(f"validating {done}/{total}"))
 

@@ -256,7 +256,9 @@ def pack(logits_BChw: Tensor, k: int) -> tuple[Tensor, Tensor | None, Tensor | N
 
 
 def densify(values: Tensor, indices: Tensor | None, tail: Tensor | None, num_classes: int) -> Tensor:
-    """Return the (B, C, h, w) float32 logits of `kdcache_kernels.densify` on the CPU, as a new, contiguous tensor.
+    """Compute `kdcache_kernels.densify` on the CPU. The result is (B, C, h, w) float32, new and contiguous.
+
+    `values`, `indices` and `tail` are the fields of a `PackedTarget`, and `num_classes` is C.
 
     Raises: ShapeError, or ValueRangeError for class ids out of range.
     Memory: the result, and 8 bytes per stored value.

@@ -230,7 +230,7 @@ def _densify_kernel(
 def pack(logits_BChw: Tensor, k: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Compute `kdcache_kernels.pack` in float32 on CUDA.
 
-    Returns: (values, indices, tail), the last two None if k = C, as in `PackedTarget`.
+    Returns: the fields (values, indices, tail) of a `PackedTarget`, the last two None if k = C.
     Raises: ShapeError or ValueRangeError for wrong arguments.
     Memory: the result. Logits other than float32, float16 and bfloat16 are first copied to float32.
     """

@@ -381,9 +381,10 @@ def place_for(logits: Tensor, floats: Tensor, grid: Grid, shape: tuple[int, ...]
 def on_own_grid(problem: RelationProblem, laid: Laid, cells: Tensor) -> Tensor:
     """Carry a gradient from the target's cells back to the student's logits, and return it, (B, C, hs, ws) float32.
 
-    (hs, ws) is the size of the student's logits, which were resized to the (h, w) cells. `cells` is the gradient by the
-    resized logits, (B, C, h, w) float32. It is returned unchanged if both sizes are equal. `laid` has the bilinear
-    weights of the resize.
+    Args:
+        problem: the checked arguments. Its student's logits have the size (hs, ws), and were resized to (h, w) cells.
+        laid: the kernel's inputs, with the bilinear weights of this resize.
+        cells: (B, C, h, w) float32, the gradient by the resized logits, returned unchanged if both sizes are equal.
     """
     if not problem.is_resized:
         return cells
