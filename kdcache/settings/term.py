@@ -242,7 +242,10 @@ TERMS: dict[str, type[LossTerm]] = {}
 
 
 class FeatureTerm(LossTerm):
-    """A base class of loss terms that compare features of student and teacher, at a tap of each."""
+    """A base class of loss terms that compare features at a tap of the student and at a tap of the teacher.
+
+    `stored` is the path of a teacher tap's array in the cache, and the build flag that stores it. {} is the tap's name.
+    """
 
     compares = "features"
     stored: ClassVar[tuple[str, str]] = ("features/{}", "--features {}")

@@ -78,8 +78,8 @@ def view_windows(windows: Any, flips: Any, shown_B4: Array, view_size: tuple[int
     """Convert crops from pixels of their images to pixels of the stored views.
 
     Args:
-        windows: (B, 4) edges (y0, x0, y1, x1) in pixels of the images. None is the whole view.
-        flips: bool (B,). None mirrors nothing.
+        windows: (B, 4) edges (y0, x0, y1, x1) in pixels of the images. None stands for all of each view.
+        flips: bool (B,), whether each crop is mirrored left to right. None mirrors nothing.
         shown_B4: float64 (B, 4), the part of its image that each stored view shows, in pixels of the image.
         view_size: (H, W) of the stored views in pixels.
     Returns: the crops, float64 (B, 4), and the flips, bool (B,).

@@ -61,7 +61,7 @@ class Doubts:
 def doubts_of(
     reports: Mapping[str, SplitReport], classes: ClassList, place: LayoutRoot | None, *, whole: bool
 ) -> Doubts:
-    """Return all problems and warnings about labels and class names that can be read, but look wrong.
+    """Return what looks wrong about the labels and class names of a data set, as problems and as warnings.
 
     Args:
         reports: split name -> report of its contents.
