@@ -76,7 +76,8 @@ def difference_table(comparison: Comparison, task: str = SEGMENTATION) -> Table:
 def interval_spans(comparison: Comparison, task: str = SEGMENTATION) -> tuple[str, str]:
     """Return two texts: what the two kinds of intervals in a task are taken over.
 
-    The first is "seeds", or "seeds and folds" if runs differ in both. The second is "images" or "sequences".
+    The first kind is over runs: "seeds", or "seeds and folds" if runs differ in seed and in fold. The second kind is
+    over "images" or "sequences".
     """
     gaps = [gap for row in comparison.rows if (gap := row.differences(task)[0]) is not None]
     seeds = max((gap.over for gap in gaps), key=len, default="seeds")

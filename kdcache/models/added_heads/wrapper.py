@@ -16,7 +16,8 @@ _PREFIX = "model."
 class Wrapper(SegmentationModel):
     """A base class of models that add a head to another model, or remove one.
 
-    The tensors of the wrapped model keep their names in the state dict. So the same weights file loads into both.
+    The tensors of the wrapped model keep their names in the state dict. So the same weights file loads into the wrapped
+    model and into this one.
 
     Args:
         spec: the new model's spec.

@@ -41,7 +41,7 @@ class ShardQueue:
     def add(self, batch: Sequence[Rendered], outputs: Mapping[str, Array]) -> None:
         """Add some records of one shard, in any order. The last record of a shard starts its writing in a thread.
 
-        That last call first waits until the previous shard is written. The other calls do not wait.
+        The call that adds this last record first waits until the previous shard is written. Earlier calls do not wait.
 
         Args:
             batch: the records.
