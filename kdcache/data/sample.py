@@ -154,7 +154,7 @@ class Source(Pickled, ABC, Generic[Values]):
     def size(self) -> tuple[int, int]:
         """Return the array's (height, width) in pixels, from the file's header if possible.
 
-        Raises: DataError like `read`.
+        Raises: DataError for a file that cannot be read or does not fit the sample.
         """
         height, width, *_ = self.read().shape
         return height, width
@@ -177,7 +177,7 @@ class Numbered(Source[Values]):
     number: int
 
     def read(self) -> Values:
-        """Return `function(number)`. Raises: the function's errors."""
+        """Return the array that `function` returns for `number`, both attributes. Raises: the function's errors."""
         return self.function(self.number)
 
 

@@ -171,7 +171,7 @@ class Attention(FeatureTerm):
         return super().offered(manifest) + _made_of(manifest, "at")
 
     def arrays(self, manifest: Any) -> tuple[str, ...]:
-        """Return the paths of the arrays to read from a cache: its attention map of the tap, or else its features."""
+        """Return the paths of the arrays to read from a cache: `teacher_tap`'s attention map, or else its features."""
         mapped = self.teacher_tap in _made_of(manifest, "at")
         return (f"statistics/at.{self.teacher_tap}",) if mapped else super().arrays(manifest)
 

@@ -112,7 +112,7 @@ def check(
     """Read a whole data set and report its defects.
 
     Args:
-        data: the data set, as for `open_split`.
+        data: folder or spec of the data set.
         splits: names of the splits to check. None checks all.
         max_depth: the largest possible depth in metres, above 0. None allows any depth.
         progress: called after every sample with (split name, samples done, samples in the split).

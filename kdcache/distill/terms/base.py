@@ -281,7 +281,7 @@ class Term(nn.Module):
     def seen(self, batch: TermBatch, map_Bchw: Tensor, dtype: torch.dtype) -> Tensor:
         """Return the part of a teacher's map (B, c, h, w) that the student's window shows, resized to the same (h, w).
 
-        The map covers the whole view. The result has `dtype` and no gradient.
+        The map covers the whole view. `batch` has the windows and flips. The result has `dtype` and no gradient.
         """
         return sample_view(map_Bchw, batch.rows.window, batch.rows.flip, self.targets.view_size, dtype)
 

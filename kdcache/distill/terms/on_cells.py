@@ -309,8 +309,9 @@ class ChannelLogits(OnCells):
         return ChannelFeatures(spec, setup) if spec.reads_taps else cls(spec, setup)
 
     def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
-        """Return the `cwd` loss of the raw logits, as the class defines it, 0-dimensional.
+        """Return the mean over images of T^2 / C times the sum over classes of KL, 0-dimensional.
 
+        KL compares a class's softmax over the cells, teacher's and student's, as the class `ChannelLogits` describes.
         `count` is the denominator, 0-dimensional. None uses the batch's own number of images with a counted pixel.
         """
         assert batch.rows.target is not None  # by `reads_target`; all classes are kept, by `check_terms`
@@ -346,9 +347,10 @@ class ChannelFeatures(Projected):
         self.projection = nn.Identity() if student == teacher else nn.Conv2d(student, teacher, 1, bias=False)
 
     def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
-        """Return the `cwd` loss of the features, as the class defines it, 0-dimensional.
+        """Return the mean over images of T^2 / C times the sum over channels of KL, 0-dimensional.
 
-        `count` is the denominator, 0-dimensional. None uses the batch's own number of images with a counted pixel.
+        KL compares a channel's softmax over the cells, teacher's and student's, as the class describes. `count` is the
+        denominator, 0-dimensional. None uses the batch's own number of images with a counted pixel.
         """
         student_Bchw = self.projection(wide(batch.student.features[self._student_tap]))
         teacher_Bchw = self.standardised(batch.rows.arrays[self._arrays[0]], student_Bchw.dtype)

@@ -116,7 +116,7 @@ def choose(masks, a, b):
 
 @triton.jit
 def student_logits(top_cn, bottom_cn, blend_q):
-    """Return the student's logits of c classes at n pixels of a label row, (c, n), as a mean of two rows of logits.
+    """Return the student's logits of c classes at n pixels of a label row, (c, n): the weighted mean of two logit rows.
 
     `top_cn` and `bottom_cn` are the rows above and below the label row, (c, n) each. `blend_q[0]` is the weight of the
     row below, (n,) from 0 to 1. Further elements of `blend_q` are for the target.

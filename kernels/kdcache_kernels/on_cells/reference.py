@@ -23,7 +23,7 @@ class Seen(NamedTuple):
 
     Attributes:
         student, teacher: (B, C, h, w) logits divided by the temperature.
-        cells: (B, h, w) counted share and weight of each cell in a mean over cells.
+        cells: how much each cell counts and weighs in a mean over cells, (B, h, w) each.
         spoilt: 0-dimensional bool tensor. It is True if a counted cell depends on a logit that is NaN, infinite or
             above `largest_logit` in magnitude. The loss must then be NaN.
     """
