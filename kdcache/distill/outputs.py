@@ -69,7 +69,10 @@ class Losses(NamedTuple):
 
 
 def unpacked(outputs: Outputs | StudentOutputs | Tensor) -> StudentOutputs:
-    """Convert a student's outputs, or a bare tensor of logits, to `StudentOutputs`."""
+    """Convert a student's outputs to `StudentOutputs`. A bare tensor becomes its logits.
+
+    Without a segmentation head, the logits are empty, (B, 0, 1, 1).
+    """
     if isinstance(outputs, StudentOutputs):
         return outputs
     if isinstance(outputs, Tensor):

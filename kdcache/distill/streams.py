@@ -83,7 +83,7 @@ class Criterion(nn.Module):
                 loss.set_distill_weight_scale(scale)
 
     def describe(self) -> list[str]:
-        """Return a line of text for each term that resizes or projects something.
+        """Return a line of text for each loss term that resizes or projects the student's outputs.
 
         The list is complete after the first batch.
         """

@@ -310,7 +310,10 @@ class StoreWriter:
             self.place.publish(recovery.SPARE, recovery.spare_of(root))
 
     def close(self) -> None:
-        """Release all claims. Finished shards stay on disk."""
+        """Release this process's claims on unfinished shards, so that other processes can compute them.
+
+        Finished shards stay on disk.
+        """
         for release in self._claims.values():
             release()
         self._claims.clear()

@@ -179,7 +179,7 @@ def processes() -> Iterator[World]:
 
     Without torchrun, the world has one process.
 
-    Raises: ModelError if another process has ended.
+    Raises: ModelError if another process ends while this one exchanges data with it.
     """
     ours = not dist.is_initialized()
     if ours:

@@ -102,7 +102,7 @@ def is_traced(*tensors: Any) -> bool:
 
 
 def target_arguments(target: PackedTarget | None) -> tuple[Any, ...]:
-    """Return the values of a target's fields in order, with tensors detached.
+    """Return the values of a target's fields in order, with tensors detached, to pass them to a registered operator.
 
     If `target` is None, every value is None.
     """

@@ -87,7 +87,10 @@ class PackedTarget:
         return replace(self, **changes)  # type: ignore[arg-type]
 
     def densify(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Return the (B, C, h, w) logits of every class in `dtype`, see `kdcache_kernels.densify`."""
+        """Return the (B, C, h, w) logits of every class in `dtype`, relative to the pixel's largest logit.
+
+        The dropped classes share the tail's mass evenly, see `kdcache_kernels.densify`.
+        """
         return densify(self.values, self.indices, self.tail, self.num_classes, dtype)
 
 

@@ -100,7 +100,13 @@ class Measured:
 
 @dataclass
 class Row:
-    """The measurements of kdcache and its rivals on one case."""
+    """The measurements of kdcache and its rivals on one case.
+
+    Attributes:
+        case: the shape, kind of loss and dtype that were measured.
+        ours: kdcache's measurements.
+        rivals: the measurements of each rival, such as eager PyTorch.
+    """
 
     case: Case
     ours: Measured

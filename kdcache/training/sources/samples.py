@@ -39,7 +39,7 @@ def open_store(config: TrainConfig) -> Cache | None:
 
 
 def open_folder(config: TrainConfig) -> Split | None:
-    """Open the data set of a stream. Return None if the stream has a cache."""
+    """Open the data set that a stream's settings name. Return None if the stream has a cache, or no data."""
     return (
         open_split(config.data.data, config.data.split)
         if config.data.cache is None and config.data.data is not None

@@ -31,8 +31,8 @@ class RelationProblem:
         flip: (B,) bool, any stride. None mirrors nothing.
         pixel_weight: (B, H, W), any dtype and strides. None weighs every pixel 1.
         counted: (B, H, W) bool, any strides, which pixels of the view count. None counts all of them.
-        count: 0-dimensional float on the student's device, the number of counted cells to divide by. None counts this
-            batch.
+        count: 0-dimensional float on the student's device, the number of counted cells to divide by. None counts the
+            cells of this batch.
         need_gradient: whether to compute the gradient.
         beta, gamma: >= 0, weights of the correlation over the classes of a cell and over the cells of a class.
         moments: (6, C) float64. For each class: the sum of the cells' weights, the weighted means of the student's and

@@ -28,9 +28,10 @@ def largest(x_BCP: Tensor) -> Tensor:
 
 
 class Softmax(NamedTuple):
-    """Logits and their probabilities at every pixel. P is the number of pixels. Images of one pixel have no axis P.
+    """Logits and their probabilities at every pixel. P is the number of pixels of an image.
 
-    The logarithms of the probabilities are not stored, because computing them costs as much as the softmax.
+    If each image is a single pixel, the shapes may lack the axis P. The logarithms of the probabilities are not stored,
+    because computing them costs as much as the softmax.
 
     Attributes:
         logits, p: (B, C, P), logits divided by the temperature, and their probabilities.

@@ -136,12 +136,13 @@ def classes_kernel(
     """Combine the partial sums of `relations_kernel` into the two correlations of the relation loss.
 
     Program c < C handles class c. p and q are the student's and the teacher's probabilities of the class, and r is
-    their correlation over the cells. Program C adds up the sums over cells.
+    their correlation over the cells. Program C, the last, adds up the sums over cells.
 
     Shapes and units:
         blocks_ptr, inter_ptr: (6, C, num_blocks) and (num_blocks,), results of `relations_kernel`.
-        counts_ptr: (num_counts,) float64 counted cells to add up, or None to use `cells`, the number of all cells.
-        count_ptr: one float, the number of counted cells to use instead, or None.
+        counts_ptr: (num_counts,) float64, whose sum is the number of counted cells. None if all cells count.
+        cells: the number of all cells. It is the count if `counts_ptr` is None.
+        count_ptr: one float, the count to use instead of these two, or None.
         shared_ptr: (6, C) float64 moments of the whole batch, or None if this process has the whole batch.
         gamma: weight of the correlation over the cells. BLOCK: partial sums that are read at a time.
     Results:
