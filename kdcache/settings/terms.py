@@ -149,7 +149,7 @@ class KL(OfLogits):
 class Pseudo(PseudoLabels):
     """Settings of the loss term `pseudo`: cross-entropy with the teacher's best class, where the teacher is confident.
 
-    A class's weight is median frequency / its frequency (`median`), the square root of this (`sqrt`), or 1 (`none`).
+    Class weights are in proportion to 1 / frequency (`median`) or its square root (`sqrt`), or all 1 (`none`).
     """
 
     kind = "pseudo"

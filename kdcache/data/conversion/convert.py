@@ -120,7 +120,7 @@ def convert(
     After an interruption, the same call continues. Samples that no training can use are left out and reported.
 
     Args:
-        source: one data set, as for `open_split`.
+        source: folder or spec of one data set.
         out: a new folder, or a folder into which the same data were converted.
         splits: names of the splits to convert. None takes train, val and test, or all splits if none of these exists.
         binary: whether labels are masks of two classes: 0 is the first class, and every other number (even 255) is the
