@@ -221,9 +221,10 @@ class TrainConfig:
 
     @property
     def label_tasks(self) -> tuple[str, ...]:
-        """The tasks, `segmentation` or `depth`, whose labels the samples have: depth only if a term reads its labels.
+        """The tasks, `segmentation` or `depth`, whose labels are loaded with the samples.
 
-        The setting `labels` can restrict them to named tasks. `none` restricts nothing here.
+        Depth is included only if a term reads its labels. The setting `labels` can restrict the tasks to named ones.
+        Its value `none` is treated as `all` here.
         """
         used = TASKS if self.data.labels in ("all", "none") else self.data.labels.split("+")
         read = {SEGMENTATION, *(term.task for term in self.active if term.reads_labels)}

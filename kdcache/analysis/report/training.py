@@ -37,7 +37,7 @@ class Training:
         place: the row's index in `Comparison.rows`, which selects the colour.
         run: the run.
         curves: the curves of losses and validation scores.
-        norms: pairs of a step and the gradient norm of each loss term by name.
+        norms: for each step at which the log has gradient norms, the pair (step, name of a loss term -> its norm).
         tasks: curves by metric ("loss", "norm" or "weight") and task: metric -> task -> points (step, value).
     """
 

@@ -105,8 +105,10 @@ class Decoupled(OnCells):
     def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
         """Return T^2 * (alpha * TCKD + beta * NCKD), averaged over cells: 0-dimensional.
 
-        TCKD is the KL between teacher and student of the target class against all others. NCKD is the KL of the other
-        classes. `count` is the denominator, 0-dimensional. None uses the batch's own number of counted cells.
+        TCKD is the KL between teacher and student of the target class against all others. NCKD is their KL among the
+        other classes. The target class is the label at the cell's centre, or for void the teacher's best class.
+
+        `count` is the denominator, 0-dimensional. None uses the batch's own number of counted cells.
         """
         assert batch.rows.target is not None  # by `reads_target`; all classes are kept, by `check_terms`
         maps = seen_on_cells(self, batch, batch.student.logits, batch.rows.target.values)

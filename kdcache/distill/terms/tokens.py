@@ -54,7 +54,7 @@ class TokenSimilarity(Term):
         self.note_resize(student, student.new_empty(self._grid, device="meta"))
 
     def grid(self, batch: TermBatch) -> tuple[int, int]:
-        """Return the (h, w) of the teacher's cells, from the cache's manifest."""
+        """Return the (h, w) of the teacher's cells. They come from the cache's manifest, and `batch` is ignored."""
         return self._grid
 
     def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:

@@ -163,7 +163,7 @@ class StoredArray(Source[Any]):
     of_content: str
 
     def read(self) -> Array:
-        """Return the image or label. Raises: CorruptError for a damaged cache."""
+        """Return the stored image or label of the record. Raises: CorruptError for a damaged cache."""
         return self.cache.read(self.record, [self.array])[self.array]
 
     def digest(self, of_file: FileDigest | None = None) -> str:

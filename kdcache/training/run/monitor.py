@@ -217,9 +217,9 @@ class Watch:
     def lopsided(self, step: int, norms: dict[str, float]) -> Iterator[str]:
         """Yield a note, once, for each term whose gradient is very small or very large next to cross-entropy's.
 
-        That is a norm of less than 0.01 or more than 10 times cross-entropy's, or 100 times at step 0. A stream's terms
-        are compared with the stream's own cross-entropy. At step 0, terms without any gradient are skipped, because the
-        queue of the term `queue` is still empty then.
+        The norm is then less than 0.01 times or more than 10 times cross-entropy's. At step 0 the upper limit is 100. A
+        stream's terms are compared with the stream's own cross-entropy. At step 0, terms without any gradient are
+        skipped, because the queue of the term `queue` is still empty then.
 
         Args:
             step: number of the step, from 0.

@@ -71,8 +71,8 @@ def relation_loss(family: str, *arguments: Any) -> tuple[Tensor, Tensor]:
     Args:
         family: "numba" or "triton", the implementation.
         arguments: the flattened problem, from `arguments_of`.
-    Returns: the loss, 0-dimensional float32, and the float32 gradient in the student's shape. The gradient is (0,) if
-        `need_gradient` is False.
+    Returns: the loss, 0-dimensional float32, and the float32 gradient in the student's shape. The gradient is empty,
+        (0,), if the problem's `need_gradient` is False.
     Raises: ValueRangeError for windows that are empty, reversed or not finite.
     """
     return _computed(_problem(arguments), family)
