@@ -201,7 +201,7 @@ def _judge(point: Point, device: torch.device, impl: str) -> Judged:
 
 
 def launch(point: Point, device: torch.device) -> None:
-    """Compute loss and gradient at a point with `impl="auto"`, without reading the results.
+    """Compute loss and gradient at a point with `impl="auto"`, and drop the results without reading them.
 
     This launches the same kernels as `check` does at that point on `device`, for example to compile them.
     """

@@ -65,7 +65,7 @@ def as_map(feature: object, size: tuple[int, int], patch: int | None, where: str
 
 
 def maps_of(answer: Any, size: tuple[int, int], patch: int | None) -> dict[str, Tensor]:
-    """Return the features in a backbone's return value: tap -> (B, c, h, w), in the order of its layers.
+    """Return the features in a backbone's return value: tap -> (B, c, h, w).
 
     The last tap is usually the best for distillation.
 

@@ -61,7 +61,7 @@ class ModelEma:
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Copy averaged weights from `state`, which has the names and shapes of the model's state dict."""
+        """Replace the averaged weights by those in `state`, with the names and shapes of the model's state dict."""
         for name, average in self._averages.items():
             average.copy_(state[name])
 

@@ -320,7 +320,7 @@ def load_columns(at_n, taps, width):
 
 @triton.jit
 def lost_on_row(lost_n, columns):
-    """Return 1 (int32) if a lost position of a row of logits enters a label column with a weight above 0, else 0.
+    """Return for each lane 1 (int32) if a lost logit of a row enters its label column with a weight above 0, else 0.
 
     `lost_n` points to the row's uint8 marks, one pointer per lane. `columns` is from `load_columns`.
     """
