@@ -361,7 +361,10 @@ class DistillLoss(nn.Module):
         return self.targets is not None and batch.target is not None
 
     def gate_of(self, batch: Batch) -> Tensor | None:
-        """Return the gate's weights (B, H, W) float32 of a batch's pixels, or None if all are 1."""
+        """Return the gate's weights (B, H, W) float32 of a batch's pixels.
+
+        Return None if all are 1, or if the batch has no targets or the loss no terms that need them.
+        """
         if self.gate.open or not self._teaches(batch) or not (self.kl_weight > 0 or len(self.further)):
             return None
         return cast("Tensor", self.gate(batch, self.targets, impl=self.impl))

@@ -179,7 +179,7 @@ class SegmentationModel(nn.Module):
         return () if self.head_kinds else self.taps[-1:]
 
     def see_as(self, *models: "SegmentationModel") -> None:
-        """Restrict the sizes of images that this model takes to sizes that all given models take."""
+        """Let this model take only images of sizes that all given models take."""
         self.processor = Processor.of_all([model.processor for model in models])
         self.probe_size = next((m.probe_size for m in models if m.fixed_size is not None), models[0].probe_size)
 

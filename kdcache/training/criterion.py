@@ -112,7 +112,8 @@ def make_criterion(
 def stored_targets(cache: Cache, dataset: DrawnDataset) -> Cache | MergedTargets:
     """Return the object that turns a stream's stored targets into logits of the training's classes.
 
-    Without a class map, this is the cache itself. With one, it is `MergedTargets`, which merges the teacher's classes.
+    With a class map and a segmentation head, it is `MergedTargets`, which merges the teacher's classes. Otherwise it is
+    the cache itself.
     """
     if dataset.mapped is None or SEGMENTATION not in dataset.heads:
         return cache

@@ -206,7 +206,7 @@ class Term(nn.Module):
         """Remember the shapes of a batch's maps, for `describe`. The default does nothing."""
 
     def note_resize(self, student: Tensor, teacher: Tensor, of: str = "", then: str = "") -> None:
-        """Remember, for `describe`, that the student's map is resized to the teacher's size.
+        """Remember, for `describe`, whether the student's map is resized to the teacher's size, and what follows.
 
         Args:
             student: the student's map (B, c, h, w).

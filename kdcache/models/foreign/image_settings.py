@@ -41,9 +41,10 @@ class ImageSettings:
 
 
 def image_settings(folder: Path) -> tuple[ImageSettings, list[str]]:
-    """Read how images are prepared, from preprocessor_config.json in a model's folder. Also return notes for the user.
+    """Read how images are prepared, from a model's folder. Also return notes for the user.
 
-    Without that file, the settings are ImageNet's, and a note says so.
+    It is in preprocessor_config.json, or else in processor_config.json. Without them, the settings are ImageNet's, and
+    a note says so.
 
     Raises: ModelError for steps other than scaling, normalising, resizing and padding.
     """

@@ -12,9 +12,10 @@ AGAIN = f"Run {_COMMAND} again"
 
 
 def without_spare(error: KDCacheError, store: object) -> KDCacheError:
-    """Return a copy of `error` whose fix says that zarr.json is damaged and has no spare copy.
+    """Return a copy of `error` that also says that zarr.json has no spare copy.
 
-    `store` is the cache's path or address, for the fix.
+    Its fix is then to restore zarr.json from a copy, or to build the cache again. `store` is the cache's path or
+    address.
     """
     before = error.fix.partition(AGAIN)[0]
     return type(error)(f"{error.problem}, and zarr.json has no spare copy", fix=before + restored(store))

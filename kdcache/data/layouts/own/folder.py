@@ -63,7 +63,10 @@ class Folder(Layout):
     split_is: ClassVar[str] = f"a folder below {IMAGES}, or a list of pictures right in it"
 
     def matches(self, root: Path) -> bool:
-        """Return whether `root` has images/ and also `classes.txt`, labels/ or depth/."""
+        """Return whether `root` has images/ and also `classes.txt`, labels/ or depth/.
+
+        It must not have masks/ or mask/ instead of labels/, because that is another layout.
+        """
         has_classes, has_depth = (root / CLASSES_FILE).is_file(), (root / DEPTHS).is_dir()
         if not (root / LABELS).is_dir() and any((root / name).is_dir() for name in MASKS):
             return False
