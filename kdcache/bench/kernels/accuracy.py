@@ -52,6 +52,8 @@ EVERY = 4
 class CheckSettings:
     """The choice of points at which `check` compares an implementation with the float64 oracle.
 
+    Each combination of the values below is a point.
+
     Attributes:
         device: where to compute.
         impl: implementation of `kdcache_kernels.distill_loss`.
@@ -63,7 +65,7 @@ class CheckSettings:
             (zoomed) or "edge" (partly beyond the view).
         values: distributions of the logits: "normal", "wide" (each is 6e4 or -6e4) or "range" (uniform from 0 to 75 or
             90).
-        every: 1 checks all combinations of these values, 4 about one in four.
+        every: 1 checks all points, 4 about one in four.
     """
 
     device: torch.device

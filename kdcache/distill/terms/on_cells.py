@@ -21,7 +21,7 @@ from kdcache_kernels.topk import compute_dtype
 class OnCells(Term):
     """A base of loss terms that compare logits on the teacher's cells. Subclasses implement `loss`.
 
-    The student's logits are resized to the cells.
+    If the student's logits have another size than the grid of cells, they are resized to it.
     """
 
     spec: specs.OfLogits | specs.Channels

@@ -48,8 +48,8 @@ class PseudoCounts:
         thresholds: the smallest confidences, ascending, at which a prediction becomes a pseudo label.
 
     Attributes:
-        counts_NLP: int64 (thresholds + 1, C, C), number of pixels by how many thresholds their confidence reaches, by
-            label, and by predicted class.
+        counts_NLP: int64 (thresholds + 1, C, C), numbers of pixels. The first index is how many thresholds a pixel's
+            confidence reaches. The second is its label, and the third its predicted class.
     """
 
     def __init__(self, class_names: Sequence[str], thresholds: Sequence[float]) -> None:
