@@ -59,10 +59,10 @@ class Lock:
         return True
 
     def outlive(self) -> bool:
-        """Wait up to 32 seconds for a lock that `acquire` did not get. Return True if this process has the lock then.
+        """Take over a lock that `acquire` did not get, if the process that has it is dead. Return True if it was taken.
 
-        The lease of a dead process expires in that time. A lock by `flock` ends with its process, so the result is
-        False at once.
+        If the lock is a lease, this waits up to 32 seconds, because a dead process's lease expires in that time. If the
+        lock uses `flock`, the result is False at once. Such a lock ends with its process, so its owner must be alive.
         """
         if self._lease is not None:
             with suppress(Timeout):

@@ -21,12 +21,14 @@ MOST_DEATHS = 5
 
 
 class RayRunner:
-    """A callable that runs jobs of a sweep on a Ray cluster. Call it with one job at a time.
+    """A callable that runs one job of a sweep on a Ray cluster, and returns None when the job has ended.
+
+    To run several jobs at the same time, call it from several threads.
 
     Args:
         ray: the module `ray`, as `kdcache.ray_cluster.cluster` yields it.
         sweep: the sweep, whose folder gets the logs.
-        parallel: the number of jobs at the same time. Each gets an equal share of the cluster's CPUs, on one node.
+        parallel: the number of threads that call it. Each job gets an equal share of the cluster's CPUs, on one node.
         num_gpus: the GPUs of each job. With 0.5, two jobs share a GPU.
     Raises: RecipeError if no node has enough CPUs and GPUs for a job.
     """

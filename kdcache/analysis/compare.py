@@ -81,8 +81,8 @@ def compare(
         split: its split. None takes the validation split of the recipes.
         options: how to compare. None takes the defaults.
         progress: called with (what is done, units done, units in total).
-    Raises: RecipeError for invalid runs, unknown names, or a pattern that finds fewer than two sequences. MismatchError
-    for runs with other classes or other data.
+    Raises: RecipeError for invalid runs, an unknown `options.teacher` or `options.baseline`, or if `options.blocks_by`
+    finds fewer than two sequences. MismatchError for runs with other classes or other data.
     """
     options = options or CompareOptions()
     which = options.judging.which

@@ -166,12 +166,12 @@ class Difference(Interval):
 
     Attributes:
         baseline: the name of the other row.
-        runs: number of pairs of runs, or of runs of both rows if they are not paired.
-        paired: whether runs of equal seed and fold were compared one by one.
+        runs: number of pairs of runs. If they are not paired, the number of runs of both rows together.
+        paired: True if each run is compared with the other row's run of the same seed and fold.
         correlation: correlation of the paired scores, or NaN for fewer than three pairs or constant scores.
-        unpaired: the same difference by Welch's test, over all runs of both rows.
-        comparisons: number of differences whose p-values were adjusted together.
-        adjusted: the p-value after Holm's adjustment.
+        unpaired: the difference and its interval by Welch's test, which takes all runs of both rows and ignores pairs.
+        comparisons: number of differences whose p-values were adjusted together, this one included.
+        adjusted: the p-value after Holm's adjustment for these comparisons.
         over: what distinguishes the runs of a row: "seeds", or "seeds and folds".
         resampled: the interval over images or sequences, or None if per-image counts are not known.
     """

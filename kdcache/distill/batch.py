@@ -36,7 +36,9 @@ class StoredTargets(Protocol):
 
 @dataclass(frozen=True)
 class Batch:
-    """Tensors of B samples of one stream. An absent tensor is None or a missing key. A pytree.
+    """Tensors of B samples of one stream, as a pytree. An absent tensor is None or a missing key.
+
+    `batch.label` is short for `batch.labels["segmentation"]`.
 
     >>> import kdcache
     >>> dataset = kdcache.CacheDataset(kdcache.open_cache("streets.zarr"))

@@ -154,7 +154,9 @@ def check_taps(terms: "Sequence[Term]", features: Mapping[str, Tensor]) -> None:
 
 
 def check_pseudo(terms: "Sequence[Term]", batch: Batch) -> None:
-    """Raise RecipeError if `batch.pseudo` lacks the pseudo labels of a network, `student` or `ema`, that a term reads.
+    """Check that `batch.pseudo` has all pseudo labels that the terms read: those of `student`, `ema` or both.
+
+    Raises: RecipeError if some are missing.
 
     `terms` are the terms with a weight other than 0.
     """

@@ -11,7 +11,10 @@ from kdcache_kernels import PackedTarget
 
 
 class TargetFormat(Protocol):
-    """The interface for reading targets: number of classes, view size, alignment of corners. An open cache has it."""
+    """What a loss needs to know about a cache's targets: `num_classes`, `view_size` and `align_corners`.
+
+    This is an interface. An open cache implements it.
+    """
 
     @property
     def num_classes(self) -> int:

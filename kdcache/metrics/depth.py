@@ -55,7 +55,9 @@ class DepthImages:
 
     @classmethod
     def of_arrays(cls, arrays: Mapping[str, Any]) -> "DepthImages":
-        """Return the metrics from the arrays of an .npz file by name: `depth_ids` and `depth`.
+        """Return the metrics from two arrays of an .npz file: `depth_ids` (N,) text, and `depth` (N, 8) float64.
+
+        `arrays` maps names to arrays.
 
         Raises: KeyError for a missing array.
         """

@@ -94,8 +94,8 @@ def evaluate_model(
     >>> 0 <= metrics.miou <= 1
     True
 
-    Images are resized to `size`, and logits are upsampled to each label's own size. The result has the counts of every
-    image.
+    Images are resized to `size`, and logits are upsampled to each label's own size. The result also has each single
+    image's pixel counts, in `Metrics.images`.
 
     Args:
         model: the model, on `device`. It is in eval mode during the evaluation, and returns to its mode afterwards.

@@ -61,12 +61,14 @@ class AsLogits(Wrapper):
 
 
 def one_logit_note(origin: str, model: SegmentationModel, names: Sequence[str]) -> str | None:
-    """Return a note that names the class of a single logit, or None if the model has a logit for each class.
+    """Return a note for a model of two classes with one output logit: the logit's class is `names[1]`.
+
+    Return None if the model has a logit for each class.
 
     Args:
         origin: where the weights come from, for the note.
         model: the model.
-        names: the names of the two classes.
+        names: the names of the two classes. The class `names[0]` gets the logit 0.
     """
     if not isinstance(model, AsLogits) or model.num_classes == model.model.num_classes:
         return None

@@ -334,8 +334,9 @@ def open_writer(
 ) -> StoreWriter:
     """Create a cache, or continue an unfinished one that was begun with the same settings.
 
-    Damaged metadata and ledger entries are repaired at once. Damaged shards of this worker count as missing. If library
-    versions or the device have changed, only shards that were already finished once may be written again.
+    Damaged metadata and ledger entries are repaired at once. Damaged shards of this worker count as missing, so they
+    are written again. This needs the same library versions and device as before, with one exception: if this worker's
+    missing shards were all finished once, they may be written again with others, provided that `data` is given.
 
     Args:
         location: folder or object-store address of the cache.
@@ -347,7 +348,8 @@ def open_writer(
 
     Raises:
         StoreError: the location holds something other than a cache.
-        MismatchError: the cache there was begun with other settings or data. It is left unchanged.
+        MismatchError: the cache there was begun with other settings, data, library versions or another device. Its
+            shards are left unchanged.
         VersionError: the installed zarr-python writes arrays that `open_cache` cannot read.
     """
     place = open_place(location)

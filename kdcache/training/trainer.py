@@ -47,9 +47,9 @@ class Trainer:
         config: resolved settings.
         run: an existing folder, for checkpoint.pt, best/last[-ema].safetensors, metrics.jsonl and result.json.
         device: where the model is trained.
-        validate: task, or `FEATURES` -> a function that returns a model's score. The score of the first entry chooses
-            the best weights. None validates nothing.
-        observer: is told of the training's progress. None is without one.
+        validate: task -> a function that returns a model's score. The key `FEATURES` is for a score of the feature loss
+            instead. The score of the first entry chooses the best weights. None validates nothing.
+        observer: is told of the training's progress. None reports it nowhere.
         world: the processes that train together, each with its part of every batch. Process 0 writes the run. None is
             this process alone.
 

@@ -144,12 +144,12 @@ class DepthCounts:
 
     @classmethod
     def of(cls, depth: Depth, max_depth: float | None) -> DepthCounts:
-        """Count the pixels of a depth label: all, known by depth, and too deep.
+        """Count the pixels of a depth label: all pixels, those in each bin of the histogram, and those too deep.
 
         Args:
-            depth: float32 (H, W) in metres, NaN for unknown.
-            max_depth: the largest possible depth in metres. Deeper pixels are counted everywhere, and also in `beyond`.
-                None allows any depth.
+            depth: float32 (H, W) in metres, NaN for unknown. A depth of 0 or below also counts as unknown.
+            max_depth: the largest possible depth in metres. Deeper pixels are the count `beyond`, and all other fields
+                include them. None allows any depth.
         """
         known = depth[depth > 0]
         return cls(

@@ -189,7 +189,8 @@ def keep_listed(scan: Scan, root: Path, listing: str) -> Scan:
 def scan_whole(root: Path, split: str, images: str, labels: str, label_ids: LabelIds, lists: Sequence[str]) -> Scan:
     """Return the files of one split, for a data set that keeps all images in one folder.
 
-    SPLIT.txt in `root` lists the split's images. If `root` has none of the `lists`, all images are in the split.
+    SPLIT.txt in `root` lists the split's images. If `root` has none of the files that `lists` names, all images are in
+    the split.
 
     Args:
         root: the data set's folder.
@@ -199,7 +200,7 @@ def scan_whole(root: Path, split: str, images: str, labels: str, label_ids: Labe
         label_ids: how to map the numbers in labels to class ids.
         lists: the possible lists' names without .txt, such as "train".
 
-    Raises: DataError for a list that cannot be read.
+    Raises: DataError if SPLIT.txt cannot be read, or is missing although another list exists.
     """
     everything = scan_folders(root, images, labels, label_ids)
     return keep_listed(everything, root, f"{split}.txt") if lists_in(root, lists) else everything

@@ -199,10 +199,10 @@ class Relations(OnCells):
 class Similarity(Term):
     """The loss term `sp`: compares which images of a batch have similar features, for student and teacher.
 
-    Q has a tap's features, one row (c h w) per image, and G is Q Q^T with each row divided by its norm. The loss
-    is the sum of the squared differences between the teacher's and the student's G, divided by the squared number of
-    images. The images of all processes count together. Student and teacher keep their own channels and cells. Each cell
-    is weighted by its share of counted pixels, and by the gate.
+    Q has a tap's features, one row (c h w) per image. Each cell's features are multiplied by the root of its weight:
+    its share of counted pixels, times the gate. G is the matrix Q Q^T with each of its rows divided by the row's norm.
+    The loss is the sum of the squared differences between the teacher's and the student's G, divided by the squared
+    number of images. The images of all processes count together. Student and teacher keep their own channels and cells.
 
     Default weight 50. The weighted term's gradient is 0.8 to 1.4 times the cross-entropy's in a batch of 8. The
     published weight is 3000, for classification in batches of 64 images.

@@ -9,11 +9,12 @@ from kdcache_kernels.target_cells import resize
 
 
 class Overlap(Term):
-    """A base of loss terms that compare predictions and labels per image and class. Subclasses implement `of_classes`.
+    """A base of loss terms that compare predictions and labels per image and class.
 
-    They need no teacher. The loss is the mean over the classes in an image's label, then the mean over images with a
-    labelled pixel. It does not depend on how a batch is divided among processes or accumulated parts. Void pixels never
-    count. Gates and masks of teacher terms do not apply.
+    Subclasses implement `of_classes`, which returns a loss for each image and class. They need no teacher. The loss is
+    the mean over the classes in an image's label, then the mean over images with a labelled pixel. It does not depend
+    on how a batch is divided among processes or accumulated parts. Void pixels never count. Gates and masks of teacher
+    terms do not apply.
     """
 
     def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:

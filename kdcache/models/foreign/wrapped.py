@@ -108,9 +108,10 @@ class WrappedModel(SegmentationModel):
         self.register_load_state_dict_pre_hook(_add_prefix)  # type: ignore[no-untyped-call]
 
     def adopt_names(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Return the tensors `state` of a weights file (name -> tensor) that the model can take.
+        """Return the tensors of a weights file that the model can take, with their names unchanged: name -> tensor.
 
-        These are all tensors. But if the model has no head, a timm classifier's tensors are left out.
+        `state` has all tensors of the file. The result leaves out a timm classifier's tensors if the model has no head,
+        and nothing else.
         """
         names = (getattr(self.network, "pretrained_cfg", None) or {}).get("classifier") or ()
         prefixes = tuple(f"{name}." for name in ([names] if isinstance(names, str) else names))

@@ -34,6 +34,8 @@ def compressors(path: str, codec: Codec) -> tuple[Any, ...]:
     """Return the Zarr v3 codecs that compress the array at `path`, such as `features/stage4`.
 
     The last codec is a CRC-32C checksum, so that reading a damaged chunk raises an error.
+
+    `codec` is the cache's setting `--codec`: `default` (lz4, zstd for features), `small` (zstd), or `none`.
     """
     if codec == "none":
         return (Crc32cCodec(),)

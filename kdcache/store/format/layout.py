@@ -113,12 +113,12 @@ def read_layout(array: Path) -> Layout:
 
 
 def parse_layout(metadata: Any, file: object) -> Layout:
-    """Return the layout that an array's zarr.json describes.
+    """Return how an array's chunks lie in its shard files, from the content of the array's zarr.json.
 
     Args:
         metadata: the parsed JSON.
         file: the file's name for error messages.
-    Raises: VersionError if the layout is not supported.
+    Raises: VersionError if kdcache cannot read arrays with these settings.
     """
     try:
         return _parse(metadata)

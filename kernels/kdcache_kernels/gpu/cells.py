@@ -345,9 +345,14 @@ def needs(problem: LossProblem, stride: int, tiling: Tiling) -> Needs:
 
 
 def seams(problem: LossProblem, stride: int, tiling: Tiling) -> Seams:
-    """Return how `launch` cuts the images into strips, for `loss.add_up` to complete the gradient where strips meet.
+    """Return how `launch` cuts each image into strips of rows, one strip for several Triton programs.
 
-    `problem` has the checked arguments, `stride` is label pixels per logit, and `tiling` is from `choose_tiling`.
+    The kernel computes each strip alone. Where two strips meet, `loss.add_up` adds their two parts of the gradient.
+
+    Args:
+        problem: the checked arguments of the loss.
+        stride: label pixels per logit.
+        tiling: the sizes from `choose_tiling`.
     """
     return Seams(_cut(problem, tiling)[0], tiling.rows, _groups(stride))
 

@@ -76,9 +76,9 @@ class Grid(NamedTuple):
 
     @property
     def arguments(self) -> tuple[Array | bool, ...]:
-        """A flat tuple of seven values: the three arrays of `rows`, the three arrays of `columns`, and `moved`.
+        """The fields as one flat tuple: three arrays of `rows`, three arrays of `columns`, and the bool `moved`.
 
-        numba is slow to find the type of a nested tuple.
+        A numba function takes it, because numba is slow to find the type of a nested tuple.
         """
         return (*self.rows, *self.columns, self.moved)
 

@@ -276,9 +276,12 @@ def softmax_denominators(
     """Return the sums over the classes of the logits' exponentials, at each pixel of every lane's bilinear cell.
 
     Shapes and units:
-        student, target: the two logit maps, each a tuple of pointers and steps: the argument `grid` of `make_surface`.
+        student, target: the two logit maps, each as a tuple (top, bottom, class stride, first, step, scale). top and
+            bottom point to class 0 of the cells' upper and lower corners. `make_surface` explains all six as `grid`.
         y_first: weight of the bottom corners in the first pixel row, 0 to 1.
-        pixels: `Pixels`. temperature: T. zero: a float32 block of zeros.
+        pixels: a `Pixels` tuple, of which only `num_classes`, `USE_CE` and `USE_KL` are read. They are the number of
+            classes, and whether CE and KL are computed.
+        temperature: T. zero: a float32 block of zeros.
         S, ROWS: pixels per row, and pixel rows. POWER: T if it is 1 to 4, else 0.
     Returns: (ce, kl, teacher), tuples of ROWS * S blocks: the sums for the student at T = 1, the student at T, and the
         target at T.
