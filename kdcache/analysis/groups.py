@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from kdcache.analysis.runs import Entry
+from kdcache.settings.methods import parse_method, parse_term
 from kdcache.settings.streams import to_line
 from kdcache.settings.term import LossTerm
-from kdcache.settings.terms import parse_method, parse_term
 
 REPEATED = ("seed", "fold", "val-fold")
 """What runs of one row differ in."""

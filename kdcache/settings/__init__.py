@@ -4,6 +4,7 @@
     validate.py    the one validator of values and names
     term.py        a term of the loss, and what every kind says of itself
     terms.py       the terms of the loss, each kind once
+    methods.py     loss terms and methods that are written as text: cosine,weight=0.1, kl+at
     parse.py       values that are written as text: 288x384, 0.5:2.0, 50GiB
     shared.py      tables that several verbs share: data, the machine, copies of a remote cache
     training.py    the tables of a training, by their owner

@@ -10,6 +10,7 @@ from annotated_types import Ge, Le, Lt
 
 from kdcache.errors import RecipeError
 from kdcache.model_table import listed_specs
+from kdcache.settings.methods import parse_term
 from kdcache.settings.parse import (
     Caches,
     Count,
@@ -37,7 +38,7 @@ from kdcache.settings.shared import (
     SourceSettings,
 )
 from kdcache.settings.term import TERMS, LossTerm, Share, entries_of
-from kdcache.settings.terms import KL, METHODS, CrossEntropy, parse_term
+from kdcache.settings.terms import KL, METHODS, CrossEntropy
 
 DEFAULT_ITERATIONS = 4000
 _TERMS = [TERMS[kind]() for kind in METHODS]

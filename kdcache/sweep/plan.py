@@ -18,10 +18,11 @@ from typing import Any
 from kdcache.data import check_folds_by, parse_fold
 from kdcache.errors import RecipeError
 from kdcache.run_folder import RESULT, WEIGHTS
+from kdcache.settings.methods import auto_method, parse_method, parse_term
 from kdcache.settings.shared import ImageSettings
 from kdcache.settings.streams import parse_stream, term_line, to_line
 from kdcache.settings.term import no_effect, untaken
-from kdcache.settings.terms import CrossEntropy, auto_method, parse_method, parse_term
+from kdcache.settings.terms import CrossEntropy
 from kdcache.settings.training import Data
 from kdcache.sweep.curve import CURVE, has_curve
 from kdcache.sweep.recipe import AUDIT, STORE, TEACHER, Arm, Flags, Recipe, check_names, filled, named_flag, unknown

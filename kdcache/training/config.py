@@ -15,10 +15,11 @@ from kdcache.models.added_heads import split_auxiliary
 from kdcache.run_folder import RECIPE, train_again
 from kdcache.run_folder import Run as RunFolder
 from kdcache.settings import entries, read_values
+from kdcache.settings.methods import auto_method, parse_method
 from kdcache.settings.recipe import FORMAT, to_recipe
 from kdcache.settings.streams import check_rows, shares_of
 from kdcache.settings.term import MASK, LossTerm, check_terms, no_effect, untaken
-from kdcache.settings.terms import KL, ON_LABELS, CrossEntropy, auto_method, parse_method
+from kdcache.settings.terms import KL, ON_LABELS, CrossEntropy
 from kdcache.settings.training import (
     DEFAULT_ITERATIONS,
     LEARNING_RATE,

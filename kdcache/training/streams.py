@@ -8,8 +8,8 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from kdcache.errors import KDCacheError, RecipeError
 from kdcache.settings import read
+from kdcache.settings.methods import parse_method, parse_term
 from kdcache.settings.streams import OVERRIDDEN, StreamSettings, parse_stream
-from kdcache.settings.terms import parse_method, parse_term
 from kdcache.settings.training import TRAINING
 from kdcache.settings.validate import dump_values
 from kdcache.training.input.mix import Mix

@@ -14,7 +14,7 @@ from kdcache.data import open_split
 from kdcache.errors import MismatchError, RecipeError
 from kdcache.models.foreign.processor import Processor
 from kdcache.run_folder import Run
-from kdcache.settings.terms import loss_term
+from kdcache.settings.methods import loss_term
 from kdcache.store import open_cache, open_caches
 from kdcache.teacher import load_teacher
 from kdcache.training import CacheDataset, make_config, train

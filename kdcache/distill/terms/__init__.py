@@ -9,8 +9,9 @@ from kdcache.distill.terms.base import Term, TermBatch, TermSetup, TermTargets
 from kdcache.distill.terms.registry import make_term, term_modules, with_companions
 from kdcache.distill.terms.unlabelled.predictions import discriminator_parameters
 from kdcache.distill.terms.unlabelled.pseudo import labellers, pseudo_labels
+from kdcache.settings.methods import loss_term, parse_method, parse_term
 from kdcache.settings.term import LossTerm, check_terms
-from kdcache.settings.terms import KINDS, loss_term, parse_method, parse_term
+from kdcache.settings.terms import KINDS
 
 __all__ = [
     "KINDS",
