@@ -35,12 +35,12 @@ class TeacherSettings:
     )
     folds: int | None = _teacher(
         None,
-        "Cross-fitting: teacher I predicts fold I of K, which it left out.",
+        "Number K of folds: each teacher predicts the fold it left out.",
     )
     folds_by: str | None = _teacher(None, FOLDS_BY, metavar="PATTERN")
-    class_map: Path | None = _teacher(None, "Which class of the data each teacher class becomes.")
-    mean: Colour | None = _teacher(None, "Normalisation, if not the model's own.", metavar="R,G,B")
-    std: Colour | None = _teacher(None, "Normalisation, if not the model's own.", metavar="R,G,B")
+    class_map: Path | None = _teacher(None, "File with the data's class for each class of the teacher.")
+    mean: Colour | None = _teacher(None, "Mean that normalises colours (default: the model's).", metavar="R,G,B")
+    std: Colour | None = _teacher(None, "Deviation that normalises colours (default: the model's).", metavar="R,G,B")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,28 +51,32 @@ class BuildSettings:
     """
 
     teacher_size: Size | None = _teacher(
-        None, "Size of the teacher's input for the same window; free in training.", metavar="HxW"
+        None, "Size at which the teacher sees each view (default: the view's).", metavar="HxW"
     )
     teacher_grid: Literal["own", "view"] = _teacher(
         "own",
-        "own: native grid of --teacher-size and --tta. view: averaged to the view's.",
+        "Grid of stored logits: the teacher's own, or averaged to the view's.",
     )
-    precision: Literal["float32", "bf16", "fp16"] = _teacher("float32", "float32, bf16 or fp16.")
+    precision: Literal["float32", "bf16", "fp16"] = _teacher(
+        "float32", "Precision of the teacher's forward pass: float32, bf16 or fp16."
+    )
 
-    top_k: TopK | None = _stored(None, "Classes kept per pixel: a number, or auto (all up to 32).")
+    top_k: TopK | None = _stored(None, "Classes stored per pixel, or auto (all, if at most 32).")
     heads: Words = _stored(
         (),
-        "Heads to store, separated by commas (default: all that it learnt).",
+        "Comma-separated heads of the teacher to store (default: all trained heads).",
     )
     features_only: bool = _stored(False, "Store only the taps of --features, without a head.")
-    features: Words = _stored((), "Comma-separated taps to store; see kdcache models.")
+    features: Words = _stored((), "Comma-separated taps whose features are stored; kdcache models lists taps.")
     feature_dtype: Literal["fp16", "uint8"] = _stored(
-        "fp16", "fp16, or uint8 at half the bytes. Docs: Choose what to store."
+        "fp16", "Type of stored features: fp16, or uint8 with half the bytes."
     )
-    statistics: Words = _stored((), "Comma-separated at:TAP (attention) or similarity:TAP (between tokens).")
-    raw_logits: bool = _stored(False, "Keep every pixel's largest logit too, for terms over positions (cwd).")
+    statistics: Words = _stored(
+        (), "Comma-separated statistics of taps: at:TAP (attention), similarity:TAP (between tokens)."
+    )
+    raw_logits: bool = _stored(False, "Also store every pixel's largest logit, which the term cwd needs.")
     pixels: Literal["stored", "source"] = _stored(
-        "stored", "stored: images and labels go into the cache. source: they stay outside."
+        "stored", "stored: the cache holds images and labels. source: only --data does."
     )
     codec: Literal["default", "small", "none"] = _stored(
         "default",
@@ -87,20 +91,20 @@ class BuildSettings:
     )
     crop: Size | None = _view(
         None,
-        "Cut views of this size from the zoomed image (default: --size).",
+        "Size of views cut from the zoomed image (default: views of --size).",
         metavar="HxW",
     )
     view_seed: Annotated[int, Ge(0)] = _view(0, "Seed of the crops.", ranged=True)
     view_scale: Zoom | None = _view(
         None,
-        "Zoom of the crops (default: 1:2, or 1:1 with metric depth).",
+        "Range of the crops' zoom (default: 1:2, with metric depth 1:1).",
         metavar="LOW:HIGH",
     )
     depth_zoom: Literal["none", "divide", "keep"] = _view(
         "none",
-        "Metric depth in zoomed views: none zooms nothing, divide or keep metres.",
+        "Metres in zoomed views: divide by the zoom, keep, none (no zoom).",
     )
-    view_flip: bool = _view(True, "Mirror half of the crops.", default_shown=False)
+    view_flip: bool = _view(True, "Mirror half of the crops, left to right.", default_shown=False)
 
     batch_size: Count = setting(8, "Images per forward pass.", ranged=True)
     render_threads: Annotated[int, Ge(0)] = setting(

@@ -21,9 +21,9 @@ class EngineSettings:
     """
 
     engine: Literal["local", "ray"] = _engine("local", "local: this machine. ray: actors or jobs on a Ray cluster.")
-    actors: Count | None = _engine(None, "Actors of --engine ray (default: as many as have room).", ranged=True)
+    actors: Count | None = _engine(None, "Number of actors with --engine ray (default: as many as fit).", ranged=True)
     num_gpus: Annotated[float, Ge(0)] = _engine(
-        0.0, "GPUs of each actor or job of --engine ray, e.g. 0.5.", ranged=True
+        0.0, "GPUs for each actor or job with --engine ray, e.g. 0.5.", ranged=True
     )
     address: str | None = _engine(
         None,

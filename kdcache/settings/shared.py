@@ -42,11 +42,11 @@ class SourceSettings:
 class ImageSettings:
     """Settings for images: the split, the size (height, width) in pixels, and how images are fitted to it."""
 
-    split: str = _data("train", "Which split of it.")
-    size: Size | None = _data(None, "Height and width of the pixels, e.g. 288x384.", metavar="HxW")
+    split: str = _data("train", "Split of the data set, such as train or val.")
+    size: Size | None = _data(None, "Height and width to which images are resized, e.g. 288x384.", metavar="HxW")
     fit: FitChoice = _data(
         "auto",
-        "How images of another shape fill --size (auto: as before, or pad).",
+        "How images of another shape fit --size (auto: cache's, model's or pad).",
     )
 
 
@@ -68,7 +68,7 @@ class CopySettings:
     )
     cache_bytes: Bytes | None = _machine(
         None,
-        "Room for these copies, e.g. 50GiB (default: half of the free space).",
+        "Most bytes of local copies, e.g. 50GiB (default: half the free space).",
         metavar="SIZE",
     )
 
@@ -77,29 +77,31 @@ class CopySettings:
 class JudgeSettings:
     """Settings for how runs are evaluated and how their speed is measured. Each field is a flag."""
 
-    weights: Weights = setting("best", "Weights of a run, with --ema also best-ema or last-ema.")
+    weights: Weights = setting("best", "A run's weights: best or last, after --ema also best-ema, last-ema.")
     window: Size | None = setting(
         None,
-        "Slide a window over the image and average the logits.",
+        "Slide a window of this size over the image, and average logits.",
         metavar="HxW",
     )
-    stride: Size | None = setting(None, "From a window to the next (default: two thirds of --window).", metavar="HxW")
+    stride: Size | None = setting(
+        None, "Pixels between sliding windows (default: two thirds of --window).", metavar="HxW"
+    )
     batch_size: Count = setting(8, "Images per forward pass.", ranged=True)
-    repeats: Annotated[int, Ge(0)] = setting(50, "Timed calls per model; 0 times none.", ranged=True)
-    fresh: bool = setting(False, "Evaluate and time again what was evaluated and timed before.")
+    repeats: Annotated[int, Ge(0)] = setting(50, "Timed forward passes per model; 0 measures no speed.", ranged=True)
+    fresh: bool = setting(False, "Repeat evaluations and timings instead of reusing stored results.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class DepthSettings:
     """Settings for the pixels of depth labels on which predictions are evaluated. Depths are in metres."""
 
-    min_depth: Positive = setting(1e-3, "Labels of depth up to it do not count.", metavar="METRES")
+    min_depth: Positive = setting(1e-3, "Ignore pixels whose labelled depth is not above this.", metavar="METRES")
     max_depth: Positive | None = setting(
         None,
-        "Ignore deeper labels and clip predictions (default: the model's maximum, or 80).",
+        "Ignore deeper labels, clip predictions to it (default: model's maximum, or 80).",
         metavar="METRES",
     )
-    depth_crop: Crop = setting("none", "none, or garg: judge inside Garg's crop, as is usual on KITTI.")
+    depth_crop: Crop = setting("none", "Evaluate all pixels (none), or those inside Garg's crop for KITTI (garg).")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,17 +110,17 @@ class CompareSettings:
 
     data: str | None = setting(
         None,
-        "Data to judge on (default: the validation data of the runs).",
+        "Data to evaluate on (default: the validation data of the runs).",
     )
-    split: str | None = setting(None, "Which split of it (default: theirs, or val).")
-    teacher: str | None = setting(None, "A run or SPEC@FILE, shown apart.", metavar="RUN")
+    split: str | None = setting(None, "Split to evaluate on (default: the runs' validation split, or val).")
+    teacher: str | None = setting(None, "A run or SPEC@FILE with its own row, outside the ranking.", metavar="RUN")
     baseline: str | None = setting(
-        None, "Row or run to measure against (default: the same model, --method none).", metavar="NAME"
+        None, "Row or run for differences (default: the same model with --method none).", metavar="NAME"
     )
     blocks_by: str | None = setting(
         None,
-        "Resample whole sequences: a pattern for their names, as '^(.+)_'.",
+        "Resample sequences, not images: a pattern for their names, as '^(.+)_'.",
         metavar="PATTERN",
     )
-    own_fold: bool = setting(False, "Judge each run on the fold that it left out.")
-    smoke: bool = setting(False, "Say on top that the runs are no result.")
+    own_fold: bool = setting(False, "Evaluate each run on the fold that its training left out.")
+    smoke: bool = setting(False, "Mark the output: the runs are too short to mean anything.")

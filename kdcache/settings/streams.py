@@ -34,11 +34,17 @@ class StreamSettings:
     """The settings that only a stream has. In addition, a stream can override many settings of the training."""
 
     name: str = setting(REQUIRED, "Name of the stream.")
-    share: Annotated[float, Gt(0), Le(1)] | None = setting(None, "Its share of every batch (default: of what is left).")
-    weight: Weight = setting(1.0, "Weight of its loss.")
-    class_map: Path | None = setting(None, "Which class of the training each of its classes becomes.")
-    paste: str | None = setting(None, "Paste from paste-from: cutmix or classmix, with a share as cutmix:0.5.")
-    paste_from: str | None = setting(None, "Name of the stream whose samples are pasted into its own.")
+    share: Annotated[float, Gt(0), Le(1)] | None = setting(
+        None, "The stream's share of the samples in every batch (default: an equal part of the rest)."
+    )
+    weight: Weight = setting(1.0, "Weight of the stream's loss in the sum over all streams.")
+    class_map: Path | None = setting(
+        None, "A file with the class of the training that each of the stream's classes becomes."
+    )
+    paste: str | None = setting(
+        None, "How samples of paste-from are pasted: cutmix or classmix. cutmix:0.5 pastes into half of the samples."
+    )
+    paste_from: str | None = setting(None, "Name of the other stream whose pixels are pasted into this stream.")
 
 
 SOURCE = ("cache", "data", "split")

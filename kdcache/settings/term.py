@@ -251,7 +251,9 @@ class FeatureTerm(LossTerm):
     stored: ClassVar[tuple[str, str]] = ("features/{}", "--features {}")
     """What a cache has of a tap, and the flag that stores it."""
 
-    student_tap: Name | None = setting(None, "The student's tap (default: the one with the nearest grid).")
+    student_tap: Name | None = setting(
+        None, "The student's tap (default: the tap whose grid is nearest to the teacher's)."
+    )
     teacher_tap: Name | None = setting(None, "The teacher's tap (default: the cache's last tap).")
 
     def _grid(self, manifest: Any, tap: str) -> tuple[int, int]:

@@ -45,8 +45,13 @@ class PseudoLabels(LossTerm):
     follows_paste = True
 
     threshold: Share = setting(0.7, "Least probability of a pseudo label.")
-    quantile: Share | None = setting(None, "Instead of threshold, the surest share of each class in the batch.")
-    normalise: Literal["kept", "all", "share"] = setting("kept", "What the sum is divided by.")
+    quantile: Share | None = setting(
+        None,
+        "Instead of threshold: for each class, the share of its pixels in a batch that count, most probable first.",
+    )
+    normalise: Literal["kept", "all", "share"] = setting(
+        "kept", "What the sum is divided by: kept (confident pixels), all (counted pixels), share (see the class)."
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -70,7 +75,7 @@ class Depth(_OnLabels):
     compares = head = DEPTH
     follows_mix = follows_paste = True
 
-    reference: Literal["labels", "teacher"] = setting("labels", "What it compares with.")
+    reference: Literal["labels", "teacher"] = setting("labels", "What the student's depth is compared with.")
 
     @property
     def learns_from(self) -> str:  # type: ignore[override]
@@ -107,7 +112,7 @@ class CrossEntropy(_OnLabels):
 
     weight: Weight | None = setting(1.0, "Weight of ce, the cross-entropy.")
     label_smoothing: Annotated[float, Ge(0), Lt(1)] = setting(
-        0.0, "Share of every label that ce, and auxiliary, spread over all classes."
+        0.0, "Share of each label that ce and auxiliary spread over all classes."
     )
     focal_gamma: Weight = setting(0.0, "Exponent of the focal loss in ce: 2 is usual, 0 off.")
     class_weights: Literal["none", "median", "sqrt"] = setting(
@@ -137,8 +142,8 @@ class KL(OfLogits):
     kind = "kl"
     fused = follows_mix = follows_paste = True
 
-    weight: Weight | None = setting(0.3, "Weight of kl, T^2 * KL.")
-    temperature: Positive = setting(2.0, "Temperature of kl.")
+    weight: Weight | None = setting(0.3, "Weight of kl, which is temperature^2 * KL divergence.")
+    temperature: Positive = setting(2.0, "Temperature of both softmaxes in kl.")
 
     @property
     def takes(self) -> tuple[str, ...]:
@@ -153,7 +158,9 @@ class Pseudo(PseudoLabels):
     """
 
     kind = "pseudo"
-    class_weights: Literal["none", "median", "sqrt"] = setting("none", "Weights by how rare a class is among targets.")
+    class_weights: Literal["none", "median", "sqrt"] = setting(
+        "none", "Weights of classes by how rare they are among the targets."
+    )
 
 
 class Attention(FeatureTerm):
@@ -161,7 +168,9 @@ class Attention(FeatureTerm):
 
     kind = "at"
     stored = ("the attention map or features of {}", "--statistics at:{}")
-    weight: Weight | None = setting(None, "Factor on the term (default: h w / 2 of the teacher's cells).")
+    weight: Weight | None = setting(
+        None, "Factor on the term (default: h * w / 2, for a teacher's tap of h x w cells)."
+    )
 
     def offered(self, manifest: Any) -> list[str]:
         """Return the usable taps in the cache of `manifest`: first those with features, then with attention maps.
@@ -219,7 +228,7 @@ class Queue(FeatureTerm):
     whole_view = True
     stored = ("the summary {} of 1x1 cells", "--features {}")
     temperature: Positive = setting(0.07, "Temperature of both softmaxes.")
-    length: Annotated[int, Ge(1)] = setting(1024, "Summaries that the ring keeps.")
+    length: Annotated[int, Ge(1)] = setting(1024, "Number of recent images whose vectors are kept.")
 
     def offered(self, manifest: Any) -> list[str]:
         """Return the cache's taps with one vector per view, which `teacher_tap` may name. It defaults to the last."""
@@ -230,7 +239,7 @@ class Hint(Projected):
     """Settings of the loss term `hint`: the difference between the student's projected features and the teacher's."""
 
     kind = "hint"
-    distance: Literal["mse", "smooth-l1"] = setting("mse", "How features are compared.")
+    distance: Literal["mse", "smooth-l1"] = setting("mse", "How features are compared: squared error, or smooth L1.")
 
 
 class Cosine(Projected):
@@ -245,7 +254,7 @@ class Channels(FeatureTerm):
 
     kind = "cwd"
     all_classes = raw_logits = True
-    weight: Weight | None = setting(None, "Factor on the term (default: 0.15 of logits, 3 of a tap).")
+    weight: Weight | None = setting(None, "Factor on the term (default: 0.15 for logits, 3 for features of a tap).")
     temperature: Positive = setting(4.0, "Temperature of both softmaxes.")
 
     @property
@@ -282,8 +291,8 @@ class Decoupled(OfLogits):
     all_classes = True
     weight: Weight | None = setting(0.02, "Factor on the term.")
     temperature: Positive = setting(4.0, "Temperature of both softmaxes.")
-    alpha: Weight = setting(1.0, "Weight of the target class against the rest.")
-    beta: Weight = setting(8.0, "Weight of the other classes among themselves.")
+    alpha: Weight = setting(1.0, "Weight of comparing the target class with all other classes together.")
+    beta: Weight = setting(8.0, "Weight of comparing the other classes among each other.")
 
 
 class Dice(_OnLabels):
@@ -328,8 +337,10 @@ class Consistency(PseudoLabels):
 
     kind = "consistency"
     threshold: Share = setting(0.968, "Least probability of a pseudo label.")
-    normalise: Literal["kept", "all", "share"] = setting("all", "What the sum is divided by.")
-    by: Literal["student", "ema", "store"] = setting("student", "Who makes the pseudo labels.")
+    normalise: Literal["kept", "all", "share"] = setting(
+        "all", "What the sum is divided by: kept (confident pixels), all (counted pixels), share (see the class)."
+    )
+    by: Literal["student", "ema", "store"] = setting("student", "Which model makes the pseudo labels.")
 
     @property
     def learns_from(self) -> str:  # type: ignore[override]
@@ -347,10 +358,18 @@ class Adversarial(LossTerm):
 
     kind = "adversarial"
     learns_from = "predictions"
-    weight: Weight | None = setting(None, "Factor (default: 0.001, of least squares 0.01; of auxiliary a fifth).")
-    against: Name | None = setting(None, "The stream whose predictions they are to pass for (default: the only other).")
-    loss: Literal["vanilla", "least-squares"] = setting("vanilla", "How the discriminator's answers are judged.")
-    head: Literal["segmentation", "auxiliary"] = setting("segmentation", "Whose predictions are compared.")  # type: ignore[misc]
+    weight: Weight | None = setting(
+        None, "Factor on the term (default: 0.001, or 0.01 for least-squares. For auxiliary a fifth of it)."
+    )
+    against: Name | None = setting(
+        None, "The other stream, whose predictions this stream's should look like (default: the only other one)."
+    )
+    loss: Literal["vanilla", "least-squares"] = setting(
+        "vanilla", "The discriminator's loss: cross-entropy (vanilla), or least squares."
+    )
+    head: Literal["segmentation", "auxiliary"] = setting(
+        "segmentation", "The student's head whose predictions are compared."
+    )  # type: ignore[misc]
 
     @property
     def default_weight(self) -> float:
@@ -384,8 +403,8 @@ class DepthSsi(Depth):
 
     kind = "depth-ssi"
     weight: Weight | None = setting(0.3, "Factor on the term.")
-    reference: Literal["labels", "teacher"] = setting("teacher", "What it compares with.")
-    alpha: Weight = setting(0.5, "Weight of gradient matching.")
+    reference: Literal["labels", "teacher"] = setting("teacher", "What the student's depth is compared with.")
+    alpha: Weight = setting(0.5, "Weight of the second part, which compares gradients of depth.")
 
     @property
     def in_metres(self) -> bool:

@@ -103,7 +103,9 @@ Terms = Annotated[
 class Run:
     """Settings for what to train, and for logs and checkpoints. Each field is a flag."""
 
-    verb: Literal["train-teacher", "train-student"] = setting(REQUIRED, "The verb that trains.")
+    verb: Literal["train-teacher", "train-student"] = setting(
+        REQUIRED, "The command that trains: train-teacher or train-student."
+    )
     model: str = setting(
         REQUIRED,
         "What to train, as [bold]kdcache models[/] lists it. MODEL+depth adds a head.",
@@ -113,20 +115,20 @@ class Run:
     )
     name: str | None = setting(
         None,
-        "Name in tables and pictures (default: its settings, or its folder).",
+        "The run's name in tables and pictures (default: its settings or folder).",
     )
-    init: str | None = setting(None, "Start from a RUN, a weights FILE, or [bold]default[/] (downloads).")
-    val_every: Count | None = _log(None, "Steps between validations and checkpoints (default: a tenth).")
+    init: str | None = setting(None, "Start from a RUN, a weights FILE, or [bold]default[/] (published weights).")
+    val_every: Count | None = _log(None, "Steps between validations and checkpoints (default: a tenth of all).")
     log_every: Count = _log(20, "Steps between log lines.")
-    gradients_every: Annotated[int, Ge(0)] = _log(500, "Steps between gradient norms per term; 0 is off.")
+    gradients_every: Annotated[int, Ge(0)] = _log(500, "Steps between logs of each term's gradient norm; 0 is off.")
     keep_every: Every | None = _log(
         None,
-        "Keep the full state every N iterations (500) or epochs (5e), too.",
+        "Also keep a checkpoint every N steps (500) or epochs (5e).",
         metavar="N|Ne",
     )
     log: Logs = _log(
         (),
-        "Send metrics to tensorboard or wandb, too. May be repeated.",
+        "Also send metrics to tensorboard or wandb. May be repeated.",
         metavar="WHERE",
         repeated=True,
     )
@@ -144,16 +146,18 @@ class Data(SourceSettings, ImageSettings, CopySettings):
     )
     stream: tuple[Any, ...] = _data(
         (),
-        "One of several sources: NAME,cache=CACHE,share=0.5. May be repeated.",
+        "A stream, one of several data sources: NAME,cache=CACHE,share=0.5. May be repeated.",
         metavar="NAME,X=Y",
         repeated=True,
     )
     val: str | None = _data(None, "Labelled data to validate on.")
     val_split: str = _data("val", "Split to validate on.")
-    val_share: Share | None = _data(None, "Validate on the feature loss of this share of the cache.", metavar="SHARE")
+    val_share: Share | None = _data(
+        None, "Validate without labels: hold out this share, measure its feature loss.", metavar="SHARE"
+    )
     labels: Tasks = _part("all", "Which labels are used: all, none, or tasks as segmentation+depth.")
-    limit_labels: Positive | None = _part(None, "Use the labels of so many samples.", metavar="N")
-    labels_from: Path | None = _part(None, "Use the labels of the ids in this file, one a line.", metavar="FILE")
+    limit_labels: Positive | None = _part(None, "Use labels of only N samples (below 1: a share).", metavar="N")
+    labels_from: Path | None = _part(None, "Use labels of only the sample ids in FILE, one a line.", metavar="FILE")
     labelled_share: Annotated[float, Ge(0.001), Le(0.999)] | None = _part(
         None,
         "Share of labelled samples in every batch (default: as in the data).",
@@ -161,17 +165,19 @@ class Data(SourceSettings, ImageSettings, CopySettings):
     )
     sampling: Sampling = _part(
         "even",
-        "even: each sample once an epoch. rare: rare classes first.",
+        "even: each sample once an epoch. rare: rare classes more often.",
         metavar="even|rare[:T]",
     )
-    limit_views: Count | None = _part(None, "Replay the first so many views of a sample.", metavar="N", ranged=True)
-    limit_samples: Positive | None = _part(None, "Use so many samples, below 1 a share; always the same.", metavar="N")
+    limit_views: Count | None = _part(
+        None, "Replay only the first N stored views of each sample.", metavar="N", ranged=True
+    )
+    limit_samples: Positive | None = _part(None, "Use only N samples (below 1: a share), always the same.", metavar="N")
     shuffle: Literal["auto", "full", "window"] = _part(
         "auto",
         "Order of an epoch: full, or window (few shards at a time).",
     )
-    fold: str | None = _part(None, "Leave out fold I of K, from 0.", metavar="I/K")
-    val_fold: str | None = _part(None, "Validate on this fold of the split alone.", metavar="I/K")
+    fold: str | None = _part(None, "Do not train on fold I of K, counted from 0.", metavar="I/K")
+    val_fold: str | None = _part(None, "Validate only on fold I of K, counted from 0.", metavar="I/K")
     folds_by: str | None = _part(None, FOLDS_BY, metavar="PATTERN")
 
     def __post_init__(self) -> None:
@@ -186,13 +192,13 @@ class Loss:
 
     method: str = _loss(
         "auto",
-        "none, or terms such as kl+at (auto: dist, with --mix kl).",
+        "Loss terms such as kl+at, or none (auto: dist, with --mix kl).",
         metavar="KIND+KIND",
         words=("auto", "none", *_TAUGHT, *_UNTAUGHT),
     )
     teacher: Literal["store", "labels"] = _loss(
         "store",
-        "Targets of the teacher terms: the cache's, or labels as a control.",
+        "Targets of teacher terms: store (the cache's), or labels as a control.",
     )
     term: Terms = _loss(
         (),
@@ -208,7 +214,7 @@ class Loss:
     class_weights: Literal["none", "median", "sqrt"] = _of(CrossEntropy, "class_weights")
     balance: Literal["fixed", "uncertainty"] = _loss(
         "fixed",
-        "Weights of two tasks: fixed, or learnt from their uncertainty.",
+        "Weights of segmentation and depth: fixed, or learnt (uncertainty).",
     )
     task_weight: TaskWeights = _loss(
         (),
@@ -217,9 +223,7 @@ class Loss:
         repeated=True,
     )
     distill_void: bool = _gate(True, "Whether teacher terms count void pixels.")
-    distill_on: Literal["labelled", "all"] = _gate(
-        "all", "all: images without a label are distilled from their targets; or labelled."
-    )
+    distill_on: Literal["labelled", "all"] = _gate("all", "Images that teacher terms use: all, or only labelled ones.")
     distill_schedule: DistillSchedule = _gate(
         "constant",
         "Weight of the teacher terms over time: constant, fade or warmup:N.",
@@ -227,12 +231,14 @@ class Loss:
     gate: str = _gate("none", "Which pixels are distilled: none (all), correct, or confidence:X.")
     class_trust: str | None = _gate(
         None,
-        "Weights of the teacher's classes, from a file or --trust-against.",
+        "Weights of the teacher's classes: a FILE, or auto (from --trust-against).",
         metavar="FILE|auto",
     )
-    trust_against: str | None = _gate(None, "A run without a teacher that left out a --fold.", metavar="RUN")
+    trust_against: str | None = _gate(
+        None, "Labels-only run for --class-trust auto, trained with --fold.", metavar="RUN"
+    )
     class_balance: Literal["none", "median", "sqrt"] = _gate(
-        "none", "Weights of the targets by how rare their class is."
+        "none", "Weights of targets by how rare the teacher's class is."
     )
 
 
@@ -242,14 +248,14 @@ class Augmentation:
 
     augment: Literal["auto", "warp", "replay", "none"] = _view(
         "auto",
-        "warp (random crops), replay (views as stored) or none.",
+        "warp (random crops), replay (stored views), none, or auto (by cache).",
     )
     scale: Range | None = _view(
-        None, "Random zoom (default: 0.5:2; where metric depth is compared 1:1).", metavar="MIN:MAX"
+        None, "Range of the random zoom (default: 0.5:2, for metric depth 1:1).", metavar="MIN:MAX"
     )
     depth_zoom: Literal["none", "divide", "keep"] = _view(
         "none",
-        "Metric depth in a zoomed image: none zooms nothing, divide or keep.",
+        "Metres in zoomed images: divide by the zoom, keep, none (no zoom).",
     )
     flip: bool | None = _view(
         None,
@@ -261,7 +267,7 @@ class Augmentation:
         "Strength of colour jitter, 0 for none, or randaugment:N,M.",
         metavar="X|randaugment:N,M",
     )
-    mix: str | None = _view(None, "Paste between samples: cutmix or classmix, with a share as cutmix:0.5.")
+    mix: str | None = _view(None, "Paste between samples: cutmix or classmix. For half of them: cutmix:0.5.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -269,15 +275,15 @@ class Optimizer:
     """Settings for the optimizer and the length of a training, in optimizer steps. Each field is a flag."""
 
     iterations: Count | None = _step(None, f"Optimizer steps (default: {DEFAULT_ITERATIONS}).")
-    epochs: Count | None = _step(None, "Instead of --iterations: passes over all samples.")
+    epochs: Count | None = _step(None, "Passes over all samples, instead of --iterations.")
     batch_size: Count = _step(8, "Samples per step, of all processes together.")
     accumulate: Count = _step(
         1,
-        "Process a batch in N parts, with the same gradients.",
+        "Process a batch in N parts to save memory, with equal gradients.",
         metavar="N",
         ranged=True,
     )
-    optimizer: Literal["adamw", "adam", "sgd"] = _step("adamw", "adamw, adam or sgd.")
+    optimizer: Literal["adamw", "adam", "sgd"] = _step("adamw", "The optimizer: adamw, adam or sgd.")
     lr: Positive = _step(
         LEARNING_RATE,
         "Highest learning rate (default: 6e-3 kdcache:tiny, 2e-3 kdcache:base, else 1e-3).",
@@ -285,23 +291,23 @@ class Optimizer:
     )
     lr_scale: LrScales = _step(
         (),
-        "Factor on the learning rate below PREFIX, e.g. encoder=0.1. May be repeated.",
+        "Learning rate factor by parameter name, e.g. encoder=0.1. May be repeated.",
         metavar="PREFIX=X",
         repeated=True,
     )
-    weight_decay: Weight = _step(0.01, "Weight decay, not of biases and normalisations.")
+    weight_decay: Weight = _step(0.01, "Weight decay, except for biases and normalisation layers.")
     schedule: Literal["poly", "plateau", "constant"] = _step(
-        "poly", "poly, plateau (halve when mIoU stalls) or constant."
+        "poly", "How the learning rate falls: poly, plateau (halved when scores stall), constant."
     )
-    warmup: Annotated[int, Ge(0)] = _step(0, "Steps of linear warm-up.")
+    warmup: Annotated[int, Ge(0)] = _step(0, "Steps over which the learning rate rises linearly at first.")
     ema: Decay | None = _step(
         None,
-        "Keep a moving average of the weights, too, e.g. 0.999.",
+        "Also average the weights, with this decay per step, e.g. 0.999.",
         metavar="DECAY",
     )
-    clip_grad: Weight = _step(0.0, "Largest gradient norm; 0 does not clip.")
-    seed: Annotated[int, Ge(0), Lt(2**63)] = _step(0, "Seed of weights, order and augmentation.")
-    amp: Literal["auto", "off", "bf16"] = _machine("auto", "auto (bf16 on a GPU), off or bf16.")
+    clip_grad: Weight = _step(0.0, "Largest norm of the gradient; 0 does not clip.")
+    seed: Annotated[int, Ge(0), Lt(2**63)] = _step(0, "Random seed of weights, sample order and augmentation.")
+    amp: Literal["auto", "off", "bf16"] = _machine("auto", "Mixed precision: bf16, off, or auto (bf16 on a GPU).")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -310,16 +316,16 @@ class Machine(MachineSettings):
 
     step: Literal["auto", "eager", "compiled", "graphed"] = _machine(
         "auto",
-        "How a step runs: eager, compiled, or graph (CUDA graph).",
+        "How a step runs: eager, compiled, or graphed (a CUDA graph).",
     )
     workers: Annotated[int, Ge(0), Le(256)] = _machine(
         0,
-        "Workers that load ahead (default: chosen by the source).",
+        "Processes or threads that load batches (default: by the data's source).",
         automatic=True,
     )
     resident: Literal["auto", "ram", "gpu", "off"] = _machine(
         "auto",
-        "Where decoded records stay: ram, gpu or off.",
+        "Where decoded records of the cache stay: ram, gpu or off.",
     )
     impl: Literal["auto", "triton", "numba", "reference"] = _machine(
         "auto",
