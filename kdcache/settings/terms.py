@@ -36,10 +36,14 @@ class Projected(FeatureTerm):
 
 
 class PseudoLabels(LossTerm):
-    """A base class of loss terms that learn from pseudo labels. `quantile` None uses `threshold`.
+    """A base class of loss terms that learn from pseudo labels: the classes that a network predicts for pixels.
 
-    `normalise=kept` and `all` sum over confident pixels, and divide by their class weights or by the number of counted
-    pixels. `share` is the mean over all counted pixels, confident or not, times the share of confident ones.
+    A pixel is confident if the probability of its pseudo label is at least `threshold`. If `quantile` is set, the most
+    probable pixels of each class in the batch are confident instead. `normalise` says how pixels add up to the loss:
+
+    - `kept`: the sum over confident pixels, divided by the sum of their class weights.
+    - `all`: the sum over confident pixels, divided by the number of counted pixels.
+    - `share`: the mean over all counted pixels, confident or not, times the share of confident ones.
     """
 
     follows_paste = True
@@ -104,7 +108,7 @@ class Depth(_OnLabels):
 class CrossEntropy(_OnLabels):
     """Settings of the loss term `ce`: cross-entropy with the labels, at the label's size. Flags set it, not --term.
 
-    `weight` None means `default_weight`, 1.
+    An explicit `weight=None` means 1.
     """
 
     kind = "ce"
@@ -136,7 +140,8 @@ class CrossEntropy(_OnLabels):
 class KL(OfLogits):
     """Settings of the loss term `kl`: KL divergence between the teacher's and the student's class probabilities.
 
-    It is computed at the label's size. Flags set it, not --term. `weight` None means `default_weight`, 1.
+    It is computed at the label's size. Flags set it, not --term.
+    An explicit `weight=None` means 1, not the default of the field.
     """
 
     kind = "kl"
@@ -186,7 +191,10 @@ class Attention(FeatureTerm):
 
 
 class Similarity(FeatureTerm):
-    """Settings of the loss term `sp`: it compares which images of a batch are similar. `weight` None means 1."""
+    """Settings of the loss term `sp`: it compares which images of a batch are similar.
+
+    An explicit `weight=None` means 1, not the default of the field.
+    """
 
     kind = "sp"
     compares = "similarity"
@@ -243,7 +251,10 @@ class Hint(Projected):
 
 
 class Cosine(Projected):
-    """Settings of the loss term `cosine`: 1 - cosine of student's and teacher's features. `weight` None means 1."""
+    """Settings of the loss term `cosine`: 1 - cosine of student's and teacher's features.
+
+    An explicit `weight=None` means 1, not the default of the field.
+    """
 
     kind = "cosine"
     weight: Weight | None = setting(2.0, "Factor on the term.")
@@ -284,7 +295,8 @@ class Relations(OfLogits):
 class Decoupled(OfLogits):
     """Settings of the loss term `dkd`: it compares the models in the target class, and separately in the other classes.
 
-    The target class is the label's class, or for void the teacher's best class. `weight` None means 1.
+    The target class is the label's class, or for void the teacher's best class.
+    An explicit `weight=None` means 1, not the default of the field.
     """
 
     kind = "dkd"
@@ -308,7 +320,10 @@ class Lovasz(_OnLabels):
 
 
 class Auxiliary(_OnLabels):
-    """Settings of the loss term `auxiliary`: cross-entropy of the head of `MODEL+aux`. `weight` None means 1."""
+    """Settings of the loss term `auxiliary`: cross-entropy of the head of `MODEL+aux`.
+
+    An explicit `weight=None` means 1, not the default of the field.
+    """
 
     kind = "auxiliary"
     head = AUXILIARY
@@ -322,7 +337,10 @@ class Auxiliary(_OnLabels):
 
 
 class Entropy(LossTerm):
-    """Settings of the loss term `entropy`: the entropy of the student's predictions. `weight` None means 1."""
+    """Settings of the loss term `entropy`: the entropy of the student's predictions.
+
+    An explicit `weight=None` means 1, not the default of the field.
+    """
 
     kind = "entropy"
     learns_from = "predictions"
@@ -332,7 +350,11 @@ class Entropy(LossTerm):
 class Consistency(PseudoLabels):
     """Settings of the loss term `consistency`: the strong view learns from confident predictions for the weak view.
 
-    `by` says who predicts: the student, its moving average (`ema`), or the cache's teacher (`store`).
+    The strong view is the image with the colour jitter, the weak view is the same image without it. `by` says who
+    predicts: the student, its moving average (`ema`), or the cache's teacher (`store`). A prediction is confident from
+    `threshold` on, or by `quantile`. `normalise=all` divides the sum over confident pixels by the number of all counted
+    pixels, `kept` by the number of confident pixels. `share` is the mean over all counted pixels, times the share of
+    confident ones.
     """
 
     kind = "consistency"
@@ -378,28 +400,40 @@ class Adversarial(LossTerm):
 
 
 class DepthL1(Depth):
-    """Settings of the loss term `depth-l1`: the absolute error of depth in metres. `weight` None means 1."""
+    """Settings of the loss term `depth-l1`: the absolute error of depth in metres.
+
+    An explicit `weight=None` means 1, not the default of the field.
+    """
 
     kind = "depth-l1"
     weight: Weight | None = setting(0.1, "Factor on the term.")
 
 
 class DepthBerhu(Depth):
-    """Settings of the loss term `depth-berhu`: the reverse Huber loss of depth in metres. `weight` None means 1."""
+    """Settings of the loss term `depth-berhu`: the reverse Huber loss of depth in metres.
+
+    An explicit `weight=None` means 1, not the default of the field.
+    """
 
     kind = "depth-berhu"
     weight: Weight | None = setting(0.04, "Factor on the term.")
 
 
 class DepthSilog(Depth):
-    """Settings of the loss term `depth-silog`: the scale-invariant error of log depth. `weight` None means 1."""
+    """Settings of the loss term `depth-silog`: the scale-invariant error of log depth.
+
+    An explicit `weight=None` means 1, not the default of the field.
+    """
 
     kind = "depth-silog"
     weight: Weight | None = setting(0.1, "Factor on the term.")
 
 
 class DepthSsi(Depth):
-    """Settings of the loss term `depth-ssi`: the error of depth up to scale and shift. `weight` None means 1."""
+    """Settings of the loss term `depth-ssi`: the error of depth up to scale and shift.
+
+    An explicit `weight=None` means 1, not the default of the field.
+    """
 
     kind = "depth-ssi"
     weight: Weight | None = setting(0.3, "Factor on the term.")
@@ -416,7 +450,10 @@ class DepthSsi(Depth):
 
 
 class DepthGradient(Depth):
-    """Settings of the loss term `depth-gradient`, which compares changes of log depth. `weight` None means 1."""
+    """Settings of the loss term `depth-gradient`, which compares changes of log depth.
+
+    An explicit `weight=None` means 1, not the default of the field.
+    """
 
     kind = "depth-gradient"
     weight: Weight | None = setting(0.5, "Factor on the term.")
