@@ -8,7 +8,7 @@ version: a name tells the files of two versions apart.
 
     python benchmarks/sass.py
     python benchmarks/sass.py --name triton-3.8   # writes sass-sm90-triton-3.8.json
-    python benchmarks/sass.py --compile-only   # more variants, no disassembler needed; a test runs this
+    python benchmarks/sass.py --compile-only   # every kernel once and with other settings; a test runs this
     python benchmarks/sass.py --brief --capability 75 120 gfx942   # every kernel once; a test runs this
 """
 
@@ -157,31 +157,34 @@ def count_call(window: torch.Tensor | None) -> Callable[[], object]:
 
 
 def other_calls() -> Iterator[Call]:
-    """Yield further settings of the loss, spread over the geometries. float16 logits get a float32 gradient."""
+    """Yield further settings of the loss, each in few of its variants. float16 logits get a float32 gradient."""
     window, flip = empty(BATCH, 4, dtype=torch.float64), empty(BATCH, dtype=torch.bool)
     gate = empty(BATCH, LABELS, LABELS, dtype=torch.bool)
-    denominators = {"ce_denominator": empty(), "kl_denominator": empty()}
     changes: dict[str, dict[str, Any]] = {
-        "stride 1": {"pixel_weight": gate, "class_weight": empty(CLASSES), "temperature": 1.0},
-        "stride 2": {"window": window, "flip": flip, "distill_void": False, "target": packed_target(256)},
-        "stride 4": {"target": None, "need_gradient": False, "labels": empty(BATCH, LABELS, LABELS, dtype=torch.int64)},
-        "stride 8": {"use_ce": False, "labels": None, "temperature": 2.5},
-        "any ratio": {"pixel_weight": gate.float(), "class_weight": empty(CLASSES), **denominators},
+        "everything": {
+            "window": window,
+            "flip": flip,
+            "pixel_weight": gate,
+            "ce_pixel_weight": gate.float(),
+            "class_weight": empty(CLASSES),
+            "label_smoothing": 0.1,
+            "temperature": 1.0,
+            "ce_denominator": empty(),
+            "kl_denominator": empty(),
+        },
+        "CE": {"target": None, "need_gradient": False, "labels": empty(BATCH, LABELS, LABELS, dtype=torch.int64)},
+        "KL": {"use_ce": False, "labels": None, "temperature": 2.5, "distill_void": False},
+        "focal": {"focal_gamma": 2.0, "ce_pixel_weight": gate, "pixel_weight": gate.float()},
     }
-    for geometry, cells in CELLS.items():
-        yield (
-            f"{geometry}, varied",
-            partial(loss.distill_loss, problem(cells, torch.float16, **changes[geometry])),
-        )
-    label_terms: dict[str, dict[str, Any]] = {
-        "smoothed": {"label_smoothing": 0.1},
-        "weights of pixels": {"ce_pixel_weight": gate, "class_weight": empty(CLASSES), "label_smoothing": 0.1},
-        "focal": {"focal_gamma": 2.0, "ce_pixel_weight": gate.float()},
-    }
-    for name, change in label_terms.items():
-        for geometry in ("stride 1", "stride 4"):
-            cells = CELLS[geometry]
-            yield f"{geometry}, {name}", partial(loss.distill_loss, problem(cells, torch.float16, **change))
+    for geometry, name in (
+        ("stride 4", "everything"),
+        ("stride 1", "everything"),
+        ("any ratio", "focal"),
+        ("stride 8", "KL"),
+        ("stride 4", "CE"),
+    ):
+        launched = problem(CELLS[geometry], torch.float16, **changes[name])
+        yield f"{geometry}, {name}", partial(loss.distill_loss, launched)
     yield "windows", count_call(window)
     many = packed_target(128, 300)
     yield "300 classes", partial(topk.pack, empty(BATCH, 300, 128, 128), KEPT)
@@ -285,7 +288,9 @@ def main() -> None:
     """Compile the kernels for each GPU capability, and write the contents of the machine code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--capability", nargs="+", default=list(CAPABILITIES), help="80 is sm_80; or gfx942")
-    parser.add_argument("--compile-only", action="store_true", help="compile every variant and write nothing")
+    parser.add_argument(
+        "--compile-only", action="store_true", help="compile every kernel with several settings and write nothing"
+    )
     parser.add_argument("--brief", action="store_true", help="compile every kernel once and write nothing")
     parser.add_argument("--name", default="", help="what follows the capability in the file's name")
     arguments = parser.parse_args()
@@ -293,8 +298,7 @@ def main() -> None:
     tools = [find_tool("cuobjdump"), find_tool("nvdisasm")] if writes else []
     for capability in arguments.capability:
         target = gpu_target(capability)
-        dtypes = (torch.bfloat16, torch.float32) if writes else (torch.bfloat16,)
-        compiled = compile_all(target, brief_calls() if arguments.brief else main_calls(*dtypes))
+        compiled = compile_all(target, main_calls(torch.bfloat16, torch.float32) if writes else brief_calls())
         if missing := kernels_of_the_package() - {kernel.name for kernel in compiled}:
             sys.exit(f"No call of this script launches {', '.join(sorted(missing))}; add one.")
         if not writes:

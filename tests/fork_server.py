@@ -120,10 +120,13 @@ def _watch(process: int, client: socket.socket) -> None:
 
 if __name__ == "__main__":
     sys.path.pop(0)  # this folder
+    import gc
+
     import torchvision  # noqa: F401
 
     import kdcache_kernels.cpu  # noqa: F401
     from kdcache_cli.app import main
 
+    gc.freeze()  # what is imported lives as long as the forks
     _serve(sys.argv[1])
     main()

@@ -21,7 +21,7 @@ import triton
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "benchmarks" / "precompile.py"
-SMALL = "--arch sm_90 --shapes 2x3x16x16/4 --case trained --dtype fp32"
+SMALL = "--arch sm_90 --shapes 2x3x16x16/4 --case dist --dtype fp32"  # without tiles, which takes 20 s
 
 
 def environment(kernels: Path = ROOT / "kernels") -> dict[str, str]:
@@ -49,7 +49,7 @@ def compiled(folder: Path, *words: object, kernels: Path = ROOT / "kernels") -> 
 def test_an_archive_is_found_again_and_what_changed_is_not(tmp_path: Path) -> None:
     folder, archive = tmp_path / "kernels-of-a-gpu", tmp_path / "kernels.tar.xz"
     variants, anew = compiled(folder, "--out", archive)
-    assert anew == variants >= 7
+    assert anew == variants >= 6
     assert archive.stat().st_size < 2**21
 
     shutil.rmtree(folder)
@@ -58,9 +58,9 @@ def test_an_archive_is_found_again_and_what_changed_is_not(tmp_path: Path) -> No
     assert compiled(folder) == (variants, 0)
 
     kernels = shutil.copytree(ROOT / "kernels", tmp_path / "kernels")
-    source = kernels / "kdcache_kernels" / "gpu" / "loss.py"
+    source = kernels / "kdcache_kernels" / "gpu" / "on_cells" / "relations.py"
     before = source.read_text(encoding="utf-8")
-    changed = before.replace("ce *= tl.load(factors_ptr + 2)", "ce = ce * tl.load(factors_ptr + 2)")
+    changed = before.replace("(temperature * temperature * loss)", "(loss * temperature * temperature)")
     assert changed != before
     source.write_text(changed, encoding="utf-8")
     assert compiled(folder, kernels=kernels) == (variants, 1), "the kernel of the totals alone"
