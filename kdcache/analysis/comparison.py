@@ -396,7 +396,8 @@ def banner(data: str, smoke: bool = False) -> str | None:
     """Return a warning that scores mean nothing, or None if they may mean something.
 
     Args:
-        data: the data set or sets, as the user named them. Procedural scenes get the warning.
+        data: the data set as the user named it, or several, joined as in "DATA + DATA". Procedural scenes get the
+            warning.
         smoke: True for a run of a shortened recipe, which also gets the warning.
     """
     drawn = any(is_scenes(task_of(part)[1]) for part in parts_of(data))

@@ -229,7 +229,8 @@ def argmax_at(
         model: the model, which says how its head resizes.
         logits_Chw: its logits for one image.
         size: (H, W) of the result.
-        view: the part of the image that the model saw, in pixels of the image. None is the whole image.
+        view: the part of the image that the model saw, in pixels of the image. None is the whole image. Pixels outside
+            it get the class at its edge.
         seen: (H, W) of the model's input. Needed with `view`.
     """
     best_HW = at_image(model, logits_Chw[:1], size, view, seen)[0]

@@ -113,7 +113,8 @@ class Blocks:
     def of(cls, names: Mapping[str, str], over: str) -> "Blocks":
         """Return blocks from a name for each image: images with equal names form one block.
 
-        `names` maps the image's id to the name of its block. `over` is "images" or "sequences".
+        `names` maps the image's id to the name of its block. `over` says what a block is: "images" for single images,
+        or "sequences".
         """
         numbers = {name: number for number, name in enumerate(dict.fromkeys(names.values()))}
         return cls(over, {sample: numbers[name] for sample, name in names.items()})

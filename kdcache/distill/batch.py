@@ -105,9 +105,9 @@ class Batch:
 
     @property
     def numbers(self) -> dict[str, Tensor]:
-        """The entries of `arrays` with 8-bit features decoded to float32 (B, c, h, w): path -> tensor.
+        """All entries of `arrays` as numbers, except scales: path -> tensor.
 
-        The scales of 8-bit features are left out.
+        8-bit features are decoded with their scales to float32 (B, c, h, w). Other entries are unchanged.
         """
         numbers = {path: array for path, array in self.arrays.items() if not path.startswith("scales/")}
         for path, scales_B2c in self.arrays.items():

@@ -34,10 +34,12 @@ pytree.register_dataclass(Counts)
 
 
 def average_counts(counts: T, average: Callable[[Tensor], Tensor]) -> T:
-    """Return the mean of the counts over all processes. The processes exchange data only once.
+    """Return the mean of the loss's denominators over all processes. The processes exchange data only once.
+
+    The result has the same structure as `counts`.
 
     Args:
-        counts: this process's denominators, such as a tuple of `Counts`.
+        counts: this process's denominators, for example a tuple with the `Counts` of each stream.
         average: takes a float64 tensor and returns its mean over the processes.
     """
     process_counts, spec = pytree.tree_flatten(counts)
@@ -50,9 +52,10 @@ def average_counts(counts: T, average: Callable[[Tensor], Tensor]) -> T:
 
 
 def mean_counts(parts: Sequence[T]) -> T:
-    """Return the mean of the counts over the accumulated parts of a batch, in the same structure.
+    """Return the mean of the loss's denominators over the accumulated parts of a batch.
 
-    `parts` has the denominators of each part, such as a tuple of `Counts`. The parts have equally many samples.
+    Each element of `parts` has the denominators of one part, for example as a tuple with the `Counts` of each stream.
+    The result has the same structure as one element. The parts must have equally many samples.
     """
     counts: T = pytree.tree_map(lambda *each: torch.stack(each).mean(0), *parts)
     return counts

@@ -91,9 +91,10 @@ class Criterion(nn.Module):
         return [f"{name}: {text}" if name else text for name, text in texts if text]
 
     def share(self, gather: Callable[[Tensor], Tensor]) -> None:
-        """Set the function with which terms that compare samples, such as `queue`, collect the rows of all processes.
+        """Set the function with which terms that compare samples, such as `queue`, collect tensors of all processes.
 
-        `gather` takes a tensor (N, ...) and returns the concatenation over the processes, in order.
+        `gather` takes this process's tensor (N, ...), with a row for each of N things to compare. It returns the
+        concatenation over the processes along this axis, in the order of ranks.
         """
         for term in (term for loss in self.losses for term in loss.terms):
             term.gather = gather

@@ -49,7 +49,7 @@ class Accumulator(Protocol):
     def update(self, predicted: Tensor, label: Tensor, sample_id: str = "") -> object:
         """Add an image's prediction and label, (H, W) each, as class ids or as depth in metres.
 
-        `sample_id` names the image in the results.
+        `sample_id` names the image in the results. The return value has no meaning.
         """
 
     def result(self) -> TaskMetric | None:

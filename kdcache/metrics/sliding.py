@@ -111,8 +111,11 @@ class Framing:
     def parts(self, scaled: Size, size: Size, name: str) -> list[tuple[int, int]]:
         """Return the top left corner (y, x) of each window, so that the windows cover an image of size `scaled` (H, W).
 
-        `size` is (H, W) of the model's input. Raises: RecipeError, which names the image, for windows larger than the
-        image.
+        Args:
+            scaled: (H, W) of the image, in pixels, after it was resized for windows.
+            size: (H, W) of the model's input. It is the size of a window if `window` is None.
+            name: the image's name in the error message.
+        Raises: RecipeError for windows larger than the image.
         """
         window, step = (size, size) if self.window is None else (self.window, self.steps)
         if any(w > side for w, side in zip(window, scaled, strict=True)):

@@ -71,6 +71,10 @@ class ClassMerge(nn.Module):
 
     Args:
         class_map: for each input class the output class, or -1 to drop it. Every output class needs an input class.
+
+    Attributes:
+        sources: (output classes, most) the input classes of each output class. `most` is the largest number of them.
+        absent: bool, of the same shape, True for unused entries of `sources`.
     """
 
     sources: Tensor

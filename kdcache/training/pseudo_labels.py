@@ -68,7 +68,7 @@ def pseudo_notes(config: TrainConfig, dataset: DrawnDataset, *, pasted: bool = F
 
 
 def count_confidences(cache: Cache, targets: Cache | MergedTargets, samples: range) -> ConfidenceCounts:
-    """Count pixels by the teacher's best class and its probability there, over the first views of some samples.
+    """Count pixels by the teacher's best class and its probability there, over the first view of each given sample.
 
     Args:
         cache: an open cache.

@@ -137,12 +137,13 @@ def read_tables(values: Sequence[Any]) -> list[Mapping[str, Any]]:
 
 
 def check_pastes(streams: Sequence[Stream[Any]], mix: str | None) -> None:
-    """Check the settings of streams with `paste`, which copies another stream's pixels into their samples.
+    """Check the settings `paste` and `paste_from` of all streams that have one of them.
 
-    `mix` is the value of `--mix`, or None.
+    `paste` says how another stream's pixels are copied into the stream's samples, such as "classmix". `paste_from`
+    names the other stream. `mix` is the value of `--mix`, or None.
 
-    Raises: RecipeError if `paste` or `paste_from` is missing or invalid, if `--mix` is also given, or if the stream has
-        a teacher term that does not work with pasted pixels.
+    Raises: RecipeError if only one of `paste` and `paste_from` is given, or one is invalid. Also if `--mix` is given,
+        or if the stream has a teacher term that does not work with pasted pixels.
     """
     names = [stream.name for stream in streams]
     for stream in streams:

@@ -195,7 +195,9 @@ class Trainer:
         return next(iter(self._validate), SEGMENTATION)
 
     def one_step(self, step: int, batches: Iterator[Streams | KDCacheError], stop: bool) -> bool:
-        """Take one step of training. Return True if any process was asked to stop before it.
+        """Take one step of training. Return True if training should stop after the step.
+
+        That is so if any process was asked to stop before the step, which is taken all the same.
 
         Args:
             step: number of the step, from 0.

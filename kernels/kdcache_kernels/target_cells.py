@@ -94,7 +94,8 @@ def sample_view(
         flip_B: (B,) bool, whether to mirror the window left to right, or None.
         view_size: (height, width) of the view in pixels.
         dtype: dtype of the result.
-    Returns: (B, c, h, w) without a gradient. Without window and flip, it is the map itself.
+    Returns: (B, c, h, w) without a gradient. If the window is the whole view and nothing is mirrored, it is the map,
+        only converted to `dtype`.
     """
     grid = (map_Bchw.shape[2], map_Bchw.shape[3])
     positions = view_positions(window_B4, flip_B, view_size, grid, map_Bchw.device)

@@ -83,7 +83,7 @@ class Layout(ABC):
 
     @abstractmethod
     def matches(self, root: Path) -> bool:
-        """Return whether a data set of this layout begins in the folder `root`."""
+        """Return whether `root` is the top folder of a data set of this layout."""
 
     @abstractmethod
     def splits(self, root: Path) -> list[str]:

@@ -20,20 +20,23 @@ _REFUSED = ("rotate", "affine", "perspective", "elastic", "vertical_flip", "five
 
 
 class FootprintTensor(tv_tensors.TVTensor):  # type: ignore[misc]
-    """A `Footprint` as a float64 tensor (7,): the window's four edges, the flip, height and width.
+    """A `Footprint` as a float64 tensor (7,): y0, x0, y1, x1, the flip, height and width.
+
+    The first four are the window's edges in pixels of the original image. The flip is 0 or 1. Height and width are the
+    transformed image's size in pixels.
 
     torchvision's v2 transforms update it together with the image.
     """
 
     @classmethod
     def of(cls, footprint: Footprint) -> FootprintTensor:
-        """Return a footprint as a float64 tensor (7,): y0, x0, y1, x1, the flip as 0 or 1, height and width."""
+        """Return a footprint as a float64 tensor (7,), in the order that the class gives."""
         numbers = [*footprint.window, float(footprint.flip), *map(float, footprint.size)]
         return torch.tensor(numbers, dtype=torch.float64).as_subclass(cls)
 
 
 def footprint_of(tensor: torch.Tensor) -> Footprint:
-    """Return the footprint that a tensor (7,) holds: the window's four edges, the flip, height and width."""
+    """Return the footprint that a tensor (7,) holds, in the order of `FootprintTensor`."""
     y0, x0, y1, x1, flip, height, width = tensor.as_subclass(torch.Tensor).tolist()
     return Footprint((y0, x0, y1, x1), bool(flip), (int(height), int(width)))
 

@@ -49,9 +49,9 @@ class ShardArray:
 
     Args:
         path: the array's folder.
-        open_shard: a function of a shard's number and its file's path below `path`. It returns a file descriptor, and
-            the last 4 bytes that each chunk must have (its checksum), or b'' if they are unknown. Default: open the
-            file in `path`.
+        open_shard: a function of a shard's number and its file's path below `path`. It returns a file descriptor and
+            the checksums of all chunks as one bytes object: 4 bytes per chunk, in order, or b'' if unknown. A chunk
+            must end with its checksum. Default: open the file in `path`.
         name: the array's name in error messages. Default: `path`.
 
     Attributes:

@@ -82,7 +82,7 @@ def bound_of(estimate: Estimate, disk: DiskRate, threads: int) -> Bound:
     Args:
         estimate: the estimated cost of the build.
         disk: the measured write speed.
-        threads: number of threads that decode and resize images. 0 is the teacher's own thread.
+        threads: number of threads that decode and resize images. With 0, the thread that runs the teacher does it.
     """
     cost = estimate.chosen
     cores = min(max(1, threads), os.cpu_count() or 1)

@@ -62,7 +62,7 @@ class Trial:
 
     Attributes:
         taught: number of predicted records.
-        taps: names of the taps whose sizes are known.
+        taps: names of the taps whose sizes the trial measured: those of the build, and up to three others.
     """
 
     def __init__(self, probe: TeacherProbe, records: int, folder: Path, progress: Progress) -> None:

@@ -118,12 +118,16 @@ class DrawnDataset(Dataset[Batch], ABC):
 
     @property
     def labelled(self) -> Sequence[int]:
-        """Those numbers in `indices` whose samples have a label that is used, for at least one task."""
+        """Numbers of the drawn samples that have a label for at least one of `tasks`, and may use it.
+
+        The numbers count samples of the cache or data set from 0, as in `indices`. A run with fewer labels does not use
+        the labels of all samples.
+        """
         return [number for number in self.indices if self._has_label(number)]
 
     @property
     def labels_used(self) -> npt.NDArray[np.bool_]:
-        """Bool array (N,) for all N samples of the cache or data set: True if the label is used."""
+        """Bool array (N,) for all N samples of the cache or data set: True for the samples in `labelled`."""
         count = len(self.split or ()) if self.cache is None else self.cache.manifest.dataset.samples
         used = np.zeros(count, np.bool_)
         used[list(self.labelled)] = True
@@ -239,7 +243,7 @@ class DrawnDataset(Dataset[Batch], ABC):
         )
 
     def draw(self, index: int, epoch: int, rng: np.random.Generator) -> Batch:
-        """Return an augmented sample.
+        """Return an augmented sample, as a batch of one.
 
         Args:
             index: index of the sample in the dataset.

@@ -84,7 +84,7 @@ class Watch:
     Losses are checked several steps at once, because reading them at each step would stall a GPU.
 
     Args:
-        names: names of the loss, its terms and tasks, in the order of the losses that are added.
+        names: names of the loss, its terms and tasks. The losses that each call of `add` gets have the same order.
         world: the processes that train together.
         sample_ids: returns the ids of a step's samples, with streams as `kitti:0001`.
         part_tasks: name of a loss term -> its task.

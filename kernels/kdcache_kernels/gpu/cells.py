@@ -345,9 +345,10 @@ def needs(problem: LossProblem, stride: int, tiling: Tiling) -> Needs:
 
 
 def seams(problem: LossProblem, stride: int, tiling: Tiling) -> Seams:
-    """Return how `launch` cuts each image into strips of rows, one strip for several Triton programs.
+    """Return how `launch` cuts each image into strips, each of several rows of bilinear cells.
 
-    The kernel computes each strip alone. Where two strips meet, `loss.add_up` adds their two parts of the gradient.
+    The kernel writes the gradient of each strip separately. Where two strips meet, `loss.add_up` adds their two parts
+    of the gradient.
 
     Args:
         problem: the checked arguments of the loss.

@@ -227,10 +227,11 @@ def prepare_kernel(
     logit map, or ROWS label rows of one image.
 
     Shapes and units:
-        student_ptr: (B, C, h, w) logits. student_strides: their strides in elements.
+        student_ptr: (B, C, h, w) logits. C is `pixels.num_classes`. student_strides: their strides in elements.
         target_ptr: (B, k, ht, wt) values of the packed target, or None. indices_ptr: (B, k, ht, wt) class ids, and
             tail_ptr: (B, ht, wt) tails, or None if k = C.
-        class_weight_ptr: (C,) class weights, for mix_ptr, or None for weights of 1. pixels: `Pixels`, for counting.
+        class_weight_ptr: (C,) class weights, or None for weights of 1. Only mix_ptr needs them.
+        pixels: `Pixels`, the labels and pixel weights, for counting.
         window_ptr: (B, 4) float64 edges in pixels of the view, or None for the whole view. flip_ptr: (B,) uint8, 1 if
             the image is mirrored, or None.
         plane, target_plane: h * w and ht * wt. H, W: label size. view_height, view_width: size of the view in pixels.
@@ -240,11 +241,13 @@ def prepare_kernel(
             1).
         FLAT: whether rows of the student's logits follow each other without a gap. DEPENDENT: whether the kernel may
             start before the previous one has ended, see `take_turn`.
-        STUDENT_C, TARGET_C: classes that are read at a time. COLUMNS: label columns that are read at a time.
+        STUDENT_C, TARGET_C: how many of the C classes are read at a time from the student and from the target.
+            COLUMNS: label columns that are read at a time.
     Results:
-        student_out_ptr, student_lost_ptr, target_out_ptr, target_lost_ptr, mix_ptr: the fields `student`,
-            `student_lost`, `target`, `target_lost` and `mix` of `Prepared`. target_out_ptr is None if the target is
-            read in place.
+        student_out_ptr, student_lost_ptr, target_out_ptr, target_lost_ptr: the fields `student`, `student_lost`,
+            `target` and `target_lost` of `Prepared`. target_out_ptr is None if the target is read in place.
+        mix_ptr: (B, h, w) float32, the sum over the classes of class weight * normalised student logit, or None without
+            label smoothing.
         ranges_ptr: (B, student_blocks + target_blocks) float32, one number per program that reads logits. At each
             position, the maximum minus the minimum over the classes is a range. The number is the largest range of the
             program's positions, times stretch.

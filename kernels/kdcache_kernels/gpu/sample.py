@@ -89,7 +89,7 @@ def along_row(row_n, columns, offset_c):
 
 @triton.jit
 def of_rows(x_n):
-    """Return a tuple that holds `x_n` ROWS times, once per label row that a lane processes at a time."""
+    """Return a tuple that holds `x_n` `sample.ROWS` times, once per label row that a lane processes at a time."""
     rows = ()
     for _ in tl.static_range(ROWS):
         rows += (x_n,)

@@ -95,8 +95,8 @@ def average_moments(moments_P6C: Tensor) -> Tensor:
 
     Args:
         moments_P6C: (P, 6, C) float64, the result of `relation_moments` for each of P parts.
-    Returns: (6, C) float64, the moments of all cells in the order of `relation_moments`. The sum of the weights and the
-        three sums of products are divided by P.
+    Returns: (6, C) float64 in the order of `relation_moments`. The two means are those of all cells. The sum of the
+        weights and the three sums of products are the sums over all cells, divided by P.
     """
     weight_PC, *means_2PC = moments_P6C[:, :3].unbind(1)
     all_C = weight_PC.sum(0)

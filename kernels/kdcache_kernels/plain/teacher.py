@@ -122,9 +122,9 @@ class SparseTeacher(NamedTuple):
         return cls(target.indices.flatten(1).long(), log_q_Bk, rest_B1, missing)
 
     def divergence(self, student: Softmax) -> Tensor:
-        """Return KL(teacher || student) at the one pixel of each image, (B,) in nats, over all classes.
+        """Return KL(teacher || student) of each image, which is a single pixel: (B,) in nats, over all C classes.
 
-        `student` has arrays without the axis P.
+        `student` is the student's softmax without the axis of pixels: `logits` and `p` are (B, C), `total` is (B,).
         """
         kept_Bk, rest_B = student.logits.gather(1, self.ids), self.rest[:, 0]
         others_B = student.logits.sum(1) - kept_Bk.sum(1)
@@ -134,8 +134,8 @@ class SparseTeacher(NamedTuple):
     def gradient(self, p_BCP: Tensor, factor_B1P: Tensor) -> Tensor:
         """Overwrite `p_BCP`, the student's probabilities p, with (p - q) * factor, and return it.
 
-        q are the teacher's probabilities. This class is for images of one pixel, so tensors do not have the axis P: p
-        and q are (B, C), and `factor_B1P` is (B, 1).
+        q are the teacher's probabilities. Each image is a single pixel, so tensors lack the axis of pixels that the
+        arguments' names end with: `p_BCP` is (B, C), and `factor_B1P` is (B, 1).
         """
         rest_B1 = self.rest.exp()
         gradient_BC = p_BCP.sub_(rest_B1).mul_(factor_B1P)

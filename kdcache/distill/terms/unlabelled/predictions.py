@@ -120,9 +120,10 @@ class Adversarial(Term):
         return (self._distance(own_patches, 0.0) + self._distance(other_patches, 1.0)) / 2
 
     def count(self, batch: TermBatch) -> Tensor:
-        """Return 1, a 0-dimensional tensor, because the discriminator gives equally many numbers for every image.
+        """Return 1, a 0-dimensional tensor, as the denominator of the loss, which is a mean already.
 
-        So the mean over equal parts of a batch is the whole batch's mean, without a common denominator.
+        The discriminator gives equally many numbers for every image. So the mean over equal parts of a batch is the
+        whole batch's mean, without a common denominator.
         """
         return wide(batch.student.logits).new_ones(())
 

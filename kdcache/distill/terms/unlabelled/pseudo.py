@@ -183,13 +183,15 @@ class Consistency(Pseudo):
     The strong view is the student's image. The weak view has the same pixels before the colour jitter. `by` says who
     predicts the weak view: `student`, its moving average `ema`, or `store`, the cached teacher. Student and average
     predict in eval mode and without gradient. Pixels without a label count, but pixels outside the image do not.
-    `threshold` or `quantile` says which pixels are confident, and `normalise` what the sum is divided by, see `Pseudo`.
-    Gates weigh only the cached teacher's pixels.
+    `threshold` or `quantile` says which pixels are confident. `normalise` is `kept`, `all` or `share`, and says which
+    pixels are summed and what the sum is divided by. `Pseudo` explains these settings. Gates weigh only the cached
+    teacher's pixels.
 
     Default weight 1, threshold 0.968, `normalise=all`.
-    Source: Sohn et al. 2020 (FixMatch), arXiv 2001.07685, equation 4; the threshold, and `share`: Tranheden et al. 2021
-        (DACS), arXiv 2007.08702; the moving average as teacher: Tarvainen and Valpola 2017, arXiv 1703.01780; quantiles
-        by class: Zou et al. 2018 (CBST), arXiv 1810.07911, over the whole data set instead of each batch.
+    Source: Sohn et al. 2020 (FixMatch), arXiv 2001.07685, equation 4; the threshold, and `normalise=share`: Tranheden
+        et al. 2021 (DACS), arXiv 2007.08702; the moving average as teacher: Tarvainen and Valpola 2017, arXiv
+        1703.01780; quantiles by class: Zou et al. 2018 (CBST), arXiv 1810.07911, over the whole data set instead of
+        each batch.
     """
 
     kind = "consistency"
