@@ -31,7 +31,7 @@ LITTLE = 0.5
 def pseudo_notes(config: TrainConfig, dataset: DrawnDataset, *, pasted: bool = False) -> Iterator[str]:
     """Yield a note for each threshold of pseudo labels that keeps less than half of the pixels.
 
-    The share of pixels is estimated on the first views of up to 64 samples.
+    The share of pixels is estimated on the first view of each of up to 64 samples.
 
     Args:
         config: the settings of a stream.

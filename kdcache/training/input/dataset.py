@@ -192,7 +192,7 @@ class DrawnDataset(Dataset[Batch], ABC):
         return (label for label in labels if label is not None)
 
     def _with_classes(self) -> Sequence[int]:
-        """Return those of `indices` whose samples have a segmentation label that is used."""
+        """Return those of `indices` whose samples have a segmentation label that the training uses."""
         return [number for number in self.indices if self._has_label(number, SEGMENTATION)]
 
     @abstractmethod

@@ -30,8 +30,8 @@ def largest(x_BCP: Tensor) -> Tensor:
 class Softmax(NamedTuple):
     """Logits and their probabilities at every pixel. P is the number of pixels of an image.
 
-    If each image is a single pixel, the shapes may lack the axis P. The logarithms of the probabilities are not stored,
-    because computing them costs as much as the softmax.
+    If each image is a single pixel, the shapes may lack the last axis, of size P. The logarithms of the
+    probabilities are not stored, because computing them costs as much as the softmax.
 
     Attributes:
         logits, p: (B, C, P), logits divided by the temperature, and their probabilities.
