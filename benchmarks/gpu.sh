@@ -22,6 +22,7 @@
 # fit is named at the end. Needs no installed package: the import roots are set here. What is not installed
 # (compute-sanitizer, ncu, pytest) is named and left out. Exits with 1 when a step fails, after running the rest; with 2
 # for wrong words and an archive of other versions. --dry goes the same way on a CPU, at sizes that take minutes.
+# With Triton 3.6, --dry needs NumPy below 2.4: the interpreter of that Triton takes no later one.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 began=$SECONDS

@@ -389,9 +389,9 @@ class Adversarial(LossTerm):
     loss: Literal["vanilla", "least-squares"] = setting(
         "vanilla", "The discriminator's loss: cross-entropy (vanilla), or least squares."
     )
-    head: Literal["segmentation", "auxiliary"] = setting(
+    head: Literal["segmentation", "auxiliary"] = setting(  # type: ignore[misc]
         "segmentation", "The student's head whose predictions are compared."
-    )  # type: ignore[misc]
+    )
 
     @property
     def default_weight(self) -> float:
