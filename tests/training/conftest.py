@@ -203,7 +203,7 @@ def python() -> Callable[..., subprocess.CompletedProcess[str]]:
     """Runs code in a fresh interpreter with one thread, warnings being errors."""
 
     def run(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-W", "error", "-c", code, *arguments]
+        command = [sys.executable, *_WARNINGS, "-c", code, *arguments]
         return subprocess.run(
             command, env=os.environ | ONE_THREAD, capture_output=True, text=True, timeout=120, check=False
         )
@@ -211,6 +211,8 @@ def python() -> Callable[..., subprocess.CompletedProcess[str]]:
     return run
 
 
+_WARNINGS = ["-W", "error", "-W", "ignore:This DataLoader will create:UserWarning"]
+"""Errors, but for torch's advice on a machine with few CPUs, as in pyproject.toml."""
 _NURSERY = """
 import json, os, sys, traceback
 import numba, torch, torch._dynamo  # seconds, which no training then pays again
@@ -242,7 +244,7 @@ class Nursery:
 
     def __init__(self) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-W", "error", "-c", _NURSERY],
+            [sys.executable, *_WARNINGS, "-c", _NURSERY],
             env=os.environ | ONE_THREAD,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
