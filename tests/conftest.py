@@ -114,7 +114,7 @@ def _one_thread() -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def _spare_the_collector() -> None:
-    """What earlier files left lives on: collecting it again and again took a tenth of all time."""
+    """Let the garbage collector pass over objects of earlier files, which took a tenth of the time."""
     gc.collect()
     gc.freeze()
 

@@ -224,7 +224,7 @@ def choose_baseline(group: Group, groups: Sequence[Group], named: str | None = N
     rivals = [row for row in plain_rows if row.model == group.model]
     if not group.taught or not rivals:
         return None
-    return min(rivals, key=group.likeness)
+    return min(rivals, key=group.unlikeness)
 
 
 def choose_control(group: Group, groups: Sequence[Group]) -> Group | None:
@@ -235,7 +235,7 @@ def choose_control(group: Group, groups: Sequence[Group]) -> Group | None:
     if group.control or group.teacher or not group.taught:
         return None
     rivals = [row for row in groups if row.control and not row.teacher and row.terms == group.terms]
-    return min(rivals, key=group.likeness, default=None)
+    return min(rivals, key=group.unlikeness, default=None)
 
 
 def adjust_rows(rows: Sequence[Row]) -> tuple[Row, ...]:

@@ -99,11 +99,11 @@ class Group:
         """True for a control: its loss had labels in the teacher's place."""
         return is_control(self.settings)
 
-    def likeness(self, other: "Group") -> float:
-        """Return how unlike two rows are: how many settings that distinguish rows (`differs`) have different values.
+    def unlikeness(self, other: "Group") -> float:
+        """Return how many of the settings in `differs` have different values in two rows. 0 means that none has.
 
-        0 means equal. If both rows have streams, all their streams together count as one setting. It adds the share (0
-        to 1) of the streams' settings that differ.
+        If both rows have streams, the settings of streams add together at most 1: the fraction of them that differ. If
+        only one row has streams, each setting counts alone.
         """
         streams = [*(self.settings.get("stream") or ()), *(other.settings.get("stream") or ())]
         both = bool(self.settings.get("stream")) and bool(other.settings.get("stream"))
@@ -164,8 +164,8 @@ def _unlike_streams(our_streams: Any, their_streams: Any) -> float:
 def group_runs(runs: Sequence[Entry]) -> tuple[list[Group], list[str]]:
     """Group runs into rows: runs whose recipes differ only in seed and fold share a row.
 
-    If two runs of a row have the same seed and fold, each run of this row gets a row of its own. Return the rows in the
-    order of their first runs, and warnings, one sentence each.
+    If two runs of a row have the same seed and fold, every run of this row becomes a separate row. Return the
+    rows in the order of their first runs, and warnings, one sentence each.
     """
     left_out = {*REPEATED, *MACHINE}
     rows: dict[str, list[Entry]] = {}

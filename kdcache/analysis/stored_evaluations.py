@@ -265,7 +265,7 @@ class Record:
     def identity(self) -> dict[str, Any]:
         """The part of `to_json` that decides whether stored metrics can be reused.
 
-        They can if the record of the stored evaluation and that of the wanted one have equal identities. "weights",
+        They can if the stored and the wanted evaluation have equal identities. "weights",
         "data", "place", "split" and "fold" are left out, because digests identify the same things.
         """
         return {key: value for key, value in self.to_json().items() if key not in _NAMES}

@@ -167,9 +167,9 @@ class Batch:
         return Batch(targets=self.targets, window=window, flip=self.flip, inside=inside, zoom=self.zoom)
 
     def with_pasted_targets(self) -> "Batch":
-        """Return a copy whose targets and windows are those of the samples that were pasted into it.
+        """Return a copy with the targets and windows of the pasted samples.
 
-        These are in `pasted`. If that is None, each sample gets its neighbour's (samples 2n and 2n + 1). Pixels and
+        `pasted` has them. If it is None, samples 2n and 2n + 1 swap targets and windows. Pixels and
         labels stay the same.
         """
         source = self.targets_alone().map(neighbours) if self.pasted is None else self.pasted
@@ -277,7 +277,7 @@ def pixels_of(streams: Streams) -> Tensor:
 
 
 def rows_of(streams: Streams, count: int, first: int = 0) -> Streams:
-    """Return a part of a batch of several streams. Each stream gives the same fraction of its own samples.
+    """Return a part of a batch of several streams. Each stream gives the same fraction of its samples.
 
     If all streams together have N samples, a stream with n samples gives max(1, n * count // N) of them. The first is
     its sample number n * first // N.

@@ -11,7 +11,7 @@ from kdcache_kernels import PackedTarget
 
 
 class TargetFormat(Protocol):
-    """What a loss needs to know about a cache's targets: `num_classes`, `view_size` and `align_corners`.
+    """The format of a cache's targets, as a loss needs it: `num_classes`, `view_size` and `align_corners`.
 
     This is an interface. An open cache implements it.
     """

@@ -74,7 +74,7 @@ class Coverage:
 
     @property
     def shares(self) -> tuple[float, ...]:
-        """For each class, the share of the pixels predicted as this class that are selected. NaN if there are none."""
+        """The share of the selected pixels among those predicted as each class. NaN if no pixel is."""
         return _ratios(self.selected, self.predicted)
 
     @property

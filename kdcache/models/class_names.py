@@ -80,9 +80,9 @@ def known_names(theirs: Sequence[str], unnamed: Sequence[str]) -> tuple[str, ...
     """Return a name for each class: the name stored with weights, or else the name in `unnamed`.
 
     Args:
-        theirs: the stored names, or (). A single name belongs to the second of two classes. If there are more or fewer
-            names than classes, or if two would be equal, the result is `unnamed`.
-        unnamed: for each class, the name to use if the stored name only numbers it, such as LABEL_0.
+        theirs: the stored names, or (). If there are two classes and one name, it is the name of the second. With any
+            other number of names than classes, or if two results would be equal, the result is `unnamed`.
+        unnamed: for each class, the name to use in place of a stored name that only numbers it, such as LABEL_0.
     """
     theirs = _of_two(theirs, unnamed)
     named = [ours if _PLACEHOLDER.fullmatch(name) else name for name, ours in zip(theirs, unnamed, strict=False)]

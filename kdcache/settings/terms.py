@@ -270,7 +270,7 @@ class Channels(FeatureTerm):
 
     @property
     def compares(self) -> str:  # type: ignore[override]
-        """What the term compares: `features` if a tap of the student or the teacher is given, else `logits`."""
+        """The compared tensors: `features` if a tap of the student or the teacher is given, else `logits`."""
         return "logits" if self.student_tap is None and self.teacher_tap is None else "features"
 
     @property

@@ -103,7 +103,7 @@ def _keeps_any(
 def none_confident(cache: Cache, threshold: float, counts: ConfidenceCounts) -> RecipeError:
     """Return the error for a confidence threshold that no pixel of the cache reaches.
 
-    The message names the largest confidence in `counts`, and its fix a lower threshold. `counts` has the confidences of
+    The error names the largest confidence in `counts`, and advises a lower threshold. `counts` has the confidences of
     all samples.
     """
     dataset = cache.manifest.dataset

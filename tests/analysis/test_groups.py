@@ -66,7 +66,7 @@ def test_what_decides_the_score_tells_rows_apart(setting: str, values: list[Any]
     assert [len(row.runs) for row in rows] == [1, 1]
     assert [row.differs[setting] for row in rows] == values
     assert notes == []
-    assert rows[0].likeness(rows[1]) == 1
+    assert rows[0].unlikeness(rows[1]) == 1
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,8 @@ class Training(Part):
         """Return True if the training left out all samples of fold number `fold` of `folds` folds.
 
         `by` is the regular expression that names sequences, or None for folds by a hash of each id. If `by` differs
-        from the field `folds_by`, the result is False. Folds by hash are nested: fold 1 of 2 is folds 1 and 3 of 4.
+        from the field `folds_by`, the result is False. Folds count from 0. Folds by hash are nested: fold 1 of
+        2 is folds 1 and 3 of 4. A training that left out fold 1 of 2 thus also left out fold 3 of 4.
         """
         if self.fold is None or self.folds_by != by:
             return False

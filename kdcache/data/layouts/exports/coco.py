@@ -106,14 +106,9 @@ class Coco(Export):
         class_of: Mapping[str, int],
         background: int,
     ) -> ShapeLabels:
-        """Return the object that draws the labels of one split.
+        """Return the object that draws the labels of one split: a smaller object covers a larger one.
 
-        Args:
-            root: the export's folder.
-            items: sample id -> image with its shapes.
-            images: sample id -> image file.
-            class_of: class name -> class id.
-            background: the class id of pixels outside all shapes, or 255.
+        The arguments are those of `Export.labels`.
         """
         return ObjectLabels(items, images, class_of, background, _categories_of(root))
 
