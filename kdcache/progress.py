@@ -199,7 +199,7 @@ def progress_of(bar: Progress, what: str, note: str = "") -> Callable[[int, int]
     Args:
         bar: the progress bar.
         what: the text in front of the task's bar.
-        note: the text after it.
+        note: the text after the task's bar.
     """
     task = bar.add_task(what, total=None, note=note)
     return lambda done, total: bar.update(task, completed=done, total=total)

@@ -74,9 +74,9 @@ class Criterion(nn.Module):
         return tuple(dict.fromkeys(tap for loss in self.losses for tap in loss.student_taps))
 
     def set_distill_weight_scale(self, scale: float) -> None:
-        """Set the factor on the weights of all teacher terms, in the streams that have a schedule.
+        """Set the factor on the weights of all teacher terms, in the streams with a `distill_schedule`.
 
-        `scale` replaces the factor of an earlier call. The first one is 1.
+        `scale` replaces the factor of an earlier call. Before the first call, the factor is 1.
         """
         for loss in self.losses:
             if loss.distill_weight_scale is not None:

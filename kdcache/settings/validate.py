@@ -77,7 +77,7 @@ def read_value(entry: Entry, value: Any, wording: Wording = FLAGS, *, strict: bo
     Args:
         entry: the setting.
         value: its value, as text or in its own type.
-        wording: how the error writes the setting.
+        wording: how the error writes the setting: as a flag or as a keyword of a function, for example.
         strict: True does not accept a text for a number.
     Raises: RecipeError, which describes the values that the setting takes.
     """

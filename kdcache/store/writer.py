@@ -138,7 +138,7 @@ class StoreWriter:
         return ShardRecord(shard=shard, records=self.manifest.shard_range(shard), files=files)
 
     def finish(self, record: ShardRecord) -> None:
-        """Write the ledger entry `record`, after the shard's files are written, and release the claim.
+        """Write the ledger entry `record` of a shard whose files are written. Release this process's claim on it.
 
         The shard then counts as finished.
 

@@ -216,8 +216,9 @@ class DepthGradient(DepthTerm):
     """The loss term `depth-gradient`: compares how log depth changes between pixels that are 1, 2, 4 and 8 apart.
 
     So it compares edges and shapes, and ignores a common factor of all depths. For each distance, the absolute
-    differences of these changes are summed and divided by the number of valid pixels. The loss of an image is the sum
-    over the four distances. The loss of a batch is the mean over the images with a valid pixel.
+    differences between the student's and the target's changes are summed and divided by the number of valid pixels. The
+    loss of an image is the sum over the four distances. The loss of a batch is the mean over the images with a valid
+    pixel.
     """
 
     kind = "depth-gradient"

@@ -138,7 +138,7 @@ def classifier_keys(name: str) -> tuple[str, ...]:
 def build(name: str, num_classes: int) -> SegmentationModel:
     """Build a SegFormer with random weights. Nothing is downloaded.
 
-    `name` is the part of a spec after the colon: `b0` to `b5`. Another name is a KeyError.
+    `name` is the part of a spec after the colon: `b0` to `b5`. Any other name raises KeyError.
 
     Raises: ModelError if the installed transformers is too old.
     """

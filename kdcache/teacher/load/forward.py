@@ -38,8 +38,8 @@ def teach(
         precision: floating-point precision of the forward pass: "float32", "bf16" or "fp16".
         device: the model's device.
         grid: (h, w) onto which probabilities of segmentation are averaged. None keeps the teacher's own grid.
-    Returns: `heads`: name -> float32 (B, C, h, w) at the native stride, logits for segmentation and final values for a
-        numeric head. `features`: tap -> (B, c, h, w).
+    Returns: `heads`: name -> float32 (B, C, h, w), logits for segmentation and final values for a numeric head. The
+        cells are those of the native stride, or of `grid` for segmentation. `features`: tap -> (B, c, h, w).
     Raises: ModelError for an error inside the network.
     """
     with torch.inference_mode(), naming_network():

@@ -45,7 +45,7 @@ SHOWN = 160
 
 
 def check_loggers(names: Sequence[str]) -> None:
-    """Raise RecipeError if the package of a logger, `tensorboard` or `wandb`, is not installed."""
+    """Raise RecipeError if the package of a logger in `names` (`tensorboard` or `wandb`) is not installed."""
     for name in names:
         if importlib.util.find_spec(name) is None:
             raise RecipeError(
