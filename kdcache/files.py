@@ -120,7 +120,7 @@ def moved_away(folder: Path) -> str:
 
 
 def is_partial(path: Path) -> bool:
-    """Return True if a file is a temporary one of `replacing`, which stayed because a process was killed."""
+    """Return True if a file has the name of a temporary file of `replacing`. A killed process leaves it behind."""
     return path.name.startswith(".") and path.name.endswith(_PARTIAL)
 
 

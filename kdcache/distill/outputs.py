@@ -59,12 +59,12 @@ class Losses(NamedTuple):
 
     @property
     def ce(self) -> Tensor:
-        """The cross-entropy before it is multiplied by the term's weight. Raises: KeyError with named streams."""
+        """The cross-entropy before weighting. Raises: KeyError if streams have names, as `terms` then has STREAM/ce."""
         return self.terms["ce"]
 
     @property
     def kl(self) -> Tensor:
-        """The KL divergence before it is multiplied by the term's weight. Raises: KeyError with named streams."""
+        """The KL divergence before weighting. Raises: KeyError if streams have names, as `terms` then has STREAM/kl."""
         return self.terms["kl"]
 
 

@@ -47,7 +47,7 @@ def read(table: type[Table], settings: Mapping[str, Any], wording: Wording = FLA
 
     Args:
         table: the dataclass.
-        settings: name with underscores -> value. Names that the table does not have are ignored.
+        settings: name with underscores -> value. Missing ones get the table's default, and unknown ones are ignored.
         wording: how errors write a setting.
     Raises: RecipeError for the first wrong value.
     """
@@ -55,7 +55,7 @@ def read(table: type[Table], settings: Mapping[str, Any], wording: Wording = FLA
 
 
 def read_values(settings: Mapping[str, Any], *tables: type, wording: Wording = FLAGS) -> dict[str, Any]:
-    """Return the checked values of settings: name -> value.
+    """Return the checked values of settings: name -> value. No default is filled in for a missing setting.
 
     Args:
         settings: name with underscores -> value.

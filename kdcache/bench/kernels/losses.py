@@ -66,7 +66,7 @@ class Targets(NamedTuple):
 
 
 def targets_of(case: Case, inputs: Inputs) -> Targets:
-    """Return the arguments for `eager_loss` and `eager_relations`: the tensors `inputs`, and the settings of `case`."""
+    """Return the argument `targets` of `eager_loss` and `eager_relations`: tensors of `inputs`, settings of `case`."""
     return Targets(
         inputs.teacher,
         inputs.labels_int64,

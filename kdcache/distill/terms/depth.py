@@ -260,8 +260,8 @@ class DepthSsi(DepthTerm):
         """Return the scale- and shift-invariant loss (B,) of each image, 0 for an image without a valid pixel.
 
         Args:
-            prediction_BHW: the student's depth, as `compared` returns it, with the gradient.
-            reference_BHW: depth of the labels or the teacher, as `compared` returns it.
+            prediction_BHW: the student's inverse depth, from `compared`, in 1 / metres or up to a scale and a shift.
+            reference_BHW: the inverse depth of the labels or the teacher, in either unit.
             mask_BHW: bool, True for valid pixels.
         """
         return depth.scale_shift_invariant(prediction_BHW, reference_BHW, mask_BHW, self.spec.alpha)

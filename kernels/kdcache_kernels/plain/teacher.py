@@ -57,7 +57,7 @@ class Teacher(Protocol):
     """The interface of a teacher's distribution over the classes at every pixel."""
 
     def divergence(self, student: Softmax) -> Tensor:
-        """Return KL(teacher || student) at every pixel, (B, P) in nats."""
+        """Return KL(teacher || student) in nats at every pixel, (B, P) for images of P pixels."""
 
     def gradient(self, p_BCP: Tensor, factor_B1P: Tensor) -> Tensor:
         """Overwrite `p_BCP`, the student's probabilities p, with (p - q) * factor, and return it.
@@ -76,7 +76,7 @@ class DenseTeacher(NamedTuple):
     softmax: Softmax
 
     def divergence(self, student: Softmax) -> Tensor:
-        """Return KL(teacher || student) at every pixel, (B, P) in nats."""
+        """Return KL(teacher || student) in nats at every pixel, (B, P) for images of P pixels."""
         logits_BCP, q_BCP, total_BP = self.softmax
         cross_BP = (logits_BCP - student.logits).mul_(q_BCP).sum(1)
         return cross_BP + (student.total - total_BP)

@@ -153,7 +153,7 @@ def moments(sequence, linear, higher, LINEAR: tl.constexpr, HIGHER: tl.constexpr
     gradient by the pixel's logit, its moments determine the gradient at the cell's corners.
 
     Shapes and units:
-        sequence: the pixels' exponentials in the form that `exponentials` returns.
+        sequence: (first, x_ratio, y_ratio, twist), with e = first * x_ratio^r * y_ratio^q * twist^(q r).
         linear, higher: tuples of ROWS * S blocks, a factor per pixel.
         LINEAR: whether to include the first summand. HIGHER: exponent of the second, or 0 to leave it out.
         S, ROWS: pixels per row, and pixel rows.
