@@ -57,7 +57,7 @@ class DepthImages:
     def of_arrays(cls, arrays: Mapping[str, Any]) -> "DepthImages":
         """Return the metrics from two arrays of an .npz file: `depth_ids` (N,) text, and `depth` (N, 8) float64.
 
-        `arrays` maps names to arrays.
+        `arrays` maps names to arrays, as the property `arrays` returns them. A row of `depth` is an image's metrics.
 
         Raises: KeyError for a missing array.
         """

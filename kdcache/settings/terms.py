@@ -27,8 +27,8 @@ class OfLogits(LossTerm):
 class Projected(FeatureTerm):
     """A base class of loss terms that project the student's features to the teacher's channels.
 
-    Projector `linear` is a trained 1x1 convolution. `mlp` is two of them with a GELU between. To standardise the
-    teacher's `channels`, each one's mean is subtracted, and the result is divided by its standard deviation.
+    Projector `linear` is a trained 1x1 convolution. `mlp` is two of them with a GELU between. With `standardise` set
+    to `channels`, the mean of each teacher channel is subtracted, and the rest divided by the standard deviation.
     """
 
     standardise: Literal["none", "channels"] = setting("none", "Standardise the teacher's channels.")

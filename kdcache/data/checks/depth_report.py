@@ -132,7 +132,7 @@ class DepthCounts:
         least: the smallest depth in metres, or None if no depth is known.
         most: the largest depth in metres, or None if no depth is known.
         impossible: why the depths cannot be in metres, or ''.
-        beyond: number of pixels that are deeper than the `max_depth` of `of`, or 0 without it.
+        beyond: number of pixels that are deeper than the argument `max_depth` of `of`, or 0 if that is None.
     """
 
     pixels: int

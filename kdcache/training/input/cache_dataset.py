@@ -153,7 +153,7 @@ class CacheDataset(DrawnDataset):
 
     @property
     def identity(self) -> str:
-        """Text that identifies the cache's content: `store` and the cache's seal."""
+        """Text that identifies the cache's content: the word "store", a space and the cache's seal."""
         return f"store {seal_of(self.cache)}"
 
     @property
