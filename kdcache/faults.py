@@ -24,9 +24,9 @@ _PARTS = (*Outputs._fields, "logits")
 
 @contextmanager
 def naming_network() -> Iterator[None]:
-    """Turn errors of a network's own code into a ModelError that names the network, in a with block.
+    """Turn errors of a network's forward or backward into a ModelError, in a with block.
 
-    Errors from elsewhere are raised unchanged.
+    The ModelError names the network if the error's traceback shows it. Other errors are raised unchanged.
     """
     try:
         yield

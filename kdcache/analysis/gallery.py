@@ -188,8 +188,9 @@ class Gallery:
     def one_model(self, shown: Shown, number: int) -> tuple[list[Panel], Legend]:
         """Return the pictures of an image with one model's predictions, and the legend of their colours.
 
-        `shown` is the model, and `number` the image's position in the split. Each picture is a pair (title, image). The
-        teacher's and the baseline's predictions are among the pictures, if the gallery has these models.
+        `shown` is the model, and `number` the image's position in the split. Each picture is a pair: a title, and an
+        image (H, W, 3) or `DepthMap`. The teacher's and the baseline's predictions are among the pictures, if the
+        gallery has these models.
         """
         pixels, predicted = self.split.image(number), shown.predict(self.split, number)
         others = {}

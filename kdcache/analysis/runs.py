@@ -171,7 +171,8 @@ def check_classes(description: RunModel, classes: ClassList, where: str) -> None
 def find_runs(texts: Sequence[str | Path], which: str = "best") -> list[Entry]:
     """Find the runs and models that paths name: runs, RUN@WEIGHTS, SPEC@FILE, and folders with runs below them.
 
-    Each is returned once, in the order of `texts`. `which` are the weights of the runs.
+    Each run or model is returned once, in the order of `texts`. `which` says which weights of the runs to use: `best`,
+    `last`, `best-ema` or `last-ema`.
 
     Raises: RecipeError for a path without runs, or a run that does not have these weights.
     """

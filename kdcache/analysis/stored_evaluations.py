@@ -363,7 +363,7 @@ def weights_of(run: Run | str, which: str) -> tuple[str | None, Path | None]:
 
 
 def write_evaluation(record: Record, path: Path, run: str, metrics: TaskMetrics) -> None:
-    """Write an evaluation as JSON, and the counts of its images next to it. Each file is complete or missing.
+    """Write an evaluation as JSON, and its images' counts next to it as .npz. Each file is complete or missing.
 
     Args:
         record: the settings of the evaluation.
@@ -385,8 +385,8 @@ def write_evaluation(record: Record, path: Path, run: str, metrics: TaskMetrics)
 def name_of_several(records: Sequence[Record], run: str, *, own_size: bool = True) -> str:
     """Return the name of the file for an evaluation on several data sets, without a suffix.
 
-    `records` has a record for each data set, and `run` is the run's name as the user wrote it. `own_size` says that the
-    model sees images at the size of its training.
+    `records` has a record for each data set, and `run` is the run's name as the user wrote it. `own_size` is True if
+    the model sees images at the size of its training. Other sizes give other names.
     """
     kinds = [[record.place, record.name(own_size=own_size), record.which or run] for record in records]
     return f"evaluations-{hashlib.sha256(json.dumps(kinds).encode()).hexdigest()[:8]}"

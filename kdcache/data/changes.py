@@ -63,8 +63,8 @@ class Changes:
     def notes(self) -> list[str]:
         """Return sentences on how far the two data sets could be compared. The list is often empty.
 
-        They say that the cache or run did not record its labels, or how many samples have the same content in a changed
-        file.
+        They say that the cache or run did not record its labels, or how many samples have a changed file with the same
+        pixels and labels.
         """
         if not self.recorded:
             return [UNRECORDED]

@@ -121,8 +121,8 @@ def says_numbers(folder: Path) -> bool:
 def read_colour_codes(folder: Path) -> ColourCodes | None:
     """Return the map from colours in RGB labels to classes, which `classes.txt` of a data folder defines.
 
-    A colour maps to the number of its class. If the lines have no numbers, classes count from 0 in the order of the
-    lines, without the numbers of void. Void colours map to 255.
+    A colour maps to the number of its class. If the lines have no numbers, the classes get 0, 1, 2 and so on in the
+    order of the lines. Numbers that mean void are skipped. Void colours map to 255.
 
     Return None if the file does not exist, or if a class has no unique colour.
 

@@ -30,7 +30,7 @@ class Mapped(Source[Pixels]):
         return self.table.take(self.label.read())
 
     def raw(self) -> Pixels:
-        """Return the label with mapped class ids, uint8 (H, W), without checks."""
+        """Return the label with mapped class ids, uint8 (H, W). Faulty sizes and ids raise no error."""
         return self.table.take(self.label.raw())
 
     def digest(self, of_file: FileDigest | None = None) -> str:

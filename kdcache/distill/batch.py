@@ -279,8 +279,8 @@ def pixels_of(streams: Streams) -> Tensor:
 def rows_of(streams: Streams, count: int, first: int = 0) -> Streams:
     """Return a part of a batch of several streams. Each stream gives the same fraction of its samples.
 
-    If all streams together have N samples, a stream with n samples gives max(1, n * count // N) of them. The first is
-    its sample number n * first // N.
+    If all streams together have N samples, a stream with n samples gives max(1, n * count // N) neighbouring samples.
+    They begin with sample number n * first // N of the stream.
 
     Args:
         streams: the batch of each stream.

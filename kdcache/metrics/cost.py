@@ -121,10 +121,10 @@ def count_flops(model: SegmentationModel, size: tuple[int, int]) -> int:
 
 
 def measure_latency(model: SegmentationModel, size: tuple[int, int], *, repeats: int = REPEATS) -> Latency:
-    """Time a model on one image of `size` (H, W), on the model's device. The model should be in eval mode.
+    """Measure a model's time in milliseconds on one image of `size` (H, W), on the model's device.
 
-    A timed call includes the resize of the outputs to the image's size, and waits for the GPU. A slow model is timed
-    less often than `repeats`.
+    The model should be in eval mode. A timed call includes the resize of the outputs to the image's size, and waits for
+    the GPU. `repeats` is the number of timed calls. A slow model is timed less often.
     """
     device = _device(model)
     x_13HW = torch.rand(1, 3, *size, device=device).contiguous(memory_format=torch.channels_last)

@@ -101,9 +101,9 @@ class Evaluator(ABC, Generic[Of]):
 
 
 class NumericEvaluator(Evaluator[Of]):
-    """How a numeric task such as depth is evaluated.
+    """The base class for the evaluation of a numeric task such as depth.
 
-    The results of several processes, each for other images, can be merged.
+    A subclass also defines `merged`, which joins the results of several processes with different images.
     """
 
     @abstractmethod

@@ -239,7 +239,7 @@ class Queue(FeatureTerm):
     length: Annotated[int, Ge(1)] = setting(1024, "Number of recent images whose vectors are kept.")
 
     def offered(self, manifest: Any) -> list[str]:
-        """Return the cache's taps with one vector per view, which `teacher_tap` may name. It defaults to the last."""
+        """Return the cache's taps with one vector per view. `teacher_tap` is one of them, by default the last."""
         return [tap for tap in super().offered(manifest) if is_summary(manifest.features[tap])]
 
 

@@ -121,7 +121,8 @@ class Records:
     def window(self, record: int) -> tuple[Window, bool]:
         """Return the part of its image that record number `record` shows, and whether the view is mirrored.
 
-        The part has the edges (y0, x0, y1, x1) in pixels of the data set's image. This needs a data set.
+        The part has the edges (y0, x0, y1, x1) in pixels of the data set's image. Records without a data set raise
+        AttributeError.
         """
         return Window(*self._windows[record].tolist()), bool(self._flips[record])
 

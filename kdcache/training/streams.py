@@ -77,7 +77,7 @@ def make_stream(
         training: the training's settings: name -> value.
         table: the stream's table: name -> value.
         make: checks settings and makes a config of them.
-    Raises: KDCacheError that names the stream.
+    Raises: KDCacheError that names the stream, for an invalid setting of the table or an error of `make`.
     """
     overrides = {key: value for key, value in table.items() if key in OVERRIDDEN}
     merged = {**training, "stream": (), **_WITHOUT_BALANCE, **overrides}

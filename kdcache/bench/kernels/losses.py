@@ -175,8 +175,9 @@ def eager_relations(student_BChw: Tensor, targets: Targets) -> Tensor:
     """Return the relation loss of the student's logits in eager PyTorch, the rival of `our_relations`.
 
     Value and gradient are the same. The loss is T^2 * (inter + intra), with correlations of student and teacher
-    probabilities. inter is the mean over the target's cells of 1 - the correlation over the classes. intra is the mean
-    over the classes of 1 - the correlation over the cells. The mask of `targets` weights the cells in both.
+    probabilities at `targets.temperature` T. inter is the mean over the target's cells of 1 - the correlation over the
+    classes. intra is the mean over the classes of 1 - the correlation over the cells. The mask of `targets` weights the
+    cells in both.
     """
     T, weight_B1hw = targets.temperature, targets.mask[:, None]
     p_BChw, q_BChw = (F.softmax(x, 1) for x in _on_cells(student_BChw, targets))

@@ -63,7 +63,7 @@ def is_inside(path: str) -> bool:
 
 
 def is_mask(path: str) -> bool:
-    """Return whether a picture's path has a folder for labels, such as masks/ or annotations/."""
+    """Return whether a folder in a picture's path has a name for labels, such as masks/ or annotations/."""
     return not MASKS.isdisjoint(part.lower() for part in path.split("/")[:-1])
 
 

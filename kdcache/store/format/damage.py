@@ -48,7 +48,7 @@ def damaged(file: object, what: str) -> CorruptError:
 
 
 def fix_of_files(*, remote: bool) -> str:
-    """Return the text of the fix for a list of damaged shard files. `remote` is True for a cache in an object store."""
+    """Return the text that tells a user how to fix damaged shard files. `remote` is True for an object store."""
     return f"{'Delete these files. ' if remote else ''}{AGAIN}: it rebuilds only them."
 
 

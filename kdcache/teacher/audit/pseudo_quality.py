@@ -75,7 +75,7 @@ class PseudoCounts:
         self.counts_NLP += np.bincount(cells, minlength=self.counts_NLP.size).reshape(self.counts_NLP.shape)
 
     def quality(self, number: int = 0) -> PseudoQuality:
-        """Return the quality of the pseudo labels at the threshold with the index `number`."""
+        """Return the quality of the pseudo labels at the threshold with the index `number` in `thresholds`."""
         labelled_L, kept_LP = self.counts_NLP.sum((0, 2)), self.counts_NLP[number + 1 :].sum(0)
         confusion = ConfusionMatrix(self.class_names, IGNORE_INDEX)
         confusion.counts = torch.from_numpy(kept_LP)

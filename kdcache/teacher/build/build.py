@@ -71,7 +71,7 @@ class Engine(Protocol):
 
         `manifest` describes the cache that will be built.
 
-        Raises: KDCacheError if they cannot be reached or do not have room for the build.
+        Raises: KDCacheError if the processes cannot be reached, or if their machines have too few CPUs or GPUs.
         """
 
     def shards(self, writer: StoreWriter) -> Iterator[TaughtShard]:

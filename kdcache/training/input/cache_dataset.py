@@ -163,7 +163,7 @@ class CacheDataset(DrawnDataset):
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """Paths of the cache's arrays that a sample is read from: targets, extras and stored pixels."""
+        """Paths of the cache's arrays that a sample is read from: targets, `extras`, and stored pixels and labels."""
         pixels = (*PIXEL_PATHS, *(f"labels/{task}" for task in numeric(self.tasks)))
         return (*self.target_paths, *self.extras, *(() if self.split else pixels))
 

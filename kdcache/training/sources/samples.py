@@ -54,10 +54,10 @@ def open_dataset(
 
     Args:
         config: the stream's settings.
-        cache: its open cache. None for a data folder.
+        cache: the stream's open cache, or None for a stream from a data folder.
         paste: how another stream's samples are pasted into this stream's, such as `classmix`. This stream then needs no
             labels. None pastes nothing.
-        split: its opened data set, if there is no cache. None opens it.
+        split: the stream's opened data set, if there is no cache. None opens the data set of `config`.
     Raises: RecipeError or DataError if no sample, or no label that a term needs, is left.
     """
     labelled_only = not (config.learns_unlabelled or paste is not None)

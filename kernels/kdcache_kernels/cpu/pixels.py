@@ -128,8 +128,7 @@ def pixels(
     A cell row is the label rows between logit rows i and i + 1. The cell rows are `first` to `last` - 1, and row i of
     image b has the number b * h + i. A label row is cut into tiles of n pixels.
 
-    Arguments that are not listed are as in `kdcache_kernels.cpu.cells.cells`. `starts` to `target_fractions` place the
-    label rows between the rows of logits. `form` to `gamma`, `use_kl` and `need_gradient` are settings of the loss.
+    `form` to `gamma` are as in `kdcache_kernels.cpu.cells.cells`: the temperature, factors and weights of the loss.
 
     Shapes and units:
         student, target: (B, h, 1, C, w + 1) float32 logits times log2(e) / T, minus their maximum. The last column is
@@ -139,6 +138,9 @@ def pixels(
         taps: neighbour tables of the label columns: (index, fraction) of the student, (tiles, n) each, then of the
             target, (Bt, tiles, n) each. index is the logit to the left of a label column, and fraction the weight of
             the logit to its right. Bt is B, or 1 if all images share them.
+        starts: (h + 1,) first label row of each cell row. fractions: (H,) weight of the lower logit row in a label row.
+        target_rows, target_fractions: (Bt, H) the target's logit row above a label row, and the weight of the next one.
+        use_kl, need_gradient: whether to compute KL and the gradient.
         wide: whether to subtract each label pixel's own maximum over the classes. Logits of a wide range need it,
             because all exponentials of a pixel would otherwise become 0.
         upper, lower: results in the shape of `student`, the gradient at logit row i and at row i + 1.

@@ -166,14 +166,13 @@ def count_block(
 ):  # fmt: skip
     """Count the denominators of CE and KL in ROWS label rows of an image, and write them to `counts_ptr`.
 
-    It writes two float64 numbers: the sum of the class weights of labelled pixels, and the number of pixels that KL
-    counts.
-
     Shapes and units:
         pixels: `Pixels`.
-        window_ptr: (B, 4) float64 edges in pixels of the view, or None for the whole view. flip_ptr: (B,) uint8, or
-            None.
-        image, block: indices of the image and of the block of rows.
+        window_ptr: (B, 4) float64 edges in pixels of the view, or None for the whole view. flip_ptr: (B,) uint8, 1 if
+            the image is mirrored, or None.
+        counts_ptr: (2,) float64 result, the sum of the class weights of labelled pixels, and the number of pixels that
+            KL counts.
+        image, block: the image's index, and the number of the block of ROWS rows in the image.
         H, W: label size. view_height, view_width: size of the view in pixels. COLUMNS: label columns read at a time.
     """
     offs_y = block * ROWS + tl.arange(0, ROWS)

@@ -209,9 +209,12 @@ def softmax_sums_below_peaks(
     u and v are the student's and the target's logits times log2(e) / T at a label pixel. The sums are of 2^(T u), 2^u,
     2^v and 2^v (v - u), after subtracting the pixel's largest u from every u and its largest v from every v.
 
-    Arguments are as in `sample.softmax_sums`: rows of logits (pointers), columns and weights by which to interpolate
-    them, element counts, temperature T, and the terms to compute.
-
+    Shapes and units:
+        student_rows, target_rows: pointers to the two student rows and the three target rows around the label rows.
+        student_columns, target_columns: (left logit, right logit, weight of the right one), one per lane.
+        blend: for each label row, a tuple with the weight of the lower student row and those of the three target rows.
+        sizes: (number of classes, elements of a student class, elements of a target class).
+        temperature: T. pixels: `Pixels`, for the terms to compute.
     Returns: the four sums, the last one times 2^-12, then the largest u and the largest v. Each is a tuple of ROWS
         blocks, one per label row.
     """
@@ -330,12 +333,14 @@ def lost_on_row(lost_n, columns):
 
 @triton.jit
 def label_logit(rows, columns, fraction_n, offset_n):
-    """Return the student's prepared logit of one class at each lane's label pixel, interpolated bilinearly.
+    """Return the student's logit of one class at each lane's label pixel, interpolated bilinearly between four.
+
+    The logits are as `prepare_kernel` wrote them: (logit - maximum over the classes) * log2(e) / T.
 
     Shapes and units:
-        rows: pointers to the student's rows above and below the pixel. fraction_n: weight of the row below.
+        rows: pointers to the rows of these logits above and below the pixel. fraction_n: weight of the row below.
         columns: (index of the logit to the left, index of the logit to the right, weight of the right one).
-        offset_n: offset of the class in elements.
+        offset_n: offset of the class in elements. n is the number of lanes.
     """
     left_n, right_n, column_n = columns
     top_n = tl.load(rows[0] + left_n + offset_n)

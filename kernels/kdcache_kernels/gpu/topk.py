@@ -33,8 +33,8 @@ RANKS = tl.constexpr(4)
 def pixels(num_pixels, total, BLOCK: tl.constexpr):
     """Return (image, pixel, exists) of this program's BLOCK lanes, with one pixel per lane.
 
-    An image has `num_pixels` pixels, and all images have `total`. `image` and `pixel` are int64, because offsets can
-    exceed int32. Lanes that do not exist have image 0 and pixel 0.
+    An image has `num_pixels` pixels, and all images together have `total`. `image` and `pixel` are int64, because
+    offsets can exceed int32. Lanes beyond the last pixel have exists False, image 0 and pixel 0.
     """
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     exists = offs < total

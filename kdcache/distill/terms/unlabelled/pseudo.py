@@ -183,9 +183,10 @@ class Consistency(Pseudo):
     The strong view is the student's image. The weak view has the same pixels before the colour jitter. `by` says who
     predicts the weak view: `student`, its moving average `ema`, or `store`, the cached teacher. Student and average
     predict in eval mode and without gradient. Pixels without a label count, but pixels outside the image do not.
-    `threshold` or `quantile` says which pixels are confident. `normalise` is `kept`, `all` or `share`, and says which
-    pixels are summed and what the sum is divided by. `Pseudo` explains these settings. Gates weigh only the cached
-    teacher's pixels.
+    A pixel is confident if its largest probability is at least `threshold`, or in the top `quantile` of its class. The
+    losses of confident pixels are added up. The sum is divided by their class weights (`normalise=kept`) or by the
+    number of counted pixels (`all`). `share` takes the mean over all counted pixels, times the share of confident ones.
+    Gates weigh the pixels only with `by=store`.
 
     Default weight 1, threshold 0.968, `normalise=all`.
     Source: Sohn et al. 2020 (FixMatch), arXiv 2001.07685, equation 4; the threshold, and `normalise=share`: Tranheden
