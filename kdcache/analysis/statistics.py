@@ -64,7 +64,7 @@ class Spread:
         return cls(mean, statistics.stdev(finite) if len(finite) > 1 else math.nan, len(finite))
 
     def to_json(self) -> dict[str, Any]:
-        """Return mean, deviation and number of runs as JSON values."""
+        """Return `mean`, `std` and `runs` as JSON values under these keys. NaN becomes null."""
         return {"mean": plain(self.mean), "std": plain(self.std), "runs": self.runs}
 
 

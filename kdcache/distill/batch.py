@@ -169,8 +169,8 @@ class Batch:
     def with_pasted_targets(self) -> "Batch":
         """Return a copy with the targets and windows of the pasted samples.
 
-        `pasted` has them. If it is None, samples 2n and 2n + 1 swap targets and windows. Pixels and
-        labels stay the same.
+        The field `pasted` has them. If it is None, samples 2n and 2n + 1 swap targets and windows. Pixels and labels
+        stay the same.
         """
         source = self.targets_alone().map(neighbours) if self.pasted is None else self.pasted
         return replace(self, **{name: getattr(source, name) for name in _OF_TARGETS})

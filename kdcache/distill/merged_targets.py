@@ -52,9 +52,9 @@ class MergedTargets(nn.Module):
 
     @torch.no_grad()
     def merged(self, target: Target) -> Target:
-        """Convert a segmentation target from the cache's classes to the training's classes, and return it.
+        """Return a segmentation target with the training's classes instead of the cache's.
 
-        It keeps all classes, as float16 logits minus the largest logit of each pixel. It carries no gradient.
+        The result holds all classes, as float16 logits minus the largest logit of each pixel. It carries no gradient.
         """
         merged_BChw = self.merge(target.values.float())
         values_BChw = (merged_BChw - merged_BChw.amax(1, keepdim=True)).clamp_min(_LOWEST)

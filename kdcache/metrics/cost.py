@@ -208,7 +208,7 @@ class CostKey:
 def kept_cost(folder: Path, key: CostKey, repeats: int) -> Cost | None:
     """Read the cost that an earlier comparison stored in a run's folder.
 
-    Return None if no cost is stored for `key`, if the file is damaged, or if it was measured with fewer `repeats`.
+    Return None if no cost is stored for `key`, if the file is damaged, or if that comparison asked for fewer `repeats`.
     """
     content = read_object(key.path(folder))
     try:

@@ -98,6 +98,8 @@ def score_first_runs(
 ) -> FirstRuns:
     """Score every image of a split with the first run of each row.
 
+    If runs are judged on the folds that they left out, only one fold is scored, by a run of each row that left it out.
+
     Args:
         comparison: the comparison.
         runs: all compared runs.

@@ -50,7 +50,7 @@ class Processor:
 
     @classmethod
     def of_all(cls, processors: Iterable[Self]) -> "Processor":
-        """Return the combined requirements of several networks that get the same images. One is returned unchanged.
+        """Return the combined requirements of networks that get the same images. A single one is returned unchanged.
 
         `multiple` becomes the least common multiple, and `fixed_size` the first that is not None. `pads` and
         `positions` are True if one network has them. The other fields get their defaults.

@@ -56,7 +56,8 @@ class Reuse:
     def find(self, item: Rendered, sample: str) -> int | None:
         """Return the number of the earlier cache's record with the same pixels as `item`, or None if there is none.
 
-        The targets of the found record are read and kept for `rows`. `sample` is the id of the item's sample.
+        The found record's targets are read and kept until the method `rows` returns them. `sample` is the id of the
+        item's sample.
         """
         number = self._samples.get(sample)
         if number is None or item.view >= self._old.manifest.view.views_per_sample:

@@ -30,7 +30,7 @@ class Samples(NamedTuple):
     """A logit map and the neighbour tables to read it at the centres of the target's cells, as kernels take them.
 
     Attributes:
-        logits: the tensor, a pointer inside a kernel.
+        logits: the map, (B, C, rows, columns). Inside a kernel it is a pointer.
         rows, columns: neighbour tables (`geometry.Taps`) of the rows and columns of cells. None if the map's elements
             are exactly the cells.
     """
