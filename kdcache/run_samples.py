@@ -48,7 +48,7 @@ class RunSamples:
             return None
 
     def changes(self, now: "RunSamples") -> Changes:
-        """Return the changes of the first data set that changed since this run. Without changes, the result is false.
+        """Return the changes of the first data set that changed since this run, or a false `Changes` if none did.
 
         The training data are compared first, stream by stream, then the validation data. A changed class list is also a
         change. `now` has the digests of today's data.

@@ -54,7 +54,7 @@ def sequence_pattern(text: str, flag: str = "--folds-by") -> re.Pattern[str]:
 
 
 def check_folds_by(by: str | None, *, folds: bool) -> None:
-    """Check the value of `--folds-by`, or None without the flag. `folds` tells whether folds are also requested.
+    """Check `by`, the value of `--folds-by`, or None without the flag. `folds` tells whether folds are also requested.
 
     Raises: RecipeError for an invalid regular expression, or for `--folds-by` without folds.
     """

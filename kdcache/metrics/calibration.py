@@ -114,7 +114,7 @@ class ConfidenceCounts:
         Args:
             argmax_HW: predicted class ids, of an integer type.
             confidence_HW: confidences from 0 to 1, float16.
-            label_HW: class ids, 255 for void, or None for an image without a label.
+            label_HW: class ids, or None for an image without a label. A void pixel (255) is only counted as predicted.
             counted_HW: bool, True for the pixels to add. None adds all.
         """
         counted = np.ones(argmax_HW.shape, bool) if counted_HW is None else counted_HW

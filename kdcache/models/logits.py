@@ -43,9 +43,10 @@ class AsLogits(Wrapper):
         self.two = two
 
     def forward(self, x_B3HW: Tensor, taps: Sequence[str] = ()) -> Outputs:
-        """Return the wrapped model's outputs, with its segmentation converted from `outputs` to logits.
+        """Return the wrapped model's outputs, with its segmentation output converted to logits.
 
-        `x_B3HW` is normalised float RGB. `taps` are names of features to return.
+        The attribute `outputs` says what the wrapped model returns. `x_B3HW` is normalised float RGB. `taps` are names
+        of features to return.
         """
         outputs = self.model(x_B3HW, taps)
         return Outputs({**outputs.heads, SEGMENTATION: self._logits(outputs.logits)}, outputs.features)

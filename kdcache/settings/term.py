@@ -426,9 +426,9 @@ def _takers(name: str) -> list[str]:
 def check_terms(terms: Iterable[LossTerm], manifest: Any) -> None:
     """Check that a cache has all arrays that some loss terms read.
 
-    `manifest` is the cache's manifest, or None if labels replace the teacher.
+    `manifest` is the cache's manifest. None stands for labels in the teacher's place, which give only logits.
 
-    Raises: RecipeError, with the build flags that store what is missing.
+    Raises: RecipeError. With a manifest, its fix names the build flags that store what is missing.
     """
     terms = list(terms)
     if manifest is None:

@@ -395,7 +395,7 @@ class Adversarial(LossTerm):
 
     @property
     def default_weight(self) -> float:
-        """The weight if `weight` is None: 0.01 for `least-squares`, else 0.001, and a fifth of it for `auxiliary`."""
+        """The weight if `weight` is None: 0.01 for least-squares, else 0.001. For the auxiliary head, a fifth."""
         return (0.01 if self.loss == "least-squares" else 0.001) * (1 if self.head == SEGMENTATION else 0.2)
 
 

@@ -39,9 +39,9 @@ class SampleTargets:
         return len(self.window)
 
     def to_dict(self) -> dict[str, Array]:
-        """Return all arrays as one dict: a path such as `targets/depth/values`, or a field's name -> array.
+        """Return all arrays as one dict. Those of `arrays` have paths as names, such as `targets/depth/values`.
 
-        Fields that are None are left out.
+        The other arrays have the names of their fields. Fields that are None are left out.
         """
         geometry = {"window": self.window, "flip": self.flip, "inside": self.inside, "zoom": self.zoom}
         return self.arrays | {name: array for name, array in geometry.items() if array is not None}

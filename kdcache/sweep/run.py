@@ -41,7 +41,7 @@ class Watcher:
         """Handle a job that is already done and is skipped. It is number `number` of `total` jobs."""
 
     def finished(self, job: Job, number: int, total: int, seconds: float) -> None:
-        """Receive the end of a job, `seconds` after its start. It is job `number` of `total`, counted from 1."""
+        """Handle the end of a job that ran for `seconds`. It is job number `number` of `total`, counted from 1."""
 
 
 def run_jobs(

@@ -289,8 +289,9 @@ def kl_pixels(
         labels_BHW: class ids, or None.
         size: (H, W) in pixels.
         ignore_index: the label of void pixels.
-        window_B4: (B, 4) edges (y0, x0, y1, x1) of what the image shows, in pixels of the target's view, or None.
-        flip_B: (B,) bool, whether the window is mirrored, or None.
+        window_B4: (B, 4) edges (y0, x0, y1, x1) of what the image shows, in pixels of the target's view. None for the
+            whole view.
+        flip_B: (B,) bool, whether the window is mirrored. None mirrors nothing.
         distill_void: False leaves out void pixels if there are labels.
     """
     positions = view_positions(window_B4, flip_B, target.view_size, size, target.device)

@@ -24,8 +24,8 @@ class Projected(Term):
     | `linear` | a 1x1 convolution |
     | `mlp` | two 1x1 convolutions with a GELU between, as wide as the teacher's features |
 
-    With `standardise=channels`, the mean of each teacher's channel is subtracted, and the result is divided by the
-    channel's standard deviation. Checkpoints include these numbers.
+    With `standardise=channels`, the mean of each of the teacher's channels is subtracted from its values. The result is
+    divided by the channel's standard deviation. Checkpoints include these means and deviations.
     Source: Theia, Shang et al. 2024, arXiv 2407.20179; PHI-S, Ranzinger et al. 2024, arXiv 2410.01680, compares ways to
         standardise.
     """

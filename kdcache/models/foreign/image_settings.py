@@ -41,9 +41,9 @@ class ImageSettings:
 
 
 def image_settings(folder: Path) -> tuple[ImageSettings, list[str]]:
-    """Read how images are prepared, from a model's folder. Also return notes for the user.
+    """Return how images are prepared for a model, as a file in its folder says, and notes for the user.
 
-    It is in preprocessor_config.json, or else in processor_config.json. Without them, the settings are ImageNet's, and
+    The file is preprocessor_config.json, or else processor_config.json. Without both, the settings are ImageNet's, and
     a note says so.
 
     Raises: ModelError for steps other than scaling, normalising, resizing and padding.

@@ -135,7 +135,7 @@ class Maps(Reading):
 
 
 class TimmMaps(Reading):
-    """An adapter for a timm network without classifier, which returns its intermediate features and a pooled one."""
+    """An adapter that calls a timm network without classifier for its intermediate features and a pooled feature."""
 
     lists_modules = False
 

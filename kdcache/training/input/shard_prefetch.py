@@ -26,7 +26,7 @@ class Ahead(Iterable[T]):
 
     Args:
         loader: gives the batches of `steps`.
-        visit: returns the index of the sample of a draw, and its epoch.
+        visit: function from a draw's number to (index of its sample, epoch).
         dataset: the samples, from a remote cache.
         steps: the draw numbers of each step.
     """

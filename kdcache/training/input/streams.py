@@ -59,9 +59,9 @@ def feed_streams(
     rank: int = 0,
     world: int = 1,
 ) -> Generator[Drawn, None, None]:
-    """Yield the batch of every stream for each step, on `device`. They are valid until the next ones are taken.
+    """Yield the batches of each step, one for each stream, on `device`. They are valid until the next step's are taken.
 
-    A KDCacheError comes instead if a sample cannot be read.
+    If a sample cannot be read, the error is yielded (not raised) in place of the step's batches, as a KDCacheError.
 
     Args:
         streams: the draws of each stream.

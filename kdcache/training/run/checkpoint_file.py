@@ -30,9 +30,9 @@ def save_checkpoint(run: Path, state: dict[str, Any]) -> None:
 
 
 def keep_checkpoint(run: Path, step: int) -> None:
-    """Keep the checkpoint that was just saved as `checkpoints/step-NNNNNN.pt` in the folder `run`.
+    """Keep the newest checkpoint, saved after `step` steps, also as `checkpoints/step-NNNNNN.pt` in the folder `run`.
 
-    It is a hard link, or a copy on a file system without links. The next save does not change it.
+    This file is a hard link, or a copy on a file system without links. The next save does not change it.
     """
     path = run / KEPT / f"step-{step:06}.pt"
     with disk_space_errors(run):

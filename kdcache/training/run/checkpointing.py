@@ -211,7 +211,8 @@ class RunState:
     def finish(self, judged: str = SEGMENTATION) -> dict[str, Any]:
         """Write the last weights and result.json, and return the content of result.json.
 
-        `judged` is the task, or `FEATURES`, whose score chose the best weights.
+        `judged` says which score chose the best weights: a task's name for its score, or `FEATURES` for the feature
+        loss.
         """
         now = self.now
         self._write_weights("last")

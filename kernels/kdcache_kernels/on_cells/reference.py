@@ -79,9 +79,9 @@ def lay_logits(
 
 
 def logits_on_cells(problem: RelationProblem) -> Seen:
-    """Resample a problem's student and teacher logits to the teacher's cells.
+    """Return a problem's student and teacher logits, resampled to the teacher's cells and divided by the temperature.
 
-    Return the logits, divided by the temperature, with the weight of each cell.
+    The result also has how much each cell counts and weighs, and whether the loss must be NaN.
     """
     cells = lay_cells(
         problem.window,
