@@ -173,9 +173,10 @@ class Row:
         return tuple((score.run, why) for score in self.runs if (why := at_chance(score.metrics)) is not None)
 
     def to_json(self, class_names: Sequence[str]) -> dict[str, Any]:
-        """Return all scores and differences of the row as JSON values.
+        """Return the row as JSON values: attributes, scores and differences.
 
-        `class_names` are the names of the classes of `iou`.
+        Segmentation's scores, such as "miou", are at the top level. "depth" has the scores of depth. "classes" has
+        the IoU of each class, in the order of `class_names`, the names of all classes.
         """
         gaps = self.class_differences or (None,) * len(class_names)
         return {

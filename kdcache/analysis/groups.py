@@ -100,9 +100,9 @@ class Group:
         return is_control(self.settings)
 
     def unlikeness(self, other: "Group") -> float:
-        """Return how many of the settings in `differs` have different values in two rows. 0 means that none has.
+        """Return how many of the settings in `differs` have another value in the row `other` than in this row.
 
-        If both rows have streams, the settings of streams add together at most 1: the fraction of them that differ. If
+        If both rows have streams, all settings of streams together add at most 1: the fraction of them that differ. If
         only one row has streams, each setting counts alone.
         """
         streams = [*(self.settings.get("stream") or ()), *(other.settings.get("stream") or ())]

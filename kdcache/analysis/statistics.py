@@ -93,7 +93,7 @@ class Interval:
         return self.mean + self.half_width
 
     def to_json(self) -> dict[str, Any]:
-        """Return the difference, both ends of the interval and the p-value as JSON values."""
+        """Return a dict with `mean`, `low`, `high` and `p` as JSON values: a number, or None if it is unknown."""
         return {"mean": plain(self.mean), "low": plain(self.low), "high": plain(self.high), "p": plain(self.p)}
 
 

@@ -112,7 +112,7 @@ class TaskView(ABC):
         return 1.0
 
     def overlay(self, pixels: Array, answer: Array, classes: ClassList) -> list[Panel]:
-        """Return panels, pairs (title, picture), of a prediction drawn over its image. Depth has none, so it gives [].
+        """Return panels, pairs (title, picture), of a prediction drawn over its image. Return [] for depth.
 
         Args:
             pixels: the image, uint8 (H, W, 3).

@@ -50,7 +50,7 @@ class Criterion(nn.Module):
 
     @property
     def losses(self) -> list[DistillLoss]:
-        """The loss of each stream, in order."""
+        """The loss module of each stream, in the order of the streams."""
         return list(self.streams)  # type: ignore[arg-type]
 
     @property
@@ -138,10 +138,10 @@ class Criterion(nn.Module):
         return Losses(loss, terms, {task: value.detach() for task, value in balanced.items()})
 
     def parts(self, outputs: Any, streams: Streams, counts: tuple[Counts, ...] | None = None) -> dict[str, Tensor]:
-        """Return the weighted loss of each active term, as a dict: name -> 0-dimensional tensor with a gradient.
+        """Return the weighted loss of each active term: name, such as `kl` -> 0-dimensional tensor with a gradient.
 
-        Use it to measure the gradient of each term. The weights include the weight of the stream and the balance. A
-        named stream also has the sum of its weighted terms, such as `kitti/loss`.
+        Use it to measure the gradient of each term. The weights include the weight of the stream and the balance. With
+        named streams, names are `kitti/kl` and so on, and `kitti/loss` is the sum of the stream's weighted terms.
 
         Args:
             outputs: the student's outputs for the pixels of all streams, one stream after another.

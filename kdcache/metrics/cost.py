@@ -85,7 +85,7 @@ class Cost:
         return self.flops // 2
 
     def to_json(self) -> dict[str, Any]:
-        """Return the cost as JSON values, with MACs and images per second."""
+        """Return the attributes and `macs` as JSON values. A `latency` also has `fps`, the images per second."""
         latency = None if self.latency is None else {**asdict(self.latency), "fps": self.latency.fps}
         return {**asdict(self), "size": list(self.size), "macs": self.macs, "latency": latency}
 

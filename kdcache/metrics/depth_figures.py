@@ -104,7 +104,7 @@ def colours_of(shares: npt.NDArray[np.floating], kind: Kind) -> Array:
 def bar_end(maps: Iterable[npt.NDArray[np.floating]]) -> float:
     """Return a round value for the end of a colour bar of several maps.
 
-    At least 99 % of each map's values are below it. NaN and infinity do not count.
+    At least 99 % of each map's values are at or below it. NaN and infinity do not count. Without values, return 1.0.
     """
     known = [values[np.isfinite(values)] for values in maps]
     largest = max((float(np.percentile(values, _SHOWN)) for values in known if values.size), default=1.0)

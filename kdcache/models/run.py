@@ -24,7 +24,7 @@ _SPEC_WITH_WEIGHTS = re.compile(r"((?:.*?:)?[^@:/]+)@(.+)")
 
 
 class Classes(Protocol):
-    """An object with class names and colours in the order of the class ids, such as a data set's class list."""
+    """An object with `names` and `colours` of classes in the order of the class ids, such as a `ClassList`."""
 
     @property
     def names(self) -> tuple[str, ...]:

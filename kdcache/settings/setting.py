@@ -194,7 +194,7 @@ _KINDS: dict[Any, str] = {
 
 
 def describe_values(kind: Any, bounds: Sequence[Any]) -> str:
-    """Return the values of a type in words, such as 'a whole number from 0 to 256' or 'one of adamw, adam, sgd'.
+    """Return the values of type `kind` in words, such as 'a whole number from 0 to 256' or 'one of adamw, adam, sgd'.
 
     `bounds` are ranges of annotated-types, such as `Ge(0)`.
     """

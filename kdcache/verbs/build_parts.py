@@ -166,7 +166,7 @@ def plan_like(
             `pixels="stored"`.
         out: the cache to build.
         note: called with each text that the user should see.
-    Raises: RecipeError for settings of views that the existing cache does not have, or for a fault in the other
+    Raises: RecipeError if a given setting of the views differs from the existing cache's, or for a fault in the other
         settings. MismatchError for other samples. Also the errors of opening the cache and the teacher.
     """
     cache = like if isinstance(like, Cache) else open_cache(like)

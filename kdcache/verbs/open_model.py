@@ -30,7 +30,7 @@ def open_model(
         weights: which weights of a run, such as "best".
         classes: a folder with classes.txt, only for `SPEC@FILE`. None takes the names that the run or the exported file
             records, else "class 0" and so on.
-        window: (H, W) or a text, used if `size` is None. Runs ignore it.
+        window: (H, W) of a sliding window, or its text. Without `size`, it is the size of `SPEC@FILE`. Runs ignore it.
     Raises: RecipeError without a model or a size, or for `classes` of a run. ModelError for weights that do not fit.
         MismatchError for classes that differ from the file's.
     """

@@ -388,9 +388,9 @@ def densify(
 def constant(value: float, device: torch.device, *, traced: bool) -> Tensor:
     """Return a number as a 0-dimensional float64 tensor on a device. Do not write to it.
 
-    If `traced`, always make a new tensor. Otherwise up to 256 tensors are cached, because filling one costs more than a
-    small kernel. On CUDA, a cached tensor is returned only if the current stream filled it, or while a CUDA graph is
-    captured.
+    If `traced` (see `library.is_traced`), always make a new tensor. Otherwise up to 256 tensors are cached, because
+    filling one costs more than a small kernel. On CUDA, a cached tensor is returned only if the current stream filled
+    it, or while a CUDA graph is captured.
     """
     if traced:
         return torch.full((), value, dtype=torch.float64, device=device)

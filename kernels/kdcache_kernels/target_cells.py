@@ -56,7 +56,7 @@ def lay_cells(
         window_B4: (B, 4) float64 edges (y0, x0, y1, x1) in pixels of the view, or None for the whole view.
         flip_B: (B,) bool, whether to mirror the window left to right, or None.
         pixel_weight_BHW: gate of every pixel, or None for ones.
-        counted_BHW: bool, the pixels of the view that count, or None for all of them.
+        counted_BHW: bool, the image's pixels that count if they lie in the view. None counts all pixels in the view.
         batch_size: B.
         view_size: (height, width) of the view in pixels.
         size: (H, W) of the student's image in pixels.

@@ -34,9 +34,9 @@ class ViewPositions(NamedTuple):
     is_whole_view: bool
 
     def inside(self) -> Tensor:
-        """Return the (B, H, W) bool mask of pixels whose centre lies in the view. NaN counts as inside.
+        """Return the (B, H, W) bool mask of pixels whose centre lies in the view.
 
-        The view's edge also counts as inside.
+        A position that is on the view's edge or NaN counts as inside.
         """
         height, width = self.view_size
         outside_y_BH = (self.y < 0) | (self.y > height)
@@ -44,7 +44,7 @@ class ViewPositions(NamedTuple):
         return ~(outside_y_BH[:, :, None] | outside_x_BW[:, None, :])
 
     def hat_matrices(self, grid: Size, align_corners: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return the bilinear weights that resample a map of the view to the image.
+        """Return the bilinear weights that resample a map of the view to the H x W pixels of the image.
 
         Args:
             grid: (h, w), the rows and columns of the map.

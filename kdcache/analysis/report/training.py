@@ -193,7 +193,7 @@ def judge(share: float) -> str | None:
 
 
 def times(share: float) -> str:
-    """Return a ratio as text: 0.0123 becomes "0.012 times"."""
+    """Return a ratio as text, with two digits, or as a whole number from 100 on: 0.0123 becomes "0.012 times"."""
     return f"{share:.2g} times" if share < 100 else f"{share:.0f} times"
 
 

@@ -64,7 +64,7 @@ class FolderWriter:
         return folder / f"{self.source.ids[index]}{suffix}"
 
     def write_label(self, index: int, label: Pixels | None = None) -> Link | Literal["file"] | None:
-        """Write a sample's segmentation label to the new data set, or link to its file, unless it exists there.
+        """Write a sample's segmentation label to the new data set, or link to its source file. An existing label stays.
 
         Args:
             index: the sample's position in the split.

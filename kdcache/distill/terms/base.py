@@ -328,13 +328,13 @@ def unit(x: Tensor, dims: int | tuple[int, ...]) -> Tensor:
 def shared(loss: Tensor, own: int, all_rows: int) -> Tensor:
     """Return the loss with the same value, but with its gradient multiplied by `all_rows / own`.
 
-    Use it if every process computes the loss of all rows, but only the process's own rows carry a gradient. The factor
+    Use it if every process computes the loss of all samples, but only its own samples carry a gradient. The factor
     turns the average of the processes' gradients into their sum.
 
     Args:
         loss: 0-dimensional, equal in all processes.
-        own: number of rows of this process.
-        all_rows: number of rows of all processes.
+        own: number of samples of this process.
+        all_rows: number of samples of all processes.
     """
     return loss + (all_rows / own - 1) * (loss - loss.detach())
 

@@ -206,7 +206,7 @@ class DepthSilog(DepthTerm):
 
         Args:
             prediction_BHW: the student's depth in metres, at least 0.001.
-            reference_BHW: depth of the labels or the teacher, in the same form.
+            reference_BHW: depth of the labels or the teacher in metres, at least 0.001 at valid pixels.
             mask_BHW: bool, True for valid pixels.
         """
         return depth.silog(prediction_BHW, reference_BHW, mask_BHW)

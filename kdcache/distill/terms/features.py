@@ -56,7 +56,7 @@ class Projected(Term):
         self.register_buffer("teacher_std", std_c)
 
     def prepare(self, batch: TermBatch) -> None:
-        """Remember both models' feature shapes, from which `describe` says how they are resized and projected."""
+        """Remember the shapes of the student's and the teacher's features, for the text that `describe` returns."""
         student, teacher = batch.student.features[self._student_tap], batch.rows.arrays[self._arrays[0]]
         projected = f"projected from {student.shape[1]} to {teacher.shape[1]} channels"
         self.note_resize(student, teacher, then="" if isinstance(self.projection, nn.Identity) else projected)

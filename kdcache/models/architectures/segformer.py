@@ -182,7 +182,7 @@ def default_names(name: str) -> tuple[str, ...]:
     """Return the class names of the model's published weights, in the order of the class ids.
 
     `name` is the part of a spec after the colon, such as `b0`. The names are downloaded from the Hugging Face Hub.
-    Returns () if that fails, or if it has no names.
+    Returns () if that fails, or if the Hub has no names.
     """
     from kdcache.models.architectures.hub import download_names
 

@@ -175,7 +175,7 @@ class DrawnDataset(Dataset[Batch], ABC):
         return self.indices[index]
 
     def labels(self) -> Iterator[npt.NDArray[np.uint8]]:
-        """Yield the segmentation labels, uint8 (H, W), that are used, in the order of the samples.
+        """Yield the segmentation labels that the training uses, uint8 (H, W) each, in the order of the samples.
 
         Samples without such a label are skipped. (H, W) is the size of the label file, or of the sample's first view if
         the cache stores labels. A class map is applied.
@@ -330,7 +330,7 @@ class LabelledDataset(DrawnDataset):
 
     @property
     def identity(self) -> str:
-        """Text that identifies the split: `data` and the digest of its ids and classes."""
+        """Text that identifies the split: "data DIGEST", with the digest of the split's ids and classes."""
         return f"data {self.split.digest()}"
 
     def sample_id(self, index: int) -> str:

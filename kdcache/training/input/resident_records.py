@@ -114,9 +114,9 @@ class DeviceTargets:
         return targets
 
     def gather_into(self, records_B: Tensor, out: Mapping[str, Target]) -> None:
-        """Write the targets of the records `records_B` into `out`, which `empty` returned.
+        """Write the targets of the records `records_B` into `out`, a result of the method `empty`.
 
-        `records_B` (B,) is int64, on the device.
+        `records_B` has the numbers of the records, (B,) int64, on the device.
         """
         for part, memory in zip(pytree.tree_leaves(self._targets), pytree.tree_leaves(out), strict=True):
             torch.index_select(_selectable(part), 0, records_B, out=_selectable(memory))

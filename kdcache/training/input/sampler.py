@@ -140,9 +140,9 @@ class Rare:
         ]
 
     def visit(self, draw: int) -> tuple[int, int]:
-        """Return the number of the record that a draw takes, and a random number.
+        """Return the number of the record that a draw takes, and a random number from 0 to 2^31 - 1.
 
-        Other orders return an epoch instead of the random number. Either chooses one of the record's stored views.
+        The random number chooses one of the sample's stored views. In other orders, the epoch of the draw chooses it.
         """
         # The third word keeps these generators apart from those of the augmentation.
         rng = np.random.default_rng((self._seed, draw, 2))

@@ -56,9 +56,9 @@ class Observer:
     def balanced(self, step: int, tasks: dict[str, dict[str, float]]) -> None:
         """Receive values of each task, if the losses of two tasks are balanced.
 
-        `tasks` has task -> (name -> number). After `stepped`, the names are `loss` and `weight`. After `gradients`,
-        they are `loss`, `weight`, `norm` and `ratio`. The norm is of the task's gradient over the parameters that both
-        tasks change. The ratio is this norm divided by the other task's norm.
+        `tasks` has task -> (name -> number). In a call that follows `stepped`, the names are `loss` and
+        `weight`. In a call that follows `gradients`, they are `loss`, `weight`, `norm` and `ratio`. The norm is of the
+        task's gradient over the parameters that both tasks change. The ratio is this norm divided by the other task's.
         """
 
     def validating(self, done: int, total: int) -> None:

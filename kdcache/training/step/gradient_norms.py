@@ -16,9 +16,9 @@ class Norms(NamedTuple):
     """L2 norms of the gradients of a step, and the weights of the tasks.
 
     Attributes:
-        terms: name of a loss term -> the norm of its gradient over all parameters of the model.
-        tasks: task -> the norm of its gradient over the parameters that both tasks change. Empty without a balance of
-            tasks.
+        terms: name of a loss term -> the norm of its weighted gradient over all parameters of the model.
+        tasks: task -> the norm of its weighted gradient over the parameters that both tasks change. Empty without a
+            balance of tasks.
         weights: task -> its weight from the balance. Empty without a balance.
     """
 

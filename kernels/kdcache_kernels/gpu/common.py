@@ -154,7 +154,7 @@ def load_label_factors(pixels, factors_ptr):
     and 0.
 
     Shapes and units:
-        pixels: `Pixels`.
+        pixels: `Pixels`, the labels and pixel weights.
         factors_ptr: (8,) float32, `Prepared.factors`.
     """
     kept = 1.0
@@ -218,7 +218,7 @@ def load_pixel(pixels, label_ptrs, label_gate_ptrs, gate_ptrs, exists, in_view):
     """Return the labels of a block of pixels and their weights in CE and KL.
 
     Shapes and units:
-        pixels: `Pixels`.
+        pixels: `Pixels`, the labels and pixel weights.
         label_ptrs, label_gate_ptrs, gate_ptrs: blocks of pointers of one shape. Ignored if the tensor is None in
             `pixels`.
         exists: bool block, whether the pixel lies in the image and belongs to this program.

@@ -21,9 +21,9 @@ def count_kernel(
     """Count the denominators of CE and KL. One program handles ROWS label rows of one image.
 
     Shapes and units:
-        pixels: `Pixels`.
-        window_ptr: (B, 4) float64 edges in pixels of the view, or None for the whole view. flip_ptr: (B,) uint8, or
-            None.
+        pixels: `Pixels`, the labels and pixel weights.
+        window_ptr: (B, 4) float64 edges in pixels of the view, or None for the whole view. flip_ptr: (B,) uint8, 1 if
+            the image is mirrored, or None.
         counts_ptr: (B * blocks, 2) float64 result. Each program writes the sum of the class weights of its labelled
             pixels, and the number of its pixels that KL counts.
         H, W: label size. view_height, view_width: size of the target's view in pixels.

@@ -167,7 +167,7 @@ def count_block(
     """Count the denominators of CE and KL in ROWS label rows of an image, and write them to `counts_ptr`.
 
     Shapes and units:
-        pixels: `Pixels`.
+        pixels: `Pixels`, the labels and pixel weights.
         window_ptr: (B, 4) float64 edges in pixels of the view, or None for the whole view. flip_ptr: (B,) uint8, 1 if
             the image is mirrored, or None.
         counts_ptr: (2,) float64 result, the sum of the class weights of labelled pixels, and the number of pixels that

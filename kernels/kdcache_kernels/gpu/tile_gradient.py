@@ -89,7 +89,7 @@ def add_gradient(
             it.
         first_n: the cell's first label column. target_at_n: first entry of the image in `target_taps`.
         taps, target_taps: `geometry.Taps` of the label columns in the student's and the target's logits.
-        pixels: `Pixels`. k_ce: factor of CE in the gradient.
+        pixels: `Pixels`, the labels and pixel weights. k_ce: factor of CE in the gradient.
         sizes: (number of classes, elements of a student class, elements of a target class).
         W, wt: label columns, and the target's columns. temperature: T. POWER: T if it is an integer up to 4, else 0.
         PEAKS: whether the stored factors are relative to the largest logits.

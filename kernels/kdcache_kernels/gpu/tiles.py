@@ -337,8 +337,8 @@ def launch(
 
     Shapes and units:
         problem, prepared: the checked arguments, and the result of `prepare` for them.
-        gradient: (B, C, h, w) contiguous result, written for those images. None computes no gradient.
-        buffers: memory of the size that `needs` returns. Its `partials` get the sums of CE and KL.
+        gradient: (B, C, h, w) contiguous result, written for the computed images. None computes no gradient.
+        buffers: memory of the size that `needs` returns. The sums of CE and KL are written into `buffers.partials`.
         tiling: from `choose_tiling`.
         all_images: True computes all images, False only those with route 0 (see `Prepared.route`).
     """

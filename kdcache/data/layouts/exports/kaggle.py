@@ -52,7 +52,7 @@ class Kaggle(Layout):
     pairing: ClassVar[str] = "Every mask is a PNG or TIFF with the name of its image, or one that ends with _mask."
 
     def matches(self, root: Path) -> bool:
-        """Return whether `root` has images and masks in a known structure, such as train/images/ and train/masks/."""
+        """Return whether `root` has images and masks as `looks_for` says, such as train/images/ and train/masks/."""
         return bool(self._places(root))
 
     def splits(self, root: Path) -> list[str]:
