@@ -43,7 +43,7 @@ def html_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]])
     Args:
         title: the table's caption.
         header: the title of each column. If all are empty, the table has no header.
-        rows: the texts of each row. The first one is the row's name.
+        rows: the texts of each row. A row's first text is its name.
     """
     cells = [f"<tr><th>{'</th><th>'.join(map(html.escape, header))}</th></tr>"] if any(header) else []
     for first, *others in rows:

@@ -148,8 +148,8 @@ class Gallery:
     ) -> None:
         """Draw images with one model's predictions into a folder, and a contact sheet of them.
 
-        A picture has the image and the ground truth, the predictions of teacher, baseline and model, an overlay, and
-        the errors. If the model predicts depth, panels of depth follow.
+        A picture has the image, the ground truth, and the predictions of teacher, baseline and model. With the layout
+        "grid", it also has an overlay and the errors. If the model predicts depth, panels of depth follow.
 
         Args:
             shown: the model.
@@ -172,7 +172,7 @@ class Gallery:
             save_figure(panels(title, strips, []), folder / SHEET, self.above, self.formats)
 
     def draw_side_by_side(self, models: Sequence[Shown], cases: Sequence[Case], folder: Path) -> None:
-        """Write a picture for each image, with the predictions and errors of several models next to each other.
+        """Write a picture of each image, its labels and the predictions of several models (see `side_by_side`).
 
         Args:
             models: the models.

@@ -108,7 +108,10 @@ class Criterion(nn.Module):
             loss.after_step(batch)
 
     def counts(self, streams: Streams) -> tuple[Counts, ...]:
-        """Return the denominators of each stream's loss. Raises: RecipeError or DataError as `DistillLoss.counts`."""
+        """Return the denominators of each stream's loss, in the order of the streams.
+
+        Raises: RecipeError or DataError if a stream's batch lacks something that a term reads.
+        """
         return tuple(loss.counts(batch) for loss, batch in zip(self.losses, streams, strict=True))
 
     def forward(self, outputs: Any, streams: Streams, counts: tuple[Counts, ...] | None = None) -> Losses:

@@ -163,7 +163,7 @@ class LossTerm:
 
     @property
     def takes(self) -> tuple[str, ...]:
-        """The names of the settings for masks and schedules that affect the term, such as `gate`."""
+        """The training's settings that affect the term, by name: weights of pixels (`gate`), and `distill_schedule`."""
         # Numbers have neither classes nor void pixels.
         mask = MASK if self.reads_teacher and not self.numeric else ()
         return (*mask, SCHEDULE) if self.reads_teacher or self.labels_itself else mask

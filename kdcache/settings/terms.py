@@ -152,7 +152,7 @@ class KL(OfLogits):
 
     @property
     def takes(self) -> tuple[str, ...]:
-        """The names of the training's settings that affect the term: options, and settings for masks and schedules."""
+        """The training's settings that affect the term, by name: options, pixel weights, `distill_schedule`."""
         return ("kl_weight", "temperature", *super().takes)
 
 
@@ -185,7 +185,7 @@ class Attention(FeatureTerm):
         return super().offered(manifest) + _made_of(manifest, "at")
 
     def arrays(self, manifest: Any) -> tuple[str, ...]:
-        """Return the paths of the arrays to read from a cache: `teacher_tap`'s attention map, or else its features."""
+        """Return the paths of the arrays to read: the teacher tap's attention map if the cache has it, or features."""
         mapped = self.teacher_tap in _made_of(manifest, "at")
         return (f"statistics/at.{self.teacher_tap}",) if mapped else super().arrays(manifest)
 

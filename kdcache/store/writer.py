@@ -335,8 +335,8 @@ def open_writer(
     """Create a cache, or continue an unfinished one that was begun with the same settings.
 
     Damaged metadata and ledger entries are repaired at once. Damaged shards of this worker count as missing, so they
-    are written again. This needs the same library versions and device as before, with one exception: if this worker's
-    missing shards were all finished once, they may be written again with others, provided that `data` is given.
+    are written again. This needs the same library versions and device as before. Others are accepted only if `data` is
+    given and all missing shards of this worker were finished once.
 
     Args:
         location: folder or object-store address of the cache.

@@ -81,9 +81,9 @@ class World:
         return total
 
     def rows(self, tensor: Tensor) -> Tensor:
-        """Return the rows (N, ...) of all processes, concatenated in the order of ranks.
+        """Return the tensors (N, ...) of all processes, concatenated along the first axis in the order of ranks.
 
-        Every process must have equally many rows. Only this process's rows carry a gradient.
+        Every process must pass equally many rows N. Only this process's rows carry a gradient.
         """
         if self.size == 1:
             return tensor

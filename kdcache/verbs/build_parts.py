@@ -273,7 +273,7 @@ def plan_build(
     out: str | Path | None,
     note: Note,
 ) -> tuple[Split, Teacher, BuildOptions]:
-    """Load the teacher of a build, and return the split, the teacher and the options.
+    """Load the teacher of a build, and return `source`, the teacher and the options.
 
     Also sets torch's number of threads, if `settings` has one.
 
@@ -281,7 +281,7 @@ def plan_build(
         source: the split.
         teacher: a run folder, SPEC@FILE, a module or a `Teacher`. Several run folders or specs are an ensemble.
         settings: name -> value of all settings of the build.
-        out: the cache to build, or None. If it was already begun, it determines how images are fitted.
+        out: the cache to build, or None. If the setting `fit` is "auto", an already begun cache decides it.
         note: called with each text that the user should see.
     Raises: RecipeError if neither the settings nor the teacher give a size, or for settings that do not fit together.
         ModelError or MismatchError for a teacher that cannot be loaded, or does not fit the data.

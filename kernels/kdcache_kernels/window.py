@@ -62,7 +62,7 @@ class ViewPositions(NamedTuple):
 def view_positions(
     window_B4: Tensor | None, flip_B: Tensor | None, view_size: Size, size: Size, device: torch.device
 ) -> ViewPositions:
-    """Return where the rows and columns of an image lie in the view.
+    """Return where the rows and columns of an image lie in the view, in pixels of the view.
 
     Args:
         window_B4: (B, 4) float64 edges (y0, x0, y1, x1) of what the image shows, in pixels of the view. None is the

@@ -15,7 +15,7 @@ MOST = 24
 
 
 def confusions(comparison: Comparison, matrices: Sequence[tuple[int, ConfusionMatrix]]) -> Markup | None:
-    """Return the section of confusion matrices, the best row first, or None if there are no counts.
+    """Return the section of confusion matrices, the best row first, or None if all counts are 0.
 
     `matrices` has pairs of an index into `comparison.rows` and the confusion matrix of that row's first run.
     """

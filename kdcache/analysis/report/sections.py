@@ -242,7 +242,7 @@ def _run(score: RunScore, entry: Entry | None, tasks: Sequence[str]) -> list[str
 
 
 def setting(value: Any) -> str:
-    """Return the value of a setting as a user would type it: None becomes "none"."""
+    """Return the value of a setting as text. None and an empty list become "none", other lists and booleans JSON."""
     if value is None or value == []:
         return "none"
     return str(value) if isinstance(value, str | int | float) and not isinstance(value, bool) else json.dumps(value)

@@ -65,7 +65,7 @@ class LayoutRoot(NamedTuple):
 
 
 def find_layout(data: str) -> LayoutRoot:
-    """Find the layout of a data set on disk, and the folder in which it begins.
+    """Find the layout of a data set on disk, and the layout's top folder.
 
     Args:
         data: FOLDER or LAYOUT:FOLDER, perhaps with `,images=FOLDER` for a folder with other images.

@@ -47,7 +47,7 @@ def seen_on_cells(
         batch: gives windows and masks.
         student_BCxx: the student's logits or features, on any grid.
         teacher_BChw: the teacher's logits or features, with as many channels.
-    Returns: both maps (B, C, h, w), the count and weight of each cell, and whether a counted logit is not finite.
+    Returns: both maps (B, C, h, w), each cell's counted share and weight, and whether a counted logit is not finite.
     Raises: ShapeError if the numbers of channels differ.
     """
     check_logits(student_BCxx, teacher_BChw)

@@ -214,7 +214,7 @@ class Folder(Place):
         return lock.release
 
     def alone(self) -> AbstractContextManager[None]:
-        """Return a context manager that locks the whole folder against other processes."""
+        """Return a context manager that locks the whole folder. It waits while another process has this lock."""
         return Lock(self.folder)
 
     def tidy(self) -> None:

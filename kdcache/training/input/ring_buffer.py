@@ -49,8 +49,8 @@ class Ring:
     """An iterable over the batches of some steps, drawn ahead by threads into buffers that are used again.
 
     A batch is valid until the caller takes the next one. Then new samples are drawn into its memory. With pinned
-    memory, drawing first waits for the GPU work that was queued until then. If a sample cannot be read, its error comes
-    instead of the batch.
+    memory, drawing first waits for the GPU work that was queued until then. If a sample cannot be read, the iterator
+    yields its KDCacheError instead of the batch.
 
     Args:
         draws: the numbered draws.

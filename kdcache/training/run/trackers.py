@@ -138,14 +138,14 @@ class Loggers(Observer):
         self._write(step, {f"gradients/{name}": norm for name, norm in norms.items()})
 
     def balanced(self, step: int, tasks: dict[str, dict[str, float]]) -> None:
-        """Send two numbers of each task: loss and weight or, if it was measured, gradient norm and its ratio.
+        """Send each task's loss and weight, or if gradient norms were measured, each task's norm and its ratio instead.
 
         The ratio is to the other task's norm. The names are `train/tasks/<task>` and `train/balance/<task>`, or
         `train/gradients/<task>` and `train/ratio/<task>`.
 
         Args:
             step: the optimizer step of the numbers.
-            tasks: task -> `loss` and `weight`, or also `norm` and `ratio`.
+            tasks: task -> `loss` and `weight`, and if they were measured also `norm` and `ratio`.
         """
         measured = all("norm" in values for values in tasks.values())
         rooms = {"gradients": "norm", "ratio": "ratio"} if measured else {"balance": "weight", "tasks": "loss"}
@@ -156,7 +156,8 @@ class Loggers(Observer):
     def validated(self, step: int, task: str, score: Score, *, best: bool, ema: bool) -> None:
         """Send a validation's score to every logger as `val/<name>`, or `val_ema/<name>` for the moving average.
 
-        With the first score of a step, also send the pictures that the argument `panels` returns.
+        With a step's first score that is not of the moving average, also send pictures. The class's argument `panels`
+        returns them.
         """
         place = "val_ema" if ema else "val"
         self._write(step, {f"{place}/{name}": value for name, value in _figures(task, score).items()})

@@ -40,14 +40,14 @@ class AccumulatedStep(EagerStep):
         self._parts = parts
 
     def __call__(self, batch: Streams) -> Tensor:
-        """Learn from a batch in parts, and return its losses as `row` does."""
+        """Learn from a batch in parts. Return loss, terms and tasks as one detached tensor: means over the parts."""
         return self._learn_parts(batch, None)
 
     def with_norms(self, batch: Streams) -> tuple[Tensor, Norms]:
-        """Learn from a batch in parts. Return its losses and the gradient norms.
+        """Learn from a batch in parts. Return its n loss values as one detached tensor (n,), and the gradient norms.
 
-        The losses are the means over the parts, as one detached tensor (n,) in the order of `row`. The norms are of the
-        gradients of the whole batch.
+        The values are means over the parts: the loss, then each term, then each task, as in `Losses`. The norms are of
+        the gradients of the whole batch.
         """
         total: dict[str, list[Tensor | None]] = {}
         weights = {} if self.criterion.balance is None else self.criterion.balance.weights()

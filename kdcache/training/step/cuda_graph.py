@@ -52,7 +52,7 @@ class GraphedStep:
             self._replay, self._losses = record(run, eager.device)
 
     def __call__(self, batch: Streams) -> Tensor:
-        """Copy a batch into the graph's inputs, replay the graph, and return the batch's losses as `row` does."""
+        """Copy a batch into the graph's inputs, replay the graph, and return the batch's losses, a tensor (n,)."""
         if not _fits(batch, self._inputs):
             return self._eager(batch)
         with torch.cuda.device(self._eager.device):

@@ -78,13 +78,14 @@ class EagerStep:
         self._student_parameters = [parameter for parameter in parameters if id(parameter) not in apart]
 
     def __call__(self, batch: Streams) -> Tensor:
-        """Learn from a batch, and return its losses as `row` does."""
+        """Learn from a batch. Return the loss, the terms and the tasks as one detached tensor (n,)."""
         return self.learn(self.forward(self.to_device(batch)))
 
     def with_norms(self, batch: Streams) -> tuple[Tensor, Norms]:
-        """Learn from a batch. Return its losses in one tensor, in the order of `row`, and the gradient norms.
+        """Learn from a batch. Return its n loss values as one detached tensor (n,), and the gradient norms.
 
-        The norms are those of the gradients of each weighted loss term, and of each task.
+        The values are the loss, then each term, then each task, as in `Losses`. The norms are of the gradients of each
+        weighted term, and of each task.
         """
         inputs = self.loss_inputs(self.to_device(batch))
         norms = self._norms(self._term_gradients(inputs))
@@ -140,7 +141,8 @@ class EagerStep:
     def learn(self, losses: Losses) -> Tensor:
         """Run the backward pass and the optimizer's step, and clear the gradients.
 
-        `losses` is the result of `forward`. Return its values as one detached tensor (n,), as `row` does.
+        `losses` is the result of `forward`. Return its n values as one detached tensor (n,): the loss, the terms, the
+        tasks.
         """
         torch.autograd.backward(losses.loss)
         self._update()

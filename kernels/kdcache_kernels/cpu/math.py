@@ -97,10 +97,10 @@ def njit(**options: Any) -> Callable[[Callable[..., Any]], Any]:
 
 
 def kernel(function: Callable[..., Any], options: dict[str, Any] = OPTIONS) -> Any:
-    """Compile a kernel with numba and keep its machine code on disk, if a folder is writable.
+    """Return `function` as a kernel that numba compiles at the first call.
 
-    Only kernels are cached on disk. Functions that they call are compiled into them. `options` are the options of
-    `numba.njit`.
+    Its machine code is kept on disk if numba finds a writable folder. Only kernels are cached on disk. Functions that
+    they call are compiled into them. `options` are the options of `numba.njit`.
     """
     dispatcher = njit(**options)(function)
     with suppress(RuntimeError):  # a read-only install and an unwritable home

@@ -30,7 +30,7 @@ class RelationProblem:
         window: (B, 4) float64 edges (y0, x0, y1, x1) in pixels of the view, any strides. None is the whole view.
         flip: (B,) bool, any stride. None mirrors nothing.
         pixel_weight: (B, H, W), any dtype and strides. None weighs every pixel 1.
-        counted: (B, H, W) bool, any strides, which pixels of the view count. None counts all of them.
+        counted: (B, H, W) bool, any strides, which pixels of the student's image count. None counts all of them.
         count: 0-dimensional float on the student's device, the number of counted cells to divide by. None counts the
             cells of this batch.
         need_gradient: whether to compute the gradient.

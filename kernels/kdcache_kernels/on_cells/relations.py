@@ -71,7 +71,7 @@ def relation_loss(
             whole view. A window outside the view has no counted cells.
         flip_B: (B,) bool, whether the window is mirrored left to right. None mirrors nothing.
         pixel_weight_BHW: gate, any dtype, taken as a number. It does not shrink the denominator.
-        counted_BHW: bool, which pixels of the view count. None counts all.
+        counted_BHW: bool, which pixels of the student's image count. None counts all.
         count: denominator of inter. None uses this batch's number of counted cells. If a batch has several parts, pass
             the mean of their counts. The losses of the parts then average to the loss of the batch.
         moments_6C: moments of the whole batch: `average_moments` of the `relation_moments` of all parts. Each part's

@@ -35,7 +35,8 @@ class Yolo(Export):
     def found(self, root: Path) -> str:
         """Return the name of the file in `root` that lists the classes. Without such a file, return the label folder.
 
-        The text is for messages. It is '' if `root` is not a YOLO export, because labels are not text files.
+        The text is for messages. It is '' if `root` is not a YOLO export: it has no folders images and labels, or its
+        labels are not text files.
         """
         places = _places(root)
         if not places or not all(_holds_texts(root / labels) for labels in places.values() if (root / labels).is_dir()):

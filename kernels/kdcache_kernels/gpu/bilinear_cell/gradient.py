@@ -68,7 +68,7 @@ def write_gradient(
         label_gate_stride_h, label_gate_stride_w: strides of these weights in elements.
         present: int32. Bit (id modulo 32) is set for each class id in `labels` of any lane.
         even: moments of the weights in CE of all labelled pixels, read only with label smoothing.
-        ce, kl, teacher: each pixel's factors in the gradient, which `pixel_factors` returns first.
+        ce, kl, teacher: each pixel's factors in the gradient, the first three results of `pixel_factors`.
         kl_cell: the cell's sum of logarithms for KL, `kl_log` of `pixel_factors`.
         left_lane: index of the lane with the cell to the left. writes: bool, which lanes write.
         upper_last, upper_step: weight of the top corners in the last pixel row, and its decrease per row.

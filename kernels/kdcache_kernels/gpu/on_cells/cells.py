@@ -177,7 +177,8 @@ def corners(samples, image, batched, cell_n, h, w, stride_h, stride_w, FLAT: tl.
         image: index of the image. batched: 1 if the neighbour tables differ between images, else 0.
         cell_n: indices of the cells in the image. h, w: rows and columns of cells.
         stride_h, stride_w: strides of the logits in elements. FLAT: whether rows follow each other without a gap.
-    Returns: (top left, top right, bottom left, bottom right, weight of the bottom, weight of the right).
+    Returns: (top left, top right, bottom left, bottom right, weight of the bottom, weight of the right). Offsets are in
+        elements, from a class's first logit.
     """
     i_n, j_n = cell_n // w, cell_n % w
     # With an else: the compiler also compiles what stands behind a return.
