@@ -71,7 +71,7 @@ class RunScore:
         return self.seed, self.fold
 
     def to_json(self) -> dict[str, Any]:
-        """Return the run's seed, fold and metrics as JSON values."""
+        """Return a dict of JSON values: the run, its seed, its fold and its metrics, such as `miou`."""
         origin = {"run": self.run, "seed": self.seed, "fold": self.fold, "reused": self.reused}
         further = {task: metrics.to_json() for task, metrics in self.tasks.by_task.items() if task in FURTHER}
         return {**origin, "at_chance": at_chance(self.metrics), **self.metrics.to_json(), **further}

@@ -316,7 +316,10 @@ def _is_error(name: str) -> bool:
 
 
 def folder_names(paths: Sequence[str]) -> list[str]:
-    """Return a unique folder name for each run: the last part of its path, with more parts if needed."""
+    """Return a unique folder name for each path, in the same order: its last part, with more parts if names repeat.
+
+    If paths repeat, the names begin with numbers.
+    """
     parts = [[file_part(part) for part in re.split(r"[/\\]", path) if part not in ("", ".", "..")] for path in paths]
     longest = max(map(len, parts), default=0)
     for count in range(1, longest + 1):

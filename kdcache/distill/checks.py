@@ -119,9 +119,9 @@ def check_rows(logits: Tensor | None, batch: Batch) -> None:
 
 
 def check_logits(reading: Sequence[str]) -> None:
-    """Raise RecipeError if any loss terms need segmentation logits, for a student without these.
+    """Raise RecipeError for loss terms that need segmentation logits, because the student has no such head.
 
-    `reading` holds the names of the terms. If it is empty, nothing happens.
+    `reading` holds the names of these terms. If it is empty, nothing is raised.
     """
     if reading:
         raise RecipeError(

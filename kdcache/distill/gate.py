@@ -58,7 +58,7 @@ def parse_gate(text: str) -> GateSpec:
 
 
 class Gate(nn.Module):
-    """Weights of pixels in the teacher's terms, computed from a batch's targets and labels.
+    """A module that computes the weights (B, H, W) of pixels in the teacher's terms, from targets and labels.
 
     Args:
         spec: which pixels pass. None lets all pass.

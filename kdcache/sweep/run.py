@@ -59,8 +59,8 @@ def run_jobs(
             at once it is called from several threads.
         parallel: number of jobs to run at once.
         watcher: receives the progress.
-    Raises: any exception of `runner`, after the running jobs have ended; RecipeError if the folder belongs to another
-        sweep; MismatchError if a data set has changed since the sweep was first run.
+    Raises: any exception of `runner`, after the running jobs have ended; RecipeError if the sweep's folder holds
+        another sweep or other files; MismatchError if a data set has changed since the sweep was first run.
     """
     _record(sweep)
     watching, inputs = watcher or Watcher(), Inputs(sweep)

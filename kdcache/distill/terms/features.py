@@ -76,9 +76,9 @@ class Projected(Term):
         return resize(self.projection(student_Bchw), grid), teacher_Bchw, cells
 
     def standardised(self, teacher_Bchw: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return the teacher's features, standardised per channel if the term has `standardise=channels`, in `dtype`.
+        """Return the teacher's features in `dtype`: minus the channel's mean, divided by its standard deviation.
 
-        Without that option the features are returned unchanged, in their own dtype.
+        Without the option `standardise=channels`, the features are returned unchanged, in their own dtype.
         """
         if self.teacher_mean is None or self.teacher_std is None:
             return teacher_Bchw

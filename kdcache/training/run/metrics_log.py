@@ -151,7 +151,7 @@ def _finite(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def environment() -> dict[str, Any]:
-    """Return the machine, the Python version and the versions of libraries, for environment.json."""
+    """Return the content of environment.json: Python, platform, CPUs, threads, GPU and the versions of packages."""
     packages = ("kdcache", "torch", "torchvision", "triton", "zarr", "numcodecs", "numba", "numpy", "pillow")
     versions = {}
     for name in packages:

@@ -309,7 +309,8 @@ def relations_totals_kernel(sums_ptr, intra_ptr, loss_ptr, num_classes, beta, ga
     There is one program. inter is sums[0] * sums[1], and intra is the mean of the C values at `intra_ptr`.
 
     Shapes and units:
-        sums_ptr: (2,) float64. intra_ptr: (C,) float64. loss_ptr: one float32 result. num_classes: C.
+        sums_ptr: (2,) float64, the sum over the cells of weight * (1 - correlation), and 1 / the number of cells.
+        intra_ptr: (C,) float64, 1 - correlation of each class. loss_ptr: one float32 result. num_classes: C.
         beta, gamma: weights of inter and intra. temperature: T. BLOCK: classes that are read at a time.
     """
     intra = tl.full((BLOCK,), 0.0, tl.float64)
