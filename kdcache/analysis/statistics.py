@@ -125,7 +125,7 @@ class Blocks:
         return len(set(self.number_of.values()))
 
     def totals(self, images: Images) -> npt.NDArray[np.float64]:
-        """Return the sums of per-image counts over the images of each block, float64 (2, blocks, C).
+        """Return the sums of the counts in `images` over the images of each block, float64 (2, blocks, C).
 
         Index 0 of the first axis is the hits of each class, and index 1 is the unions. For depth, index 0 is the sum of
         the images' rmse, index 1 is the number of images, and C is 1.

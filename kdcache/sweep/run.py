@@ -38,7 +38,7 @@ class Watcher:
         """Handle the start of a job, which is number `number` of `total` jobs."""
 
     def kept(self, job: Job, number: int, total: int) -> None:
-        """Handle a job that is already done and is skipped. It is number `number` of `total` jobs."""
+        """Handle a job that is skipped, because it is already done. It is job `number` of `total`, counted from 1."""
 
     def finished(self, job: Job, number: int, total: int, seconds: float) -> None:
         """Handle the end of a job that ran for `seconds`. It is job number `number` of `total`, counted from 1."""

@@ -52,15 +52,15 @@ def _numbers_of_classes(numbers: Mapping[int, int]) -> LabelIds:
 class Layout(ABC):
     """One way in which data sets lie on disk.
 
-    In all methods, `root` is the folder in which the data set begins, as the method `find` returns it.
+    In all methods, `root` is the top folder of the data set, as the method `find` returns it.
 
     A subclass sets `name`, `looks_for` and `split_is`. It defines `matches`, `splits`, `_classes` and `_scan`.
 
     Attributes:
         name: the prefix in `--data`, as in `voc:/data/VOC2012`.
         looks_for: what identifies a folder of this layout, in words for messages.
-        homes: subfolders of the folder that the user names, '' for that folder. The data set begins in the first that
-            matches.
+        homes: subfolders of the folder that the user names, '' for that folder. The first that matches is the top
+            folder of the data set.
         split_is: what a split is in this layout, in words for messages.
         pairing: which label belongs to which image, in words for messages.
         listed: whether splits are lists of names. Several lists may name the same image on purpose.
@@ -98,9 +98,9 @@ class Layout(ABC):
         """Return the files of a split from `splits`. Raises: DataError for a list that cannot be read."""
 
     def find(self, folder: Path) -> Path | None:
-        """Return the folder in which the data set begins, or None if `folder` does not have this layout.
+        """Return the top folder of the data set, or None if `folder` does not have this layout.
 
-        It is `folder` itself or one of its subfolders in `homes`.
+        The top folder is `folder` itself or one of its subfolders in `homes`.
         """
         return next((folder / home for home in self.homes if self.matches(folder / home)), None)
 
