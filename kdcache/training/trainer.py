@@ -44,7 +44,7 @@ class Trainer:
         model: the model to train.
         streams: the data source of each stream, in the order of the criterion's streams.
         criterion: the loss.
-        config: resolved settings.
+        config: settings from `TrainConfig.resolved`, in which the number of steps and the image size are set.
         run: an existing folder, for checkpoint.pt, best/last[-ema].safetensors, metrics.jsonl and result.json.
         device: where the model is trained.
         validate: task -> a function that returns a model's score. The key `FEATURES` is for a score of the feature loss

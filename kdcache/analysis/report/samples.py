@@ -306,7 +306,7 @@ def _maps(
 def encode_map(picture: Picture, size: tuple[int, int]) -> bytes:
     """Return a picture as the bytes of a JPEG, resized to `size` (H, W).
 
-    `picture` is an image, uint8 (H, W, 3), or a depth map, which has its colour bar below.
+    `picture` is an image, uint8 (H, W, 3), or a `DepthMap`. This function draws the colour bar below a depth map.
     """
     return encode_depth(picture, size) if isinstance(picture, DepthMap) else encode_image(picture, size)
 

@@ -34,7 +34,7 @@ class Agreement:
 
     Attributes:
         records: number of compared records.
-        fingerprint: differences between the cache's teacher and this one, as texts. Empty if they are the same.
+        fingerprint: differences between the cache's teacher and the teacher that ran now, as texts. Empty if none.
         drifted: ids of samples whose images no longer render to the pixels that the teacher saw.
         argmax: fraction of target pixels with the same most likely class, 0 to 1.
         kl: mean KL(teacher || stored) in nats at temperature 1.

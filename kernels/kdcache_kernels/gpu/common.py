@@ -179,7 +179,7 @@ def label_terms(pixels, label_factors, ce_weight, label_gate, log_sum, own, mix)
     weight.
 
     Shapes and units:
-        pixels: `Pixels`, for the settings of CE.
+        pixels: the labels, the pixel weights and the settings of the terms (`Pixels`). Only CE's settings are read.
         label_factors: (kept, part, parts, gamma) from `load_label_factors`.
         ce_weight: class weight of each pixel's label. label_gate: each pixel's own weight in CE. Both are from
             `load_pixel`, and label_gate is 0 for a pixel without a label.
