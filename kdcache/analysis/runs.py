@@ -44,7 +44,7 @@ class Entry:
 
     @property
     def fold(self) -> str | None:
-        """The fold that the training left out, "I/K" or "I/K by PATTERN" for whole sequences, or None."""
+        """The fold that the training left out or validated on: "I/K", for whole sequences "I/K by PATTERN", or None."""
         fold, by = self.settings.get("fold", self.settings.get("val-fold")), self.settings.get("folds-by")
         return None if fold is None else f"{fold}" + ("" if by is None else f" by {by}")
 

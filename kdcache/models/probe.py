@@ -35,8 +35,8 @@ def not_logits(model: SegmentationModel, size: tuple[int, int] | None = None) ->
 
     The network runs on a black image, a smooth image and noise. If all outputs lie in 0 to 1, they are not logits. If
     no output is negative, they may not be logits, and the result has `certain` False. If the model declares other
-    outputs, such as `outputs=sigmoid`, the numbers must match that declaration instead. A listed model, and
-    `outputs=logits`, give None without a run.
+    outputs, such as `outputs=sigmoid`, the numbers must match that declaration instead. A listed model, a
+    model of one class, and `outputs=logits` give None without a run.
 
     Args:
         model: the network. For an ensemble, its members are tested in turn. For a class-mapped model, the classes

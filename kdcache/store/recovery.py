@@ -186,7 +186,7 @@ def examine_shards(place: Place, manifest: Manifest, shards: Sequence[int], comp
         manifest: the cache's manifest.
         shards: numbers of the shards.
         completion: the seal, or None for a cache without one.
-    Returns: the shards with intact files, and the damaged ones. Shards that were not finished yet are in neither.
+    Returns: the shards with intact files, and the damaged ones. Without a seal, unfinished shards are in neither.
     """
     sealed = ledger.sealed_records(place, completion)
     listed: list[ShardRecord] = []

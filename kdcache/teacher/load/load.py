@@ -84,7 +84,10 @@ class Teacher:
         }
 
     def model_for(self, fold: int | None) -> SegmentationModel:
-        """Return the model that predicts the samples of fold number `fold`. None returns the whole ensemble."""
+        """Return the ensemble member that predicts the samples of fold number `fold`.
+
+        Return the whole model if `fold` is None, or if the model is not an ensemble.
+        """
         if fold is None or not isinstance(self.model, EnsembleModel):
             return self.model
         return self.model.member(fold)
