@@ -359,9 +359,10 @@ def _pictures(folder: Path) -> Iterator[Path]:
 
 
 def summary_json(shown: Mapping[str, Shown]) -> dict[str, object]:
-    """Return a dict for JSON: folder name -> the name, tasks and scores of the model whose pictures are in that folder.
+    """Return a dict for JSON: folder name -> a dict about the model whose pictures are in that folder.
 
-    `shown` is folder name -> model.
+    It has the model's name as `run`, its heads as `heads`, and the entries of `ImageScores.to_json`. `shown` is folder
+    name -> model.
     """
     return {
         name: {"run": model.name, "heads": list(model.heads), **model.scores.to_json()} for name, model in shown.items()

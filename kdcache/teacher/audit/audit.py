@@ -128,9 +128,10 @@ class Audit:
 
 
 def coverage_json(class_names: tuple[str, ...], coverage: Coverage) -> dict[str, Any]:
-    """Return the numbers of confident pixels in `coverage` as JSON values, in total and for each class.
+    """Return `coverage`, the counts of confident pixels, as JSON values: `share`, `precision` and `classes`.
 
-    `class_names` are the names of all classes. NaN becomes null.
+    The first two are totals. `classes` is a list with a dict for each class. `class_names` are the names of all
+    classes. NaN becomes null.
     """
     columns = (coverage.thresholds, coverage.predicted, coverage.selected, coverage.shares, coverage.precision)
     keys = ("name", "threshold", "said", "kept", "share", "precision")
