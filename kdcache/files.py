@@ -98,10 +98,10 @@ def check_own_folder(folder: Path, marker: str, fix: str = "Give another folder 
     Args:
         folder: the folder to write into.
         marker: the name of a file that shows that kdcache has written the folder.
-        fix: the fix of the error. A command that moves the folder away is added to it.
+        fix: the fix that the error shows. A command that moves the folder away is added to this text.
 
     Raises:
-        RecipeError: the folder holds other files, or it is a file.
+        RecipeError: the folder holds other files, or `folder` is a file.
     """
     if folder.is_dir():
         problem = "holds something else" if any(folder.iterdir()) and not (folder / marker).is_file() else ""

@@ -52,7 +52,7 @@ class Exported:
     Attributes:
         path: the file.
         format: `safetensors`, `onnx`, `torch.export` or `ultralytics`.
-        size_bytes: its size.
+        size_bytes: the file's size.
         free: the axes that may have any size: `batch`, `height`, `width`.
         checked_by: the runtime that ran the file, or None if no runtime is installed.
         unchecked: the reason why the file was not run, or ''.

@@ -68,7 +68,7 @@ class Stream(Generic[Config]):
 def make_stream(
     training: Mapping[str, Any], table: Mapping[str, Any], make: Callable[[Mapping[str, Any]], Config]
 ) -> Stream[Config]:
-    """Return the stream of a recipe table, whose settings replace the training's.
+    """Return the stream that a recipe's table describes. The table's settings replace the training's.
 
     If the table names a cache or data set, the training's cache and data set are ignored. If the stream has no teacher,
     settings that weigh targets are ignored.

@@ -48,7 +48,7 @@ class Column:
     """A column in a table of rows.
 
     Attributes:
-        name: its header.
+        name: the text of the column's header.
         explanation: text under the mouse pointer.
         cell: function that returns a row's cell.
         ranked: whether to mark the best value.
@@ -61,7 +61,7 @@ class Column:
 
 
 def scores(comparison: Comparison) -> Markup:
-    """Return the report's section with the table of scores, the tables of differences, and their explanations."""
+    """Return the HTML of the section with the table of scores, the tables of differences, and their explanations."""
     tables = [(view.title, *difference_table(comparison, task)) for task, view in VIEWS.items()]
     return render(
         "scores.html",

@@ -100,7 +100,7 @@ def _caches(run: Run) -> list[str]:
 
 
 def stores(audits: Sequence[TeacherAudit]) -> Markup | None:
-    """Return the section that compares the pseudo labels of several caches, or None for fewer than two audits."""
+    """Return the HTML of a section that compares pseudo labels of several caches. None for fewer than two audits."""
     if len(audits) < 2:
         return None
     rows = [

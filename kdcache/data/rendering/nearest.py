@@ -39,7 +39,7 @@ def render_nearest(depth_HW, window, flip, out_HW):
     """Fill `out_HW` with the depth in a window.
 
     Each pixel of the result takes the source pixel at its centre or, if that is unknown, the nearest known one that it
-    covers. It is NaN if there is none, and outside the source.
+    covers. A pixel that covers no known depth, or has its centre outside the source, is NaN.
 
     Args:
         depth_HW: float32 (H, W) in metres, NaN for unknown.

@@ -109,7 +109,7 @@ class WithAuxiliary(WithHead):
     def forward(self, x_B3HW: Tensor, taps: Sequence[str] = ()) -> Outputs:
         """Return the model's outputs. In training mode, they include the logits of the auxiliary head.
 
-        `x_B3HW` is normalised float RGB. `taps` are names of features to return.
+        `x_B3HW` is normalised float RGB. `taps` are the names of the taps whose features to return.
         """
         if not self.training:
             return self.model(x_B3HW, taps)

@@ -96,7 +96,7 @@ class TrainingProgress(Observer):
         Args:
             step: number of finished steps.
             task: the task that was validated.
-            score: its score. The name and the unit depend on the task.
+            score: the score. Its name and unit depend on the task.
             best: True for the best score so far. For segmentation, the printed line says so.
             ema: True for the score of the averaged weights. Next to the bar, it is shown only for segmentation.
         """
