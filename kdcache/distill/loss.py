@@ -72,7 +72,7 @@ class DistillLoss(nn.Module):
         further: other terms (`kdcache.distill.terms`), each with its own weight.
         scheduled: True if `set_distill_weight_scale` may change the weights of the teacher's terms while training.
         size: (H, W) of the labels of a whole view, if their aspect ratio differs from the view's. None is the view's.
-        impl: the implementation of the kernels (see `kdcache_kernels.distill_loss`).
+        impl: the implementation of the kernels: `auto`, `triton`, `numba`, `torch` or `reference`.
     Raises: RecipeError for an invalid weight, temperature or impl.
     Source: Hinton et al. 2015, arXiv 1503.02531, section 2. Focal loss: Lin et al. 2017, arXiv 1708.02002.
     """

@@ -56,7 +56,7 @@ class CheckSettings:
 
     Attributes:
         device: where to compute.
-        impl: implementation of `kdcache_kernels.distill_loss`.
+        impl: implementation of `kdcache_kernels.distill_loss`, such as "numba". "auto" is the fastest for the device.
         dtypes: names of `shapes.DTYPES`, such as "fp32".
         strides: names of STRIDES: label pixels per logit, such as "4", or "17x23 of 5x7" (label size and logit size).
         temperatures: values of T.

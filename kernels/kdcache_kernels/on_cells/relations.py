@@ -76,7 +76,7 @@ def relation_loss(
             the mean of their counts. The losses of the parts then average to the loss of the batch.
         moments_6C: moments of the whole batch: `average_moments` of the `relation_moments` of all parts. Each part's
             intra is then the intra of the whole batch. None uses this batch's moments.
-        impl: "auto", "triton", "numba" or "reference", as in `distill_loss`.
+        impl: "auto" (the fastest for the device), "triton", "numba" or "reference".
     Returns: 0-dimensional float32 (float64 for float64 logits). Differentiable once, or any number of times with the
         reference.
     Raises: ShapeError, ValueRangeError naming the argument.

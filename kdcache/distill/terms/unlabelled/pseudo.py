@@ -281,13 +281,13 @@ class Confident(Term):
 
 @torch.no_grad()
 def pseudo_labels(logits_BChw: Tensor, size: Size, *, align_corners: bool = False, impl: str = "auto") -> PseudoLabels:
-    """Return the best class and its probability for each pixel of whole images.
+    """Return the best class and its probability for each pixel of whole images, (B, H, W) each.
 
     Args:
         logits_BChw: a network's logits, on any grid.
         size: (H, W) of the images in pixels.
         align_corners: True if the network's final resize aligns corners.
-        impl: the implementation of the kernels, as in `distill_loss`.
+        impl: the implementation of the kernels: `auto`, `triton`, `numba` or `reference`.
     Memory: the results, and the logits once in float16.
     """
     logits_BChw = wide(logits_BChw)
