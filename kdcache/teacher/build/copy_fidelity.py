@@ -14,13 +14,13 @@ _NEGLIGIBLE = 0.1  # float16 alone loses a thousandth of what five bits of manti
 def copied_fidelity(source: Cache, codec: Codec | None) -> Fidelity | None:
     """Return the error of a copy's logits, compared with the teacher's logits, without running the teacher.
 
-    A copy that does not round has the source's fidelity. For a copy that rounds, a few of the source's records are
-    rounded and measured.
+    Only a copy with codec `small` rounds, if its source has another codec. A few of the source's records are then
+    rounded and measured. Other copies have the source's fidelity.
 
     Args:
         source: the cache to copy.
         codec: how arrays of the copy are compressed: `default`, `small` or `none`. None is the source's codec.
-    Returns: the error. None if it is unknown, as for a rounding copy of a cache that stores only the top k classes.
+    Returns: the error. None if it is unknown, as for a rounded copy of a cache that stores only the top k classes.
     """
     manifest = source.manifest
     if not rounds(manifest, codec):
