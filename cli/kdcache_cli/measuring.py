@@ -88,7 +88,7 @@ class GrowingResult:
         self._written = 0.0
 
     def write(self, **content: Any) -> None:
-        """Add keys to the file's content, and write the file."""
+        """Add the keyword arguments to the top-level keys of the JSON file, and write the file."""
         self._content |= content
         if self._path is None:
             return

@@ -88,7 +88,7 @@ class Group:
 
     @property
     def terms(self) -> list[tuple[Any, ...]]:
-        """The model, then the method and the extra loss terms of each stream. Equal lists mean the same loss."""
+        """The tuple (model,), then for each stream (method, extra loss terms). Equal lists mean the same loss."""
         return [
             (self.settings.get("model"),),
             *((stream.get("method"), stream.get("term")) for stream in stream_settings(self.settings)),

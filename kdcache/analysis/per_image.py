@@ -140,7 +140,7 @@ def score_images(
     framing: Framing | None = None,
     progress: Progress | None = None,
 ) -> ImageScores:
-    """Score every labelled image of a split, for each task that the model predicts, in one pass.
+    """Return the scores of every labelled image of a split, for each task that the model predicts, in one pass.
 
     Args:
         model: the model, on `device`.
@@ -206,8 +206,9 @@ def best_and_worst(ranking: Sequence[tuple[int, float]], best: int, worst: int) 
 
     Args:
         ranking: pairs (position, score), the best image first, as `ranked` returns them.
-        best: the most best images to return. If there are fewer than `best` + `worst` images, the lists share them.
-        worst: the most worst images to return.
+        best: the largest number of best images. If there are too few images for both lists, each list gets half of
+            them, or what the other list leaves.
+        worst: the largest number of worst images.
     """
     upper = min(best, max(len(ranking) - worst, -(-len(ranking) // 2)))
     lower = min(worst, len(ranking) - upper)

@@ -36,14 +36,14 @@ class TaskView(ABC):
         stem: the name of the score in file names.
         columns: names of the metrics in a table of scores, the score first.
         times: the factor from a score to the number that tables show: 100 for percent.
-        short: the score's header in a small table, and the digits of its values there.
+        short: the score's header in a small table, and the number of decimals there.
         distance: the unit of differences between scores.
         digits: the number of decimals of differences as text.
         headline: the first words of a title over a table of differences.
         no_label: the title of the panel of errors, if an image has no label.
         no_score: the text in place of the score, if an image has no label.
-        prefix: text before the titles of panels.
-        before: text before the titles of columns.
+        prefix: text before the titles of panels, such as "depth, ".
+        before: text before the titles of columns, such as "rmse ".
     """
 
     task: str

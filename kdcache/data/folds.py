@@ -76,9 +76,9 @@ def fold_alone(split: Split, number: int, folds: int, by: str | None = None) -> 
         split: the whole split.
         number: the fold, counted from 0.
         folds: the number of folds.
-        by: a regular expression whose match in an id names a sequence that stays in one fold, or None.
+        by: a regular expression whose match in an id names a sequence that stays in one fold. None divides samples.
 
-    Raises: RecipeError if the split cannot have these folds.
+    Raises: RecipeError unless there are 2 to 255 folds and a sample or sequence for each, or if `by` is invalid.
     """
     return subset(split, np.flatnonzero(split.folds(folds, by) == number).tolist())
 

@@ -193,8 +193,8 @@ class Batch:
     def in_view(self, form: TargetFormat, size: tuple[int, int]) -> Tensor:
         """Return the bool mask (B, H, W) of pixels of the student's image that lie in the teacher's view.
 
-        The mask is (1, H, W) if all rows show the whole view. `form` is the format of the targets, such as an open
-        cache. `size` is (H, W) of the student's image.
+        The mask is (1, H, W) if all images of the batch show the whole view. `form` is the format of the targets, such
+        as an open cache. `size` is (H, W) of the student's image.
         """
         return self._positions(form, size).inside()
 

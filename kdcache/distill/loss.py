@@ -363,7 +363,7 @@ class DistillLoss(nn.Module):
     def gate_of(self, batch: Batch) -> Tensor | None:
         """Return the gate's weights (B, H, W) float32 of a batch's pixels.
 
-        Return None if all are 1, or if the batch has no targets or the loss no terms that need them.
+        Return None if all weights are 1, if the batch has no targets, or if the loss is only the cross-entropy.
         """
         if self.gate.open or not self._teaches(batch) or not (self.kl_weight > 0 or len(self.further)):
             return None

@@ -20,7 +20,7 @@ class Outputs(Protocol):
 
     @property
     def heads(self) -> Mapping[str, Tensor]:
-        """The outputs of all heads: name of the head -> (B, c, h, w)."""
+        """The outputs of all heads: name of the head -> (B, c, h, w) with the c channels of the head."""
 
     @property
     def features(self) -> Mapping[str, Tensor]:

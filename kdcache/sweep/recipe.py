@@ -97,7 +97,8 @@ class Recipe:
         arms: the arms. If a flag has a list of values, each value has its own arm.
         seeds: the seeds with which each arm is trained.
         show: keys of the table [show]. `num` is how many of the best and worst images of each arm are shown. `baseline`
-            names the arm to compare with. `curve` is the key over which scores are drawn.
+            names the arm to compare with. `curve` names the setting on the horizontal axis of curve.png, such as
+            `limit-labels`.
         teachers: name of each further teacher -> flags that differ from `teacher`.
         stores: name of each further cache -> flags that differ from `store`.
         stream: settings of each stream that the arms share.

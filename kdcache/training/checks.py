@@ -89,9 +89,10 @@ def check_supervised(config: TrainConfig) -> None:
 
 
 def check_processes(config: TrainConfig, processes: int) -> None:
-    """Raise RecipeError if there are several processes and pseudo labels by quantile, which need the whole batch.
+    """Raise RecipeError if several processes train with a term for pseudo labels whose option `quantile` is set.
 
-    `processes` is the number of processes.
+    A quantile needs the whole batch, but each process has only a part of it. `config` has the terms of the training,
+    and `processes` is the number of processes.
     """
     quantiles = [term.kind for term in config.terms if isinstance(term, PseudoLabels) and term.quantile is not None]
     if processes > 1 and quantiles:

@@ -70,7 +70,7 @@ class World:
         return self.rank == 0
 
     def mean(self, tensor: Tensor) -> Tensor:
-        """Return the elementwise mean of the tensors of all processes, which have one shape, on the tensor's device."""
+        """Return the elementwise mean of the tensors of all processes, on `tensor`'s device. All have one shape."""
         return tensor if self.size == 1 else self.total(tensor) / self.size
 
     def total(self, tensor: Tensor) -> Tensor:

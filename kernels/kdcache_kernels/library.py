@@ -197,7 +197,10 @@ def distill_gradient(family: str, *arguments: Any) -> Tensor:
 
 
 def direct_gradient(family: str, *arguments: Any) -> Tensor:
-    """Compute the result of `distill_gradient` without PyTorch's operator registry, which is faster.
+    """Return the gradient of a problem's loss by the student's logits, contiguous and in their dtype.
+
+    It is NaN everywhere if the loss is not finite. Unlike `distill_gradient`, this call does not use PyTorch's operator
+    registry, which makes it faster.
 
     `family` is "numba" or "triton", the implementation. `arguments` are the flattened problem, from `loss_arguments`.
     """

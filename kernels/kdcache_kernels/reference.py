@@ -108,7 +108,7 @@ class NanReachesAll(torch.autograd.Function):
 
     @staticmethod
     def forward(loss: Tensor, logits_BChw: Tensor) -> Tensor:
-        """Return a copy of the loss. It and the logits from which it was computed get a gradient in `backward`."""
+        """Return a copy of the loss. In `backward`, both `loss` and `logits_BChw` get a gradient."""
         return loss.clone()
 
     @staticmethod

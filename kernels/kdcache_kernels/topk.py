@@ -102,7 +102,8 @@ def pack(logits_BChw: Tensor, k: int) -> tuple[Tensor, Tensor | None, Tensor | N
     Args:
         logits_BChw: any floating dtype. Computed in float32, or in float64 if it is float64.
         k: 1 to C. C keeps every class in class order.
-    Returns: (values, indices, tail) as in `PackedTarget`. indices and tail are None for k = C.
+    Returns: (values, indices, tail) as in `PackedTarget`: the kept logits (B, k, h, w) minus the pixel's largest, their
+        class ids, and the log-odds (B, h, w) of the other classes' mass. With k = C, indices and tail are None.
     Raises: ShapeError for a tensor that is not (B, C, h, w) of floats, ValueRangeError for k.
     """
     check_logits(logits_BChw, k)

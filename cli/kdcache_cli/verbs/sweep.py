@@ -205,9 +205,9 @@ class InProcess:
 
 
 class Apart:
-    """A callable that runs a job of a sweep in a new process. Call it with the job.
+    """A callable: given a job of a sweep, it runs the job in a new process and waits until the process ends.
 
-    Each process gets an equal share of the CPU cores, and one GPU.
+    It raises KDCacheError if the job fails. Each process gets an equal share of the CPU cores, and one GPU.
 
     Args:
         sweep: the sweep, whose folder gets the logs.

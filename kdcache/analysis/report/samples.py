@@ -312,7 +312,7 @@ def encode_map(picture: Picture, size: tuple[int, int]) -> bytes:
 
 
 def encode_depth(depth: DepthMap, size: tuple[int, int]) -> bytes:
-    """Return a depth map as the bytes of a JPEG, resized to `size` (H, W) in pixels, with its colour bar below.
+    """Return the bytes of a JPEG with a depth map, resized to `size` (H, W) in pixels, and a colour bar below it.
 
     If the colour bar is wider than W, H and W are multiplied by the smallest whole number that makes room for it.
     """

@@ -194,7 +194,10 @@ def recipes(comparison: Comparison, runs: Mapping[str, Entry], command: str | No
 
 
 def again(entry: Entry) -> str | None:
-    """Return the command that repeats a run's training, or None if it does not have a recipe."""
+    """Return the command that repeats the training of the run `entry`.
+
+    Return None for weights without a run, and for a run that no training command of kdcache wrote.
+    """
     verb = entry.settings.get("verb")
     if entry.run is None or verb not in VERBS:
         return None

@@ -27,11 +27,13 @@ from kdcache_kernels.on_cells.problem import EPS
 class Targets(NamedTuple):
     """The teacher's logits, labels and settings for `eager_loss` and `eager_relations`, of a whole batch or one image.
 
+    (H*, W*) is (H, W), or (h, w) for a loss on the teacher's cells (`Kind.on_cells`).
+
     Attributes:
         teacher: (B, C, h, w) float32 logits.
         labels: (B, H, W) int64.
-        mask: (B, H*, W*) float32, 1 for pixels that count in the loss against the teacher, else 0. `Inputs` explains
-            H*, W* and masks of cells.
+        mask: (B, H*, W*) float32, 1 for pixels that count in the loss against the teacher, else 0. For cells, the share
+            of each cell's area whose pixels count.
         grid: (B, H*, W*, 2) float32, where `grid_sample` samples the teacher, or None for whole views.
         class_weight: (C,) float32 for the cross-entropy, or None for weights of 1.
         ce_count, kl_count: 0-dimensional, the denominators of the cross-entropy and of the loss against the teacher.

@@ -165,7 +165,10 @@ def impossible_depth(depth: Depth) -> str:
 
 
 def check_depth(depth: Depth, path: Path) -> None:
-    """Raise DataError if a depth label, float32 (H, W), cannot be in metres or has only NaN. `path` is its file."""
+    """Raise DataError if a depth label, float32 (H, W), cannot be in metres or has only NaN. `path` is its file.
+
+    It cannot be in metres if a depth is 0 or below, or if more than half of the depths are above 1000.
+    """
     if reason := impossible_depth(depth):
         raise DataError(
             f"Cannot use depth file {path}: {reason}",

@@ -224,7 +224,9 @@ class DepthGradient(DepthTerm):
     kind = "depth-gradient"
 
     def of_images(self, prediction_BHW: Tensor, reference_BHW: Tensor, mask_BHW: Tensor) -> Tensor:
-        """Return the loss (B,) of each image: `gradient_matching` of the logarithms of both maps.
+        """Return the loss (B,) of each image: how much the error of log(depth) changes between neighbouring pixels.
+
+        It is `gradient_matching` of the logarithms of both maps.
 
         Args:
             prediction_BHW: the student's depth.

@@ -18,9 +18,10 @@ class Overlap(Term):
     """
 
     def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
-        """Return the mean of `of_classes` over the classes in an image's label, then over the labelled images.
+        """Return the mean of the classes' losses over the classes in an image's label, then over the labelled images.
 
-        `count` is the denominator, 0-dimensional. None uses the batch's own number of labelled images.
+        `count` is the denominator, 0-dimensional. None uses the batch's own number of labelled images. The method
+        `of_classes` computes the loss of each class.
         """
         logits_BCHW = resize(wide(batch.student.logits), batch.rows.size, self.student_align_corners)
         probability_BCP = logits_BCHW.softmax(1).flatten(2)

@@ -127,7 +127,7 @@ class DrawnDataset(Dataset[Batch], ABC):
 
     @property
     def labels_used(self) -> npt.NDArray[np.bool_]:
-        """Bool array (N,) for all N samples of the cache or data set: True for the samples in `labelled`."""
+        """Bool array (N,) for all N samples of the cache or data set: True for the samples whose label is used."""
         count = len(self.split or ()) if self.cache is None else self.cache.manifest.dataset.samples
         used = np.zeros(count, np.bool_)
         used[list(self.labelled)] = True

@@ -53,7 +53,7 @@ class Order:
         records: number of records.
         seed: seed of the permutations.
         shard_records: number of records in a shard, to shuffle within a few shards. None shuffles all records at once.
-    Memory: two epochs, 16 bytes per record, because threads that draw ahead may be in the next one.
+    Memory: two epochs, 16 bytes per record, because threads that draw ahead may be in the next epoch.
     """
 
     def __init__(self, records: int, seed: int, shard_records: int | None = None) -> None:

@@ -175,7 +175,7 @@ class Watch:
     def won(self, values: Mapping[str, float]) -> Iterator[str]:
         """Yield a note, once, for each discriminator whose loss was near 0 in the last 10 calls.
 
-        `values` has name of a loss term -> its value.
+        `values` maps the name of a loss term to its value.
         """
         for name, value in values.items():
             stream, slash, part = name.rpartition("/")

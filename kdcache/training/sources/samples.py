@@ -27,9 +27,9 @@ from kdcache.training.input.subset import Part
 
 
 def open_store(config: TrainConfig) -> Cache | None:
-    """Open the cache of a stream and check its files. Return None for a data folder.
+    """Open the cache that the settings of a stream name, and check the sizes of its files.
 
-    Raises: KDCacheError for a cache that cannot be opened.
+    Return None if they name no cache but a data folder. Raises: KDCacheError for a cache that cannot be opened.
     """
     if config.data.cache is None:
         return None

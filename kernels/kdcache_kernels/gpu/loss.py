@@ -80,7 +80,8 @@ def totals_kernel(
         edges_ptr: the shares that `cells_kernel` left, or None if there are no strips. gradient_ptr: (B, C, h, w),
             completed.
         num_classes: C. strips: strips per image. rows: rows of bilinear cells per strip.
-        GROUPS: 4 at stride 8, else 1, as in `cells.Seams`. BLOCK: partial sums that are read at a time.
+        GROUPS: the groups of pixel rows into which `cells_kernel` divides a cell: 4 at stride 8, else 1. BLOCK: partial
+            sums that are read at a time.
         DEPENDENT: whether the kernel may start before the previous one ends.
     """
     take_turn(DEPENDENT)

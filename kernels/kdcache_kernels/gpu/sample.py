@@ -130,7 +130,8 @@ def along_rows(rows, columns, offset_c):
 
     Shapes and units:
         rows: a tuple with the three rows. Each has n pointers to the row's class 0, one per lane.
-        columns: (left logit, right logit, weight of the right one), one per lane.
+        columns: (left, right, weight) from `load_columns`, one per lane: the indices of two neighbouring logits in a
+            row, and the weight of the right one.
         offset_c: offset of each class in elements.
     Returns: a tuple of three (c, n) float32 blocks.
     """
@@ -164,10 +165,13 @@ def softmax_sums(
 
     Shapes and units:
         student_rows, target_rows: pointers to the two student rows and the three target rows around the label rows.
-        student_columns, target_columns: (left logit, right logit, weight of the right one), one per lane.
+        student_columns, target_columns: (left, right, weight) from `load_columns`, one per lane: the indices of two
+            neighbouring logits in a row, and the weight of the right one.
         blend: for each label row, a tuple with the weight of the lower student row and those of the three target rows.
-        sizes: (number of classes, elements of a student class, elements of a target class).
-        temperature: T. POWER: T if it is an integer up to 4, else 0. pixels: `Pixels`, for the terms to compute.
+        sizes: number of classes, and the offset in elements from one class to the next of the student and of the
+            target.
+        temperature: T. POWER: T if it is an integer up to 4, else 0.
+        pixels: `Pixels`. Its USE_CE and USE_KL say which sums are needed.
         BLOCK: classes that are read at a time, a divisor of the number of classes.
     Returns: four tuples of ROWS float32 blocks. Sums that no term needs are 0.
     """

@@ -20,7 +20,7 @@ Smaller tensors are not worth halving."""
 
 
 def largest(x_BCP: Tensor) -> Tensor:
-    """Return the maximum over the classes of (B, C, P) or (B, C) values."""
+    """Return the maximum over the classes: (B, P) for values (B, C, P), or (B,) for values (B, C)."""
     while x_BCP.dim() == 3 and x_BCP.shape[2] < FEW_PIXELS and x_BCP.numel() > FEW_ELEMENTS and x_BCP.shape[1] > 1:
         half = (x_BCP.shape[1] + 1) // 2
         x_BCP = torch.maximum(x_BCP[:, :half], x_BCP[:, -half:])

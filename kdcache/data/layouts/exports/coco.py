@@ -108,7 +108,8 @@ class Coco(Export):
     ) -> ShapeLabels:
         """Return the object that draws the labels of one split: a smaller object covers a larger one.
 
-        The arguments are those of `Export.labels`.
+        `root` is the export's folder. `items` and `images` map a sample's id to its image with shapes, and to its image
+        file. `class_of` maps class names to ids. `background` is the class id of pixels outside all shapes, or 255.
         """
         return ObjectLabels(items, images, class_of, background, _categories_of(root))
 

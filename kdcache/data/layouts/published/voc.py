@@ -75,7 +75,7 @@ class Voc(Layout):
     def splits(self, root: Path) -> list[str]:
         """Return the names of the lists in ImageSets/Segmentation/ of `root`.
 
-        The list "trainaug" counts only if the folder SegmentationClassAug/ exists.
+        The list "trainaug" is left out unless the folder SegmentationClassAug/ exists.
         """
         augmented = (root / AUGMENTED_LABELS).is_dir()
         return [name for name in lists_in(root / LISTS) if name != AUGMENTED or augmented]

@@ -343,7 +343,8 @@ def launch_weights(
         pixel_taps: the first pair that `launch_tables` returns, the neighbour tables of the label pixels.
         block: cells per program.
     Returns: (counted, weight, counts), or (None, None, None) if each cell counts and weighs 1. `counted` is the share.
-        It and `weight` are (B, h, w) float32. `counts` is float64, the sum of `counted` over each program's cells.
+        It and `weight` are (B, h, w) float32. `counts` is (programs,) float64, the sum of `counted` over each program's
+        cells.
     """
     if not problem.is_weighted:
         return None, None, None
