@@ -128,8 +128,6 @@ def pixels(
     A cell row is the label rows between logit rows i and i + 1. The cell rows are `first` to `last` - 1, and row i of
     image b has the number b * h + i. A label row is cut into tiles of n pixels.
 
-    `form` to `gamma` are as in `kdcache_kernels.cpu.cells.cells`: the temperature, factors and weights of the loss.
-
     Shapes and units:
         student, target: (B, h, 1, C, w + 1) float32 logits times log2(e) / T, minus their maximum. The last column is
             repeated. h and w are those of the map.
@@ -140,6 +138,10 @@ def pixels(
             the logit to its right. Bt is B, or 1 if all images share them.
         starts: (h + 1,) first label row of each cell row. fractions: (H,) weight of the lower logit row in a label row.
         target_rows, target_fractions: (Bt, H) the target's logit row above a label row, and the weight of the next one.
+        form: how to get the student's exponentials at T = 1. ONE takes those at T, SQUARE squares those at T = 2, and
+            TWO computes them separately.
+        temperature: T. factors: (ce_weight / CE's denominator, kl_weight * T / KL's denominator).
+        class_weight: (C,) float32, read only with label smoothing. gamma: exponent of the focal loss, or 0.
         use_kl, need_gradient: whether to compute KL and the gradient.
         wide: whether to subtract each label pixel's own maximum over the classes. Logits of a wide range need it,
             because all exponentials of a pixel would otherwise become 0.
