@@ -46,8 +46,8 @@ def score_table(comparison: Comparison, mark: Mark = BOLD) -> Table:
 def difference_table(comparison: Comparison, task: str = SEGMENTATION) -> Table:
     """Return a table with a line for each difference between a row and its baseline or control.
 
-    It has the difference, three intervals, the correlation of the paired scores, p-values and a verdict. Differences
-    that are NaN are left out.
+    It has the difference, an interval over paired seeds, over unpaired seeds and over images, the correlation of the
+    paired scores, p-values and a verdict. Differences that are NaN are left out.
     """
     seeds, images = interval_spans(comparison, task)
     intervals = [f"paired over {seeds}, 95 %", f"unpaired over {seeds}, 95 %", f"over {images}, 95 %"]

@@ -50,7 +50,7 @@ class Contents:
 
     @property
     def digest(self) -> str:
-        """The SHA-256 (hex) of all ids and digests."""
+        """The SHA-256 (hex) of the ids of all samples and the digests of their images and labels."""
         combined = hashlib.sha256("\n".join(self.ids).encode())
         for array in (self.image, self.label, self.depth):
             combined.update(array.tobytes())

@@ -73,7 +73,7 @@ def berhu(prediction_BHW: Tensor, reference_BHW: Tensor, mask_BHW: Tensor) -> Te
 def silog(prediction_BHW: Tensor, reference_BHW: Tensor, mask_BHW: Tensor) -> Tensor:
     """Return the scale-invariant logarithmic loss (B,) of each image: 10 sqrt(mean g^2 - 0.85 (mean g)^2).
 
-    g is log prediction - log reference at valid pixels. If all g are 0, the gradient is 0.
+    g is log prediction - log reference at valid pixels. If all g are 0, or no pixel is valid, loss and gradient are 0.
 
     Args:
         prediction_BHW: the student's depth, above 0, float32 or float64. Only it gets a gradient.

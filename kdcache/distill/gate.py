@@ -86,11 +86,11 @@ class Gate(nn.Module):
     def forward(self, batch: Batch, form: TargetFormat, *, impl: str = "auto") -> Tensor | None:
         """Return the weights (B, H, W) float32 of a batch's pixels. Return None if the gate weighs all pixels 1.
 
-        It never waits for the device.
+        The call never waits for the device.
 
         Args:
             batch: the batch, with a segmentation target.
-            form: the format of the targets, such as an open cache.
+            form: an object that describes the targets, such as an open cache.
             impl: the implementation of the kernels: "auto", "triton", "numba", "torch" or "reference".
         """
         if self.open:

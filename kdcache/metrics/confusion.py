@@ -74,7 +74,7 @@ class ImageCounts:
 
     @property
     def scores(self) -> list[float]:
-        """The mIoU of each image, 0 to 1: the mean over the classes in its label or prediction."""
+        """The mIoU of each image, 0 to 1, over the classes in the image's label or prediction. NaN if all is void."""
         return [iou.nanmean().item() for iou in self.iou]
 
 

@@ -129,7 +129,8 @@ class Entry:
     def text(self) -> Any:
         """The default as a user would type it, such as `288x384`.
 
-        None for settings that are required, repeated or automatic, and if no text stands for the default None.
+        None if the setting is required, may be repeated, or gets its default from data and machine (`automatic`). Also
+        None if no text stands for the default None.
         """
         if self.setting.automatic or self.setting.repeated or self.required:
             return None

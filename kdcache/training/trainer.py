@@ -197,11 +197,11 @@ class Trainer:
     def one_step(self, step: int, batches: Iterator[Streams | KDCacheError], stop: bool) -> bool:
         """Take one step of training. Return True if training should stop after the step.
 
-        That is so if any process was asked to stop before the step, which is taken all the same.
+        The result is True if any process was asked to stop before the step.
 
         Args:
             step: number of the step, from 0.
-            batches: the loader's batches. A KDCacheError comes instead of a batch with a damaged sample, and is raised.
+            batches: yields the loader's batches, or for a damaged sample a KDCacheError, which this method raises.
             stop: True if this process was asked to stop.
         """
         config = self.config

@@ -92,7 +92,7 @@ class Evaluated:
 
     @property
     def depth(self) -> DepthMetrics | None:
-        """The depth metrics on the first data set, or None without a depth head."""
+        """The depth metrics on the first data set, or None without a depth head or depth labels."""
         return self.metrics.depth
 
 

@@ -104,9 +104,9 @@ def check_split(name: str, own: str, given: str | None) -> None:
 
 
 def spec_of(data: Data, name: str) -> tuple[str, str | None]:
-    """Return the spec of a data set, and the name of its split, from which a training can open the data again.
+    """Return the name by which a training can open a data set again (a folder or spec), and the name of its split.
 
-    The split's name is None if `data` is already a spec or folder. `name` is the argument's name, for the message.
+    The split's name is None if `data` is already a folder or spec. `name` is the argument's name, for the message.
 
     Raises: RecipeError for a split that cannot be opened again, because it is only a part of its data set.
     """

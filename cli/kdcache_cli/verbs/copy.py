@@ -62,7 +62,7 @@ def copy(
 
     The copy takes unchanged arrays byte for byte and compares every file with its digest.
     The same command continues an interrupted copy. It checks a finished copy and does
-    not change it. --codec small rounds targets for good. The copy prints the error.
+    not change it. --codec small rounds targets for good, and prints the rounding error.
 
     On the Hub, a cache is a data set with a card. This needs the extra hub of kdcache.
     To push, it also needs a token (HF_TOKEN, or hf auth login).

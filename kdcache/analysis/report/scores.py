@@ -155,7 +155,10 @@ def _figure(task: str, name: str) -> Callable[[Row], Cell]:
 
 
 def signed(gap: float, task: str) -> str:
-    """Return a difference of a task's scores (`gap`) as text with its sign, in points of mIoU or in metres."""
+    """Return a difference of a task's scores as signed text: mIoU 0.012 as "+1.20", in points, and rmse in metres.
+
+    `gap` is the difference, for mIoU in units of 1. NaN gives "-".
+    """
     return "-" if math.isnan(gap) else VIEWS[task].gap_text(gap).replace("-", "\N{MINUS SIGN}")
 
 

@@ -45,7 +45,7 @@ class CheckReport:
     Attributes:
         data: the data set as the user named it.
         layout: the layout's name, or "scenes" for the built-in data set.
-        folder: the folder in which the data set begins, which may be below the named one. Empty for scenes.
+        folder: the data set's top folder, which may be below the named one. Empty for scenes.
         classes: names and colours of the classes.
         splits: split name -> its report.
         problems: sentences about defects that must be fixed before training. Empty without defects.

@@ -55,7 +55,7 @@ class LayoutRoot(NamedTuple):
 
     Attributes:
         layout: its layout.
-        root: the folder in which it begins.
+        root: the data set's top folder.
         images: a folder whose images replace the data set's own images, or None.
     """
 

@@ -45,7 +45,7 @@ class HubSpec:
 
     @property
     def network(self) -> str:
-        """The spec without weights and revision: library, place and task, such as `hf:nvidia/mit-b0,task=features`."""
+        """The spec with library, `place` and task only, such as `hf:nvidia/mit-b0,task=features`."""
         return f"{self.library}:{self.place}" + ("" if self.task is None else f",task={self.task}")
 
 

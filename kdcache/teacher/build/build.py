@@ -267,12 +267,12 @@ def pack_batch(
 
 
 class TeacherPass:
-    """Runs the teacher over the records of shards, and takes the outputs of known records from an earlier cache.
+    """Runs the teacher over the records of shards, or copies their outputs from an earlier cache.
 
     Args:
         probe: the split, the teacher and the options of the build.
         manifest: the manifest of the build.
-        reuse: the earlier cache's records to copy. None copies nothing.
+        reuse: finds the records of the earlier cache that can be copied. None copies nothing.
         of_file: a function that returns a file's digest. None reads the file.
     """
 

@@ -56,11 +56,11 @@ def teach(
 def coarser(logits_BChw: Tensor, grid: tuple[int, int]) -> Tensor:
     """Average probabilities over the cells of a coarser grid, and return them as logits.
 
-    In each coarser cell, the log-sum-exp over the classes is the mean of the input's, so raw logits keep about their
-    scale.
+    In each coarser cell, the log-sum-exp over the classes is the mean of the finer cells' log-sum-exp. So raw logits
+    keep about their scale.
 
-    On 34 images of CamVid, teacher at 288x384 and grid of 144x192, the result's KL divergence from the teacher's
-    original probabilities was 0.012 nats. Averaged logits had 0.013, antialiased logits 0.019.
+    On 34 images of CamVid, teacher at 288x384 and grid of 144x192, these logits had a KL divergence of 0.012 nats from
+    the teacher's probabilities. Averaged logits had 0.013, antialiased logits 0.019.
 
     Args:
         logits_BChw: logits (B, C, h, w).

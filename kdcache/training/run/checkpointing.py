@@ -42,14 +42,14 @@ class Judge:
     less: bool
 
     def value(self, score: Score) -> float:
-        """Return the number that `score` has, negated if smaller is better. So the largest value is always the best."""
+        """Return the task's number in `score`, negated if smaller is better. The largest value is always the best."""
         value = float(getattr(score, self.score))
         return -value if self.less else value
 
     def figure(self, value: float) -> dict[str, float]:
-        """Return a dict with the best score and its name in result.json, such as `best_miou` -> 0.42.
+        """Return the task's best number under its key in result.json, such as {"best_miou": 0.42}.
 
-        `value` is a result of `Judge.value`. A number that it negated gets its original sign back.
+        `value` is the best result of `Judge.value`. If that method negated it, the original sign is restored.
         """
         return {f"best_{self.prefix}{self.score}": -value if self.less else value}
 

@@ -69,10 +69,10 @@ class Observer:
 
         Args:
             step: the number of finished steps.
-            task: `segmentation`, `depth`, or `features` for a feature loss (`val_share`).
+            task: `segmentation`, `depth`, or `features` for the feature loss of held-out samples (`--val-share`).
             score: the score of the task.
             best: True if the score's weights are the best so far. Only the task that chooses the best weights sets it.
-            ema: True if the score is of the weights' moving average. It follows the score of the weights themselves.
+            ema: True if the score is of the weights' moving average. This call follows the call for the weights.
         """
 
     def ended(self, *, completed: bool) -> None:
@@ -130,7 +130,9 @@ class MetricsLog:
             self.file = path.open("ab", buffering=0)  # what does not fit is not tried again when it is closed
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        """Append a JSON line to the run's metrics.jsonl, with `kind`, the step and the values.
+        """Append a JSON line to the run's metrics.jsonl, with the keys `kind` and `step` and those of `values`.
+
+        `kind` says what the values are: `train`, `gradients` or `validation`.
 
         Raises: StoreError for a full disk.
         """

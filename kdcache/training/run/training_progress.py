@@ -48,7 +48,7 @@ class TrainingProgress(Observer):
         self._bar.update(self._task, completed=step)
 
     def stepped(self, step: int, values: dict[str, float]) -> None:
-        """Show loss, terms, images per second and waiting time next to the bar."""
+        """Show next to the bar, from `values`: loss, loss terms, images per second and share of time spent waiting."""
         assert self._task is not None
         terms = " ".join(f"{name} {values[name]:.3f}" for name in self._terms(values))
         speed = f"{values['images_per_second']:.1f} img/s, {100 * values['wait_share']:.0f} % waiting"

@@ -64,13 +64,13 @@ class Source:
 
 
 def open_sources(config: TrainConfig, parts: int, note: Callable[[str], None]) -> list[Source]:
-    """Open and check the data of every stream.
+    """Open and check the data of every stream. Return a `Source` for each, in the order of `config.streams`.
 
     Args:
         config: the training's settings.
         parts: the number of processes times accumulated parts, which divide every batch.
         note: is called with notes for the user.
-    Raises: KDCacheError that names the stream.
+    Raises: KDCacheError for data that cannot be read or do not suit the settings. It names the stream at fault.
     """
     rows = config.rows(parts) if config.data.stream else [config.optimizer.batch_size]
     opened = []

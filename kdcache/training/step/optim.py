@@ -157,7 +157,7 @@ class Schedule:
         self._set(settings.lr * self._factor(0))
 
     def after_step(self) -> None:
-        """Set the learning rate of the next step. Call it after every step. `plateau` ignores this call."""
+        """Set the learning rate of the next step. Call this after every step. The schedule `plateau` ignores it."""
         if self._kind != "plateau":
             self._step += 1
             self._set(self._highest * self._factor(self._step))

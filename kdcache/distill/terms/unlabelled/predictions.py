@@ -74,8 +74,9 @@ class Adversarial(Term):
 
     A discriminator D learns to tell the two streams apart by the student's probability maps q at the label's size. The
     student learns to deceive D. With `loss=vanilla` the term is the mean over patches of -log D(q), with
-    `loss=least-squares` the mean of (D(q) - 1)^2. `against` names the other stream. D learns in the same step, by the
-    term's companion. With `head=auxiliary`, q are the auxiliary head's probabilities, and D is another network.
+    `loss=least-squares` the mean of (D(q) - 1)^2. `against` names the other stream. D learns in the same step, through
+    a second term that `companions` returns. With `head=auxiliary`, q are the auxiliary head's probabilities, and D is
+    another network.
 
     Default weight 0.001, or 0.01 with least squares. With `head=auxiliary` the default is a fifth of these weights, as
     in the authors' code.
@@ -109,9 +110,9 @@ class Adversarial(Term):
         return self._distance(passes, 1.0)
 
     def discrimination(self, batch: TermBatch) -> Tensor:
-        """Return the discriminator's own loss, 0-dimensional: the mean of its losses on this and on the other stream.
+        """Return the discriminator's own loss, 0-dimensional: its mean over this stream and the other stream.
 
-        The student gets no gradient.
+        The other stream is the one that the setting `against` names. The student gets no gradient.
         """
         rows = (self._own(batch), self._against(batch))
         own_patches, other_patches = (

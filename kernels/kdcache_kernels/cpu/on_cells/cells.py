@@ -176,14 +176,14 @@ def read_tile(b, i, start, n, logits, above, below, down, left, following, right
 
 @njit(**OPTIONS)
 def weigh(weighted, counted, weight, b, i, start, usable, own, n):
-    """Write the weights of n neighbouring cells to `own`. They are in row i of image b and begin with cell `start`.
+    """Write the weights of n neighbouring cells to `own`: those in row i of image b from cell `start` on.
 
     Shapes and units:
         weighted: False if every cell counts and weighs 1. `counted` and `weight` are then not read.
-        counted: (B, h, w) float32, the share of each cell's area that counts.
-        weight: (B, h, w) float32, the weight of each cell if its logits are usable.
-        usable: (n,) uint8, 0 for a cell with an unusable logit. Its weight becomes NaN if the cell counts, else 0.
-        own: (n,) float32 result.
+        counted: (B, h, w) float32, the share of each cell's area that counts. A cell with a share above 0 counts.
+        weight: (B, h, w) float32, the weight of each cell.
+        usable: (n,) uint8, 0 for a cell with an unusable logit.
+        own: (n,) float32 result: `weight` for usable cells. Unusable cells get NaN if they count, else 0.
     """
     if not weighted:
         for j in range(n):

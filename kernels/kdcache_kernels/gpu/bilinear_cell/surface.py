@@ -254,7 +254,9 @@ def subtract(a, factor, b):
 
 @triton.jit
 def contract(surface, m, S: tl.constexpr, ROWS: tl.constexpr):
-    """Return the sum over the pixels of a bilinear cell of surface * G, computed from the moments of G.
+    """Return the sum of surface * G over the pixels of a bilinear cell, computed from the moments of G.
+
+    G is a number for each pixel, such as the gradient by its logit.
 
     Shapes and units:
         surface: (value, dx, dy, dxy), see `make_surface`.
