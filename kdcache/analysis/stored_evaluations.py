@@ -326,8 +326,8 @@ def file_name(record: Record, folder: Path, run: str, *, own_size: bool = True) 
     """Return the name for an evaluation's file in `folder`, without a suffix.
 
     It is `record.name`, even if an earlier evaluation of the same data set has that name and will be replaced. If an
-    earlier one of another data set has it, a digest is appended. `run` is the run's name as the user wrote it. If
-    `own_size` is False, the name has the size of the images that the model sees.
+    earlier one of another data set or model has it, a digest is appended. `run` is the run's name as the user wrote
+    it. If `own_size` is False, the name has the size of the images that the model sees.
     """
     name = record.name(own_size=own_size)
     earlier = read_object(folder / f"{name}.json")

@@ -111,7 +111,7 @@ class UncertaintyBalance(nn.Module):
     def factors(self) -> Mapping[str, Tensor | float]:
         """Return the current weight of each head's loss, as a dict: head -> 0-dimensional tensor.
 
-        The weight is exp(-s), and exp(-s) / 2 for the form `squared`, where s is the head's learnt log variance.
+        The weight is exp(-s), or exp(-s) / 2 for a head of the form `squared`. s is the head's learnt log variance.
         """
         return {head: self._factor(head) * (-self.log_variance[head]).exp() for head in self.heads}
 

@@ -123,7 +123,7 @@ def shares_of(named: Mapping[str, float | None]) -> list[float]:
     Args:
         named: the name of each stream -> its share, a fraction above 0, or None. Streams with None divide the rest
             evenly.
-    Raises: RecipeError if the shares do not sum to 1.
+    Raises: RecipeError if the shares do not sum to 1, or if they leave no rest for streams with None.
     """
     total = sum(share for share in named.values() if share is not None)
     open_streams = sum(share is None for share in named.values())

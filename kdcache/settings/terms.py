@@ -185,7 +185,7 @@ class Attention(FeatureTerm):
         return super().offered(manifest) + _made_of(manifest, "at")
 
     def arrays(self, manifest: Any) -> tuple[str, ...]:
-        """Return the paths of the arrays to read: the teacher tap's attention map if the cache has it, or features."""
+        """Return the paths of the arrays to read: the teacher tap's attention map if stored, else its features."""
         mapped = self.teacher_tap in _made_of(manifest, "at")
         return (f"statistics/at.{self.teacher_tap}",) if mapped else super().arrays(manifest)
 

@@ -62,7 +62,7 @@ class Inputs:
         return is_done(job) and job.words[0] != _REPEATED and self._done.get(job.name) == self.digest(job)
 
     def digest(self, job: Job) -> str:
-        """Return the SHA-256 of a job's command, its data sets, and the results of the jobs that it needs."""
+        """Return the SHA-256 (hex) of a job's command, its data sets, and the results of the jobs that it needs."""
         data = [self._digests[self._key(*pair)] for pair in _data_of(job)]
         before = [self._left(self._jobs[name]) for name in job.needs]
         return hashlib.sha256(json.dumps([without_folders(job.words), data, before]).encode()).hexdigest()

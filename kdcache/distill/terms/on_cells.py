@@ -351,8 +351,8 @@ class ChannelFeatures(Projected):
     def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
         """Return the mean over images of T^2 / C times the sum over channels of KL, 0-dimensional.
 
-        KL compares a channel's softmax over the cells, teacher's and student's, as the class describes. `count` is the
-        denominator, 0-dimensional. None uses the batch's own number of images with a counted pixel.
+        KL compares the teacher's and the student's softmax of a channel over the cells. `count` is the denominator,
+        0-dimensional. None uses the batch's own number of images with a counted pixel.
         """
         student_Bchw = self.projection(wide(batch.student.features[self._student_tap]))
         teacher_Bchw = self.standardised(batch.rows.arrays[self._arrays[0]], student_Bchw.dtype)

@@ -217,7 +217,7 @@ def _reason(error: Exception) -> str:
 class TensorBoard:
     """A logger that writes TensorBoard event files into the run's folder.
 
-    `beginning` has this folder, the recipe and the first step.
+    `beginning` has this folder, the recipe and the number of finished steps.
     """
 
     def __init__(self, beginning: Beginning) -> None:
@@ -248,7 +248,7 @@ class WandB:
 
     The run is uploaded if the user is logged in (`wandb login`, WANDB_API_KEY, WANDB_MODE). Otherwise it stays in the
     run's folder. Plots use `step` instead of wandb's own count, which cannot go back to a checkpoint. `beginning` has
-    the folder, the recipe and the first step.
+    the folder, the recipe and the number of finished steps.
     """
 
     def __init__(self, beginning: Beginning) -> None:
