@@ -91,7 +91,7 @@ class TaskView(ABC):
         return f"{self.words}, with their 95 % interval" + ("; less is better" if self.less else f" over {seeds}")
 
     def score_text(self, value: float) -> str:
-        """Return a score as text, without its unit."""
+        """Return a score as text without its unit: mIoU in percent, rmse in metres, and "-" for NaN."""
         return self.figures[TASKS[self.task].score].text(value)
 
     def gap_text(self, gap: float) -> str:

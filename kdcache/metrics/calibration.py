@@ -150,7 +150,7 @@ class ConfidenceCounts:
         )
 
     def coverage(self, threshold: float | Sequence[float]) -> Coverage:
-        """Count, for each predicted class, the pixels that reach a confidence threshold, and how many are correct.
+        """Return how many pixels of each predicted class reach a confidence threshold, and the share that is correct.
 
         `threshold` is one number from 0 to 1 for all classes, or one for each class.
         """

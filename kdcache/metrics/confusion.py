@@ -54,7 +54,7 @@ class ImageCounts:
 
     @property
     def arrays(self) -> dict[str, npt.NDArray[Any]]:
-        """The counts to store in an .npz file, by attribute: `ids` (N,), `hits` and `unions`, uint32 (N, C)."""
+        """The attributes as arrays for an .npz file, by name: `ids` (N,), `hits` and `unions`, uint32 (N, C)."""
         hits, unions = (counts.astype(np.uint32) for counts in (self.hits, self.unions))
         return {"ids": np.array(self.ids), "hits": hits, "unions": unions}
 

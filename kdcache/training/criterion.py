@@ -150,7 +150,7 @@ def rare_order(config: TrainConfig, dataset: DrawnDataset, seed: int, note: Call
         config: the stream's settings.
         dataset: the stream's samples.
         seed: seed of the draws.
-        note: is called with the classes that are drawn most.
+        note: is called with a text that names the classes that are drawn most.
     Raises: RecipeError if a sample has no segmentation label, or all labels are void.
     """
     temperature = rare_temperature(config.data.sampling)

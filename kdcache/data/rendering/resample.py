@@ -274,7 +274,9 @@ def _pick(label_HW, window, flip, size, y_range, x_range, out_HW):
     types.UniTuple(types.int64, 3), BYTES[2], BYTES[2],
 )  # fmt: skip
 def render_window(image_HX, label_HW, window, flip, outside, pixels_HX, out_HW):
-    """Fill `pixels_HX` and `out_HW` with a window of an image and its label, by the rules of `kdcache.data.render`.
+    """Fill `pixels_HX` and `out_HW` with a window of an image and its label.
+
+    The image is resized with an antialiased bilinear filter. Each output label is the label at the centre of its pixel.
 
     Args:
         image_HX: RGB image, uint8 (H, 3 * W).

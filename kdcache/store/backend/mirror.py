@@ -87,7 +87,7 @@ class Mirror:
     def most(self) -> int:
         """Return the maximum size of all copies in bytes.
 
-        This is `most_bytes`. If it is None, it is half of the disk space that would be free without the copies.
+        This is `most_bytes`, or if that is None, half of the disk space that would be free without the copies.
         """
         self._begin()
         return self._most(self._held())

@@ -10,7 +10,7 @@ over a warp as it sees fit: its version 3.6 gave a lane's rows to other lanes, t
 Legend: u, v the student's and the target's base-2 logits / T at a label pixel. Blocks: c classes (one on a GPU), n
 lanes; q is a row of a group. Tuples: taps are a table, `geometry.Taps`; columns are the pixels left and right of a
 label column and its fraction; blend has for each q the weights by which it mixes rows, `student_group`'s fraction and
-`target_group`'s weights.
+`target_row`'s weights.
 """
 
 import triton

@@ -319,7 +319,7 @@ def _scratch_size(problem: LossProblem, tiling: Tiling) -> int:
 
 
 def needs(problem: LossProblem, tiling: Tiling) -> Needs:
-    """Return the number of programs and the scratch memory that `launch` needs for the same problem and tiling."""
+    """Return how many programs and float32 elements of scratch `launch` needs for the same problem and tiling."""
     programs = min(_blocks(problem, tiling)[1], tiling.programs)
     return Needs(programs, programs * _scratch_size(problem, tiling))
 

@@ -44,10 +44,7 @@ class Yolo(Export):
         return next((path.name for path in _tables(root)), next(iter(places.values())) + "/")
 
     def lists_classes(self, root: Path) -> bool:
-        """Return False, because a `classes.txt` in this layout does not replace the class names.
-
-        It is where a YOLO export may list them, and `names` reads it.
-        """
+        """Return False: a `classes.txt` in a YOLO export lists the layout's own class names, which `names` returns."""
         return False
 
     def names(self, root: Path) -> list[str]:

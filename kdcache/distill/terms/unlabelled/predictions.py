@@ -150,7 +150,7 @@ class Adversarial(Term):
 
 
 class Discrimination(Term):
-    """The loss from which the discriminator of `adversary` learns, with weight 1. It is the companion of that term."""
+    """The loss term, with weight 1, that trains the discriminator of the loss term `adversary`."""
 
     def __init__(self, adversary: Adversarial) -> None:
         super().__init__(adversary.spec, adversary.setup)
