@@ -56,7 +56,10 @@ def draw_distribution(scores: ImageScores, colours: Colours, title: str) -> "Fig
 
 
 def draw_scores(scores: ImageScores, score: Score, title: str) -> "Figure":
-    """Return a figure of the distribution of a score over images, with mean and median."""
+    """Return a histogram of a score over the images in `scores`, as a figure with lines for the mean and the median.
+
+    `score` is the score to draw, and `title` is the figure's title. Images without this score are left out.
+    """
     from matplotlib.ticker import MaxNLocator
 
     figure = new_figure(8, 4.8, title)

@@ -154,7 +154,7 @@ def check_taps(terms: "Sequence[Term]", features: Mapping[str, Tensor]) -> None:
 
 
 def check_pseudo(terms: "Sequence[Term]", batch: Batch) -> None:
-    """Check that `batch.pseudo` has all pseudo labels that the terms read: those of `student`, `ema` or both.
+    """Check that `batch.pseudo` has all pseudo labels that the terms read: of the networks `student`, `ema` or both.
 
     Raises: RecipeError if some are missing.
 

@@ -447,9 +447,9 @@ class Encoder:
         return content
 
     def decode(self, spec: ArraySpec, shard: int, content: bytes) -> Array | None:
-        """Return the records in `content`, the bytes of the file of shard number `shard` of the array `spec`.
+        """Return the records (n, ...) in `content`, the bytes of the file of shard number `shard` of the array `spec`.
 
-        Returns None if the checksums in `content` are wrong.
+        Return None if the checksums in `content` are wrong.
         """
         array: Any = self._arrays[spec.path]
         first = shard * array.shards[0]

@@ -115,9 +115,9 @@ def _digest(content: Mapping[str, Any]) -> str:
 
 
 def is_done(job: Job) -> bool:
-    """Return True if a job's file `done` exists and holds JSON.
+    """Return True if a job's file `done` exists and holds a JSON object that is not empty.
 
-    For a training, model.json must also exist. If `done` is None, return False.
+    For a training, model.json must also exist next to it. If `done` is None, return False.
     """
     if job.done is None or not read_object(job.done):
         return False

@@ -35,7 +35,7 @@ class Watcher:
     """Receives the progress of a sweep. Override the methods that you need. By default they do nothing."""
 
     def started(self, job: Job, number: int, total: int) -> None:
-        """Handle the start of a job, which is number `number` of `total` jobs."""
+        """Handle the start of a job, which is number `number` of `total` jobs, counted from 1."""
 
     def kept(self, job: Job, number: int, total: int) -> None:
         """Handle a job that is skipped, because it is already done. It is job `number` of `total`, counted from 1."""

@@ -296,10 +296,10 @@ def needs(problem: LossProblem, tiling: Tiling) -> Needs:
 def launch(problem: LossProblem, prepared: Prepared, gradient: Tensor | None, buffers: Buffers, tiling: Tiling) -> None:
     """Launch `pixels_kernel`, which computes the loss of the images with route 1 (see `Prepared.route`).
 
-    It writes sums of CE and KL to `buffers.partials`, which `loss.add_up` adds up.
+    The kernel writes sums of CE and KL to `buffers.partials`, which `loss.add_up` adds up.
 
     Shapes and units:
-        problem, prepared: the checked arguments, and the result of `prepare` for them, with stride 1.
+        problem, prepared: the checked arguments, and the result of `prepare` for them. Its `stride` must be 1.
         gradient: (B, C, h, w) contiguous result, written for those images. None computes no gradient.
         buffers: memory of the size that `needs` returns.
         tiling: from `choose_tiling`.
