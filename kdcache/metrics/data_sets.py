@@ -110,9 +110,9 @@ def figure_table(results: Sequence[OnDataSet], task: str) -> Table:
 
 
 def tables(results: Sequence[OnDataSet], class_names: Sequence[str]) -> list[Table]:
-    """Return the tables of a model's scores on several data sets. A table without columns of data sets is left out.
+    """Return the tables of a model's scores on several data sets. A task without scores on any data set has no table.
 
-    They are the IoU of `class_names` as in `class_table`, then the figures of each numeric task as in `figure_table`.
+    The first table is `class_table`, with the IoU of `class_names`. Each numeric task follows, with its `figure_table`.
     `results` has the scores on each data set.
     """
     others = (figure_table(results, task) for task in EVALUATORS if task != SEGMENTATION)

@@ -116,8 +116,8 @@ def fuse(lateral: nn.ModuleDict, features: Mapping[str, Tensor], context: Tensor
     Starting from the coarsest stage, the sum is resized to the next finer stage, whose feature is added.
 
     Args:
-        lateral: a convolution to c channels for each stage, the finest first.
-        features: the feature of each stage.
+        lateral: stage -> a convolution of its feature to c channels. The finest stage is first.
+        features: stage -> its feature (B, channels, height, width).
         context: (B, c, 1, 1), added to the coarsest stage.
     """
     y = context

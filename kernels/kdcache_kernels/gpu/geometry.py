@@ -67,8 +67,8 @@ def student_tables(tables_ptr, H, W):
 def target_tables(tables_ptr, H, W, target_batch):
     """Return two neighbour tables, a `Taps` each: of the label rows and of the label columns, in the target's logits.
 
-    The tables of `target_batch` images follow each other, with H or W entries per image. One image stands for all if
-    they share a table. `tables_ptr` points to `Prepared.tables`.
+    The tables of `target_batch` images follow each other, with H or W entries per image. `target_batch` is 1 if all
+    images share one table. `tables_ptr` points to `Prepared.tables`.
     """
     first = 3 * (H + W)
     return _table(tables_ptr, first, target_batch * H), _table(

@@ -120,12 +120,12 @@ def read_row(c, row, start, limit, n, line, largest, usable):
 
 @njit(**OPTIONS)
 def sample_row(c, upper, lower, down, left, following, right, limit, n, line, largest, usable):
-    """Interpolate n logits of class c bilinearly between two rows of a logit map, and write them to `line[c]`.
+    """Interpolate the logits of class c at the centres of n cells in a row, and write them to `line[c]`.
 
     It also updates `largest` and `usable` of each cell. TILE is the most cells that are processed at a time.
 
     Shapes and units:
-        upper, lower: the float32 rows above and below the cells' centres.
+        upper, lower: (w,) float32, class c in the logit rows above and below the cells' centres.
         down: weight of `lower`, 0 to 1.
         left, following: (n,) the columns to the left and to the right of each cell's centre.
         right: (n,) weight of the column `following`, 0 to 1.
