@@ -161,7 +161,8 @@ class DepthRange:
     def valid(self, label_HW: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
         """Return which pixels of a depth label (H, W) in metres count, bool (H, W).
 
-        They are deeper than `min_depth`, less deep than `max_depth` and inside the crop. NaN does not count.
+        They are deeper than `min_depth`, less deep than `max_depth`, and with `crop="garg"` inside Garg's crop. NaN
+        does not count.
         """
         valid: npt.NDArray[np.bool_] = (label_HW > self.min_depth) & (label_HW < self.max_depth)  # False for NaN
         if self.crop == "none":

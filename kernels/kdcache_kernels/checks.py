@@ -290,8 +290,9 @@ def check_scalar(
 def check_values(problem: LossProblem, *, ids: bool = True) -> None:
     """Raise ValueRangeError if a problem's tensors contain values that the loss cannot use.
 
-    Such values are negative or non-finite class weights, and windows that are empty, not finite or outside the view. If
-    `ids`, they are also class ids out of range. Tensors are skipped if `may_read` does not allow reading them.
+    Such values are negative or non-finite class weights, and windows that are empty, not finite or outside the view.
+    With `ids`, class ids out of range are such values too. Tensors are skipped if `may_read` does not allow reading
+    them.
     """
     check_class_weight_values(problem.class_weight)
     if problem.use_ce and ids:

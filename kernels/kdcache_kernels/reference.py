@@ -120,7 +120,7 @@ class NanReachesAll(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the unchanged gradient for the loss, and for the logits NaN if the loss is not finite, else 0."""
+        """Return two gradients: the loss's, unchanged, and the logits': NaN if the loss is not finite, else 0."""
         (loss,) = ctx.saved_tensors
         return gradients[0], (0 * loss.detach()).to(ctx.dtype).expand(ctx.shape)
 

@@ -150,7 +150,7 @@ def _title(data: str) -> str:
 
 
 def curve(png: bytes) -> Markup:
-    """Return the section that shows a PNG, such as the curve of a sweep."""
+    """Return the section that shows a picture, such as the curve of a sweep. `png` is the content of the PNG file."""
     return render("curve.html", png=base64.b64encode(png).decode("ascii"))
 
 

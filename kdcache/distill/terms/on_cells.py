@@ -226,7 +226,7 @@ class Similarity(Term):
         return shared(difference_bb.square().sum() / b**2, rows, b)
 
     def count(self, batch: TermBatch) -> Tensor:
-        """Return 1, because `loss` itself divides by the squared number of images of all processes."""
+        """Return 1, 0-dimensional, because `loss` itself divides by the squared number of images of all processes."""
         return wide(batch.student.logits).new_ones(())
 
     def _rows(self, batch: TermBatch, features_Bchw: Tensor) -> Tensor:

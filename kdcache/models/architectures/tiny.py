@@ -88,8 +88,8 @@ class PyramidNet(SegmentationModel):
     def pyramid(self, x_B3HW: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """Return the encoder's features (stage -> (B, c, h', w')) and their combination (B, decoder, h, w) at stride 4.
 
-        To combine them, each stage's features are projected to `decoder` channels, upsampled and added. A context of
-        the whole image is also added. `x_B3HW` is normalised float RGB.
+        To combine them, each stage's features are projected to `decoder` channels (see the class), upsampled and added.
+        A context of the whole image is also added. `x_B3HW` is normalised float RGB.
         """
         features: dict[str, Tensor] = {}
         x = x_B3HW

@@ -72,7 +72,8 @@ class YoloModel(WrappedModel):
     """A network of Ultralytics as a model of kdcache, without its auxiliary head.
 
     The network's head returns the same output in training mode as in eval mode: logits, or depth in metres. The taps
-    are the layers whose outputs Ultralytics keeps for skip connections and for the head. The head's inputs come last.
+    are the layers whose outputs Ultralytics keeps for skip connections and for the head. The last taps are the head's
+    inputs.
 
     Args:
         spec: the model's spec, such as `ultralytics:yolo26n-sem`.

@@ -287,10 +287,10 @@ class Tiling(NamedTuple):
 
 
 def choose_tiling(problem: LossProblem) -> Tiling:
-    """Return the `Tiling` of a problem, with the number of rows per strip that is predicted to be the fastest.
+    """Return the `Tiling` of a problem, with the number of rows per strip, 1 to 16, that is predicted to be fastest.
 
-    It is 1 to 16. The prediction is the time of the busiest scheduler of the GPU. On the CPU (Triton's interpreter),
-    return a tiling into few, large programs.
+    The prediction is the time of the busiest scheduler of the GPU. On the CPU (Triton's interpreter), return a tiling
+    into few, large programs.
     """
     B, _, h, w = problem.student.shape
     # One warp: the lane shift is then a shuffle. Of 32 lanes, 31 own a cell.
