@@ -78,7 +78,7 @@ class Spelling:
     def read(self, value: Any) -> Any:
         """Return the value that a text stands for.
 
-        A value that is not a text is returned unchanged, or also parsed if `text_only` is False.
+        If `text_only` is False, values of other types are also parsed. Otherwise they are returned unchanged.
 
         Raises: ValueError or RecipeError for an invalid text.
         """

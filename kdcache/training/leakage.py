@@ -66,9 +66,9 @@ def check_teacher(cache: Cache, config: TrainConfig, labels_used: Flags) -> list
 
 
 def doubt(cache: Cache, fold: Fold) -> str | None:
-    """Return a note if the cache's teacher may have seen the fold, else None.
+    """Return a note if the cache's teacher was trained on a part of the fold, or if the cache does not say. Else None.
 
-    If it has, the result of `--class-trust` is too high, because it is measured on this fold.
+    The result of `--class-trust` is measured on the fold. It is too high if the teacher was trained on it.
     """
     if cache.manifest.teacher.folds is not None:  # each sample's teacher has not seen it
         return None

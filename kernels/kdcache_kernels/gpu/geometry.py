@@ -79,7 +79,8 @@ def target_tables(tables_ptr, H, W, target_batch):
 def tables_size(H: int, W: int, target_batch: int) -> int:
     """Return the number of int32 elements of all neighbour tables of H label rows and W label columns.
 
-    `target_batch` is the number of images with their own neighbour tables of the target, 0 without KL.
+    `target_batch` is the number of images with their own neighbour tables of the target: 1 if they share them, 0
+    without KL.
     """
     return 3 * (H + W) * (1 + target_batch)
 

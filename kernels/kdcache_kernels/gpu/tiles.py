@@ -81,9 +81,9 @@ def tiles_kernel(
     """Compute the fused CE + KL loss and its gradient for any sizes, windows and logits.
 
     Each lane handles one bilinear cell at a time. A bilinear cell is the label pixels between four neighbouring logits.
-    A strip is `strip_rows` rows of logits with the rows of cells that touch them. A block is LANES - 1 columns of cells
-    in strips. Of N programs, each handles every N-th block, from top to bottom. Unless ALL_IMAGES, images with route 1
-    are skipped, see `Prepared.route`.
+    A strip is `strip_rows` rows of logits with the rows of cells that touch them. A block is LANES - 1 cell columns,
+    counted through all strips. Of N programs, each handles every N-th block, from top to bottom. Unless ALL_IMAGES,
+    images with route 1 are skipped, see `Prepared.route`.
 
     Shapes and units:
         student_ptr, target_ptr: (B, C, h, w) and (B, C, ht, wt) logits, as in `Prepared`.

@@ -215,7 +215,8 @@ def _kl(problem: LossProblem, student: Softmax, lost_BP: Tensor | None) -> tuple
 def in_pixels(x: Tensor, axis: int = 1) -> Tensor:
     """Merge the axes of rows and columns, the last two, into one. Remove them if the images have a single pixel.
 
-    For example, (B, C, H, W) gives (B, C, H * W), and (B, C, 1, 1) gives (B, C). `axis` is the axis of the rows.
+    `axis` is the axis of the rows, such as 2 for (B, C, H, W). The result is then (B, C, H * W), or (B, C) if H = W =
+    1.
     """
     return x.flatten(axis) if x.shape[axis:].numel() > 1 else x.flatten(axis - 1)
 
