@@ -121,12 +121,20 @@ def _watch(process: int, client: socket.socket) -> None:
 if __name__ == "__main__":
     sys.path.pop(0)  # this folder
     import gc
+    import importlib
+    import pkgutil
 
+    import matplotlib.backends.backend_agg
+    import matplotlib.figure
+    import torch._dynamo  # which torch imports when the first optimizer is made
     import torchvision  # noqa: F401
 
+    import kdcache
     import kdcache_kernels.cpu  # noqa: F401
     from kdcache_cli.app import main
 
+    for found in pkgutil.walk_packages(kdcache.__path__, "kdcache."):
+        importlib.import_module(found.name)
     gc.freeze()  # what is imported lives as long as the forks
     _serve(sys.argv[1])
     main()

@@ -67,6 +67,9 @@ def save_figure(
         _put_above(figure, above)
     path.parent.mkdir(parents=True, exist_ok=True)
     _make_plain(figure)
+    if layout := figure.get_layout_engine():  # once for all formats: savefig would draw everything twice
+        layout.execute(figure)
+        figure.set_layout_engine("none")
     files = [path.with_name(f"{path.name.removesuffix('.png')}.{kind}") for kind in formats]
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "kdcache", "pdf.fonttype": 42}):
         for kind, file in zip(formats, files, strict=True):
@@ -255,7 +258,9 @@ def panels(
     for number, (name, picture) in enumerate(pictures):
         column, row = divmod(number // 2, rows)
         place = 1 + 2 * columns * row + 2 * column + number % 2
-        axes = figure.add_subplot(*((1, len(pictures), number + 1) if in_row else (rows, 2 * columns, place)))
+        axes = figure.add_subplot(
+            *((1, len(pictures), number + 1) if in_row else (rows, 2 * columns, place)), xticks=(), yticks=()
+        )
         if isinstance(picture, np.ndarray):
             axes.imshow(picture, interpolation="nearest")
         else:
