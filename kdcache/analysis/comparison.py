@@ -220,9 +220,10 @@ def collapse(row: Row, name: str) -> str | None:
 
 
 def is_collapsed(row: Row) -> bool:
-    """Return True if the segmentation scores of all of the row's runs are at chance level (see `at_chance`).
+    """Return True if the segmentation scores of all of the row's runs are at chance level.
 
-    A row without runs gives False.
+    Such scores are no better than those of a constant or random prediction, see `at_chance`. A row without runs gives
+    False.
     """
     return bool(row.runs) and len(row.collapsed) == len(row.runs)
 

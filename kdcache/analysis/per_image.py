@@ -206,8 +206,8 @@ def best_and_worst(ranking: Sequence[tuple[int, float]], best: int, worst: int) 
 
     Args:
         ranking: pairs (position, score), the best image first, as `ranked` returns them.
-        best: the largest number of best images. If there are too few images for both lists, each list gets half of
-            them, or what the other list leaves.
+        best: the largest number of best images. With fewer than `best` + `worst` images, each list gets half of them,
+            or more if the other list needs less.
         worst: the largest number of worst images.
     """
     upper = min(best, max(len(ranking) - worst, -(-len(ranking) // 2)))

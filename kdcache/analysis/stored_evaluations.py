@@ -283,7 +283,7 @@ class Record:
     def name(self, *, own_size: bool) -> str:
         """Return the name of the evaluation's file, without a suffix, such as "evaluation-val".
 
-        `own_size` says that the model sees images at the size of its training. Otherwise the name has the size.
+        `own_size` is True if the model sees images at the size of its training. False adds the size to the name.
         """
         parts = [f"evaluation-{self.split}"]
         if self.fold is not None:
@@ -325,9 +325,9 @@ def keep(record: Record, folder: Path, run: str, metrics: TaskMetrics, *, own_si
 def file_name(record: Record, folder: Path, run: str, *, own_size: bool = True) -> str:
     """Return the name for an evaluation's file in `folder`, without a suffix.
 
-    It is `record.name`, even if an earlier evaluation of the same data set has that name and will be replaced. If an
-    earlier one of another data set or model has it, a digest is appended. `run` is the run's name as the user wrote
-    it. If `own_size` is False, the name has the size of the images that the model sees.
+    It is `record.name`, with a digest if a file of that name is of another data set or another SPEC@FILE. `run` is the
+    run or SPEC@FILE as the user wrote it. `own_size` is True if the model sees images at the size of its training.
+    False adds the size to the name.
     """
     name = record.name(own_size=own_size)
     earlier = read_object(folder / f"{name}.json")
@@ -386,7 +386,7 @@ def name_of_several(records: Sequence[Record], run: str, *, own_size: bool = Tru
     """Return the name of the file for an evaluation on several data sets, without a suffix.
 
     `records` has a record for each data set, and `run` is the run's name as the user wrote it. `own_size` is True if
-    the model sees images at the size of its training. Other sizes give other names.
+    the model sees images at the size of its training. False puts the size into the digest.
     """
     kinds = [[record.place, record.name(own_size=own_size), record.which or run] for record in records]
     return f"evaluations-{hashlib.sha256(json.dumps(kinds).encode()).hexdigest()[:8]}"

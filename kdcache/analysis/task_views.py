@@ -64,7 +64,7 @@ class TaskView(ABC):
 
     @property
     def figures(self) -> Mapping[str, Figure]:
-        """The task's metrics as tables show them, by name."""
+        """How tables show each metric of the task: name -> `Figure`, with a column header and the value's format."""
         return EVALUATORS[self.task].figures
 
     @property

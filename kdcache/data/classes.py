@@ -111,7 +111,7 @@ def read_numbers(folder: Path) -> dict[int, int] | None:
 
 
 def says_numbers(folder: Path) -> bool:
-    """Return whether a line of `classes.txt` in a data folder says which number in label files means a class or void.
+    """Return whether a data folder's `classes.txt` gives the number in label files of any class or of void.
 
     Return False without this file. Raises: DataError if the file is empty or malformed.
     """

@@ -28,7 +28,7 @@ class PseudoLabels:
 
 
 class StoredTargets(Protocol):
-    """The interface of stored targets, as `Cache.targets_for` returns them: numpy arrays without pixels or labels."""
+    """Anything with `to_dict`, such as the result of `Cache.targets_for`: stored targets without pixels or labels."""
 
     def to_dict(self) -> Mapping[str, Any]:
         """Return a dict: name, as in `Batch.to_dict`, such as `targets/segmentation/values` -> numpy array."""

@@ -119,7 +119,7 @@ def check_rows(logits: Tensor | None, batch: Batch) -> None:
 
 
 def check_logits(reading: Sequence[str]) -> None:
-    """Raise RecipeError for loss terms that need segmentation logits, because the student has no such head.
+    """Raise RecipeError if any loss term needs segmentation logits. Call it for a student without that head.
 
     `reading` holds the names of these terms. If it is empty, nothing is raised.
     """

@@ -28,7 +28,7 @@ Of = TypeVar("Of", Metrics, DepthMetrics)
 
 @dataclass(frozen=True)
 class Figure:
-    """A metric as tables show it.
+    """How tables show a metric: its column header and the format of its values.
 
     Attributes:
         head: the header of its column, with the unit.

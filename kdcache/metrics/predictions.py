@@ -104,7 +104,7 @@ def predictions(
         numbers: positions of samples in `split`, in the order of the predictions.
         inference: how the model runs.
         tasks: the tasks to predict, "segmentation" or "depth". Only their labels are read.
-    Raises: RecipeError for windows larger than an image.
+    Raises: RecipeError if the model sees images in windows (`inference.framing`) that are larger than an image.
     """
     samples = prefetch(
         lambda index: _load(split, index, inference, tasks),

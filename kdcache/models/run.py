@@ -218,7 +218,9 @@ def describe_weights(weights: str | Path) -> RunModel | None:
 
 
 def described(spec: str, weights: str) -> RunModel | None:
-    """Return the description in the header of a file for `SPEC@FILE`, or None if kdcache did not export the file.
+    """Return the model's spec, classes and sizes from the header of a file of weights. None without such a header.
+
+    Only `kdcache export` writes this header. The result is None for other files.
 
     Args:
         spec: the model spec.

@@ -13,7 +13,8 @@ class Removed:
 
     Attributes:
         fix: what the user can do instead, in the imperative.
-        unused: the value, or a tuple of values, at which a setting in an old recipe.toml has no effect and is ignored.
+        unused: for a removed setting: a value, or a tuple of values, without effect. An old recipe.toml with such a
+            value still works. None if there is none.
     """
 
     fix: str

@@ -64,7 +64,7 @@ class Spelling:
         rule: describes the text in errors, such as "HEIGHTxWIDTH in pixels". None if the type or `parse` describes it.
         example: a valid text.
         show: returns the text of a value for a recipe. None if a recipe holds the value itself.
-        nothing: the text for the value None.
+        nothing: the text that stands for the value None. None if no text does.
         text_only: True if `parse` is called for texts only. Other values then pass unchanged.
     """
 

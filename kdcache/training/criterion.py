@@ -268,7 +268,7 @@ def _terms(
 def _target_weight(
     config: TrainConfig, kind: Literal["none", "median", "sqrt"], dataset: DrawnDataset
 ) -> Tensor | None:
-    """Return class weights (C,) by rarity in the targets, which are the cache's or the labels. None for `none`."""
+    """Return class weights (C,) by rarity in the targets, which are the cache's or the labels. None for kind "none"."""
     if kind == "none":
         return None
     stored = dataset.cache if config.loss.teacher == "store" else None

@@ -53,7 +53,7 @@ def report(
         split: name of its split. Default: the validation split in the runs' recipes.
         teacher: a run or SPEC@FILE, shown in its own row, outside the ranking. None shows no teacher.
         title: title of the page. Default: made from the data set's name.
-        num: number of best and worst images. Default: 3, or with `draw` 10 for each run.
+        num: number of best images, and of worst images. Default: 3, or with `draw` 10 for each run.
         draw: folder for pictures, curves and confusion matrices as separate files. None writes none.
         layout: how panels are arranged in these files: "grid" (the default) or "row". It needs `draw`.
         format: comma-separated formats of these files, such as "png,pdf". PNG is always written. It needs `draw`.

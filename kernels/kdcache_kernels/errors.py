@@ -40,7 +40,7 @@ class ShapeError(KernelError):
 
 
 class ValueRangeError(KernelError):
-    """Raised for a number, a class id or a name that is outside its range."""
+    """Raised for a number or class id outside its range, and for a name that is not one of the allowed names."""
 
 
 def misfit(name: str, value: Any, wanted: str, fix: str) -> ShapeError:

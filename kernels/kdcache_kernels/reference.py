@@ -57,7 +57,7 @@ class Denominators(NamedTuple):
 
     Attributes:
         ce: the sum of the class weights of the labelled pixels (their number without class weights).
-        kl: the number of pixels that the KL term counts.
+        kl: the number of pixels that the KL term counts, 0 without a target as in the example.
     """
 
     ce: Tensor
@@ -108,7 +108,7 @@ class NanReachesAll(torch.autograd.Function):
 
     @staticmethod
     def forward(loss: Tensor, logits_BChw: Tensor) -> Tensor:
-        """Return a copy of the loss. In `backward`, both `loss` and `logits_BChw` get a gradient."""
+        """Return a copy of the loss. `logits_BChw` is passed only so that `backward` can give it a gradient."""
         return loss.clone()
 
     @staticmethod
@@ -120,7 +120,7 @@ class NanReachesAll(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
-        """Return two gradients: the loss's, unchanged, and the logits': NaN if the loss is not finite, else 0."""
+        """Return the gradient by the loss, unchanged, and the gradient by the logits: NaN, or 0 for a finite loss."""
         (loss,) = ctx.saved_tensors
         return gradients[0], (0 * loss.detach()).to(ctx.dtype).expand(ctx.shape)
 

@@ -19,7 +19,7 @@ Size = tuple[int, int]
 
 
 class ViewPositions(NamedTuple):
-    """Where the centres of an image's pixels lie in the view that the image shows.
+    """Where the centres of a student's label pixels lie in the view that the student sees.
 
     Attributes:
         y, x: (B, H) and (B, W) float64 positions of rows and columns in pixels of the view. 0 is the view's edge, and
@@ -44,7 +44,7 @@ class ViewPositions(NamedTuple):
         return ~(outside_y_BH[:, :, None] | outside_x_BW[:, None, :])
 
     def hat_matrices(self, grid: Size, align_corners: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return the bilinear weights that resample a map of the view to the H x W pixels of the image.
+        """Return the bilinear weights with which to read a map of the view at the H x W positions (`y`, `x`).
 
         Args:
             grid: (h, w), the rows and columns of the map.

@@ -101,7 +101,7 @@ def score_first_runs(
     If runs are judged on the folds that they left out, only one fold is scored, by a run of each row that left it out.
 
     Args:
-        comparison: the comparison.
+        comparison: the comparison of `runs`, with its rows.
         runs: all compared runs.
         split: the split of the comparison.
         judging: how the comparison evaluated the runs.

@@ -63,8 +63,8 @@ class CheckSettings:
         classes: numbers of classes.
         windows: names of windows: "whole" (the whole view), "flip" (mirrored), "crop" (cut at cell edges), "scale"
             (zoomed) or "edge" (partly beyond the view).
-        values: distributions of the logits: "normal", "wide" (each is 6e4 or -6e4) or "range" (uniform from 0 to 75 or
-            90).
+        values: distributions of the logits: "normal", "wide" (each is 6e4 or -6e4) or "range" (uniform, from 0 to 75
+            in the first image and from 0 to 90 in the second).
         every: 1 checks all points, 4 about one in four.
     """
 

@@ -113,8 +113,9 @@ def our_loss(case: Case, inputs: Inputs, impl: str) -> Tensor:
 def eager_loss(student_BChw: Tensor, targets: Targets) -> Tensor:
     """Return CE + T^2 * KL of the student's logits in eager PyTorch, the rival of `our_loss` with the same value.
 
-    CE counts labelled pixels. KL multiplies each pixel by `targets.mask`, and leaves out pixels whose teacher's
-    confidence is below `targets.threshold`. Their denominators are `targets.ce_count` and `targets.kl_count`.
+    CE counts labelled pixels. KL multiplies each pixel by `targets.mask`, and leaves out pixels where the
+    teacher's largest probability is below `targets.threshold`. Their denominators are `targets.ce_count`
+    and `targets.kl_count`.
     """
     T, size = targets.temperature, targets.labels.shape[1:]
     teacher_BChw = targets.teacher if T == 1 else targets.teacher / T

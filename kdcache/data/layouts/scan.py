@@ -234,7 +234,7 @@ def replace_images(scan: Scan, folder: Path, split: str) -> Scan:
 
 
 def read_list(path: Path) -> list[Line]:
-    """Return (line number, words) for each line of a text file that is not blank. Line numbers start at 1.
+    """Return (line number, words) for each line with words in a text file. Line numbers start at 1.
 
     Raises: DataError for a file that is not UTF-8 text.
     """

@@ -19,7 +19,7 @@ def copied_fidelity(source: Cache, codec: Codec | None) -> Fidelity | None:
 
     Args:
         source: the cache to copy.
-        codec: how arrays of the copy are compressed: `default`, `small` or `none`. None is the source's codec.
+        codec: how arrays of the copy are compressed: "default", "small" or "none". If it is None, the source's codec.
     Returns: the error. None if it is unknown, as for a rounded copy of a cache that stores only the top k classes.
     """
     manifest = source.manifest

@@ -62,13 +62,13 @@ ZOOM = (1.0, 2.0)
 
 
 def with_zoom(options: BuildOptions, *, metres: bool) -> BuildOptions:
-    """Return the options, with the default range of the zoom as `view_scale` if it is None.
+    """Return the options, with the default range of the zoom if `options.view_scale` is None.
 
-    `metres` says whether the cache has depth in metres, as labels or as a head. If it has, and `depth_zoom` is `none`,
-    the default is (1.0, 1.0), otherwise (1.0, 2.0).
+    `metres` is True if the cache has depth in metres, as labels or as a head. The default is (1.0, 2.0), but (1.0, 1.0)
+    if there are metres and `depth_zoom` is "none".
 
-    Raises: RecipeError if views zoom and `depth_zoom` does not say what happens to metres, or if `depth_zoom` is set
-        without metres.
+    Raises: RecipeError if there are metres, `depth_zoom` is "none", and the given `view_scale` makes views zoom. Also
+        if there are no metres and `depth_zoom` is "divide" or "keep".
     """
     if options.depth_zoom != "none" and not metres:
         raise RecipeError(

@@ -92,7 +92,7 @@ class TeacherProbe:
         heads: names of the heads to store.
         metres: True if a head or a label of the split has depth in metres.
         taps: names of the taps that features and statistics need.
-        grid: (h, w) onto which probabilities are averaged, set by `probe`. None is the teacher's own grid.
+        grid: (h, w) of the coarser map that the build stores, set by `probe`. None is the size of the teacher's map.
     Raises: RecipeError for unknown heads and conflicting options; ModelError for an unknown tap or an unsuitable image
         size.
     """

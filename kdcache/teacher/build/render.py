@@ -112,7 +112,9 @@ class LikeSplit(Split):
 
 
 def split_like(like: Cache, split: Split) -> LikeSplit:
-    """Return `split` as a data set whose views must be the same as the views of the cache `like`.
+    """Return `split` as a data set for a build that renders the same views as the cache `like`.
+
+    That build raises MismatchError at the first view that differs from the cache's.
 
     Raises: MismatchError if the sample ids differ.
     """
@@ -163,7 +165,7 @@ class StoredArray(Source[Any]):
     of_content: str
 
     def read(self) -> Array:
-        """Return the stored image or label of the record. Raises: CorruptError for a damaged cache."""
+        """Return the image or label that the cache has stored. Raises: CorruptError for a damaged cache."""
         return self.cache.read(self.record, [self.array])[self.array]
 
     def digest(self, of_file: FileDigest | None = None) -> str:

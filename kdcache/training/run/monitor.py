@@ -173,9 +173,10 @@ class Watch:
                 )
 
     def won(self, values: Mapping[str, float]) -> Iterator[str]:
-        """Yield a note, once, for each discriminator whose loss was near 0 in the last 10 calls.
+        """Yield a note, once, for each discriminator whose loss was below 0.01 in the last 10 calls.
 
-        `values` maps the name of a loss term to its value.
+        A discriminator is a network that learns to tell two streams apart by the student's output. `values` maps
+        the name of a loss term to its value.
         """
         for name, value in values.items():
             stream, slash, part = name.rpartition("/")

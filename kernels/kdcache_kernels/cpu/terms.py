@@ -43,8 +43,8 @@ def pixel_terms(
         weight_Pn, gate_Pn: (P, n) weights in CE and in KL, 0 if the term does not count the pixel.
         ce_factor, kl_factor: factors of the terms in the gradient.
         slope_1, slope_T, slope_v, hot: results, one number per pixel.
-        loss: (8 * TILE,) float64. Each pixel's CE in bits is added to the first half, its KL to the second. Both halves
-            have the order of the other arrays.
+        loss: (8 * TILE,) float64. Each pixel's CE is added to the first half, its KL to the second, both in bits. Both
+            halves have the order of the other arrays.
     """
     for p in range(weight_Pn.shape[0]):
         start = p * TILE

@@ -127,8 +127,8 @@ def _write_tail(block, nearest, mass, largest, n, rest, out):
 def pack_tasks(first, last, logits, strides, shape, width, values, indices, tail):
     """Pack the top-k logits of a range of blocks of `width` neighbouring pixels.
 
-    The blocks are `first` to `last` - 1, counted row by row and image by image. Image shapes are (h, w), with N = h * w
-    pixels.
+    The blocks are `first` to `last` - 1, counted row by row and image by image. The last block of a row may be
+    narrower. Image shapes are (h, w), with N = h * w pixels.
 
     Shapes and units:
         logits: flat float32 memory of the (B, C, h, w) logits.

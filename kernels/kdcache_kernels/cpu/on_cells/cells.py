@@ -60,7 +60,7 @@ class Grid(NamedTuple):
 
     @classmethod
     def of(cls, window: Tensor | None, flip: Tensor | None, view_size: Size, array: Size, grid: Size) -> "Grid":
-        """Locate the centres of the cells of a window in a logit map that covers the whole view.
+        """Return the `Grid` with which to read a logit map of the whole view at the centres of a window's cells.
 
         Args:
             window: (B, 4) float64 edges (y0, x0, y1, x1) in pixels of the view, or None for the whole view.

@@ -208,12 +208,12 @@ def learn(first, last, gradient, p_teacher, weights, slope, pull, factor, means,
         weights: (B, h, w) weights of the cells, from `relate`.
         slope, pull: (B, h, w), from `relate`. In a cell, the correlation over the classes has the derivative slope *
             ((q - 1/C) - pull * (p - 1/C)) by p.
-        factor: beta * T / count. beta is the weight of the correlation over the classes, count the number of counted
-            cells.
+        factor: beta * T / count. beta is the weight of the correlation over the classes, T the temperature, and count
+            the number of counted cells.
         means: (2, C), the means of p and of q over the cells.
-        by_teacher, by_student: (C,) factors. The correlation of a class over the cells, times gamma * T / C, has the
-            derivative weight * (by_teacher * (q - mean of q) - by_student * (p - mean of p)) by p. gamma is the weight
-            of this correlation in the loss.
+        by_teacher, by_student: (C,) factors. gamma * T / C times the correlation of a class over the cells has, by p,
+            the derivative m * (by_teacher * (q - mean of q) - by_student * (p - mean of p)). m is the cell's entry of
+            `weights`, and gamma the weight of this correlation in the loss.
     """
     _, C, h, w = gradient.shape
     g, dot, steep, negative = np.empty((C, TILE), _f), np.empty(TILE, _f), np.empty(TILE, _f), np.empty(TILE, _f)

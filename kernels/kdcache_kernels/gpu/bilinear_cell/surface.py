@@ -47,7 +47,7 @@ def load_corners(grid, c):
 
     The result is (top left, top right, bottom left, bottom right), a block each. `grid` begins with (top, bottom, class
     stride): pointers to class 0 of the top left and of the bottom left corners, and the elements between two classes.
-    Further elements are not read.
+    The right corners are the next elements in memory. Further elements of `grid` are not read.
     """
     offset = c * grid[2]
     return (

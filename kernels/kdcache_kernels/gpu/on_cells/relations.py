@@ -49,7 +49,8 @@ def relations_kernel(
     the C classes. The derivative of r by p is slope * ((q - 1/C) - pull * (p - 1/C)). N is the number of programs.
 
     Shapes and units:
-        student, teacher: `Samples`, each followed by its strides (image, class, row, column) in elements.
+        student, teacher: logit maps with their neighbour tables (`Samples`), each followed by the map's strides (image,
+            class, row, column) in elements.
         t_batched: 1 if the teacher's neighbour tables differ between images, else 0.
         counted_ptr, weight_ptr: (B, h, w) counted share and weight of each cell, or None if each is 1.
         plane: h * w. blocks: programs per image. num_blocks: N.
@@ -57,10 +58,11 @@ def relations_kernel(
         S_FLAT, T_FLAT: whether rows of the student's and the teacher's logits follow each other without a gap.
     Results:
         cells_ptr: (B, 7, h * w) float32, seven numbers per cell: the student's largest logit, 1 / the student's sum of
-            exponentials, the same two numbers of the teacher, weight (NaN for a lost cell that counts), slope and pull.
+            exponentials, the same two numbers of the teacher, the cell's weight, slope and pull. The weight is NaN for
+            a lost cell that counts.
         blocks_ptr: (6, C, N) float32, each program's moments, see `RelationProblem.moments`. Weights are written for
             class 0 only.
-        inter_ptr: (N,) float64, the sum of weight * (1 - r) over each program's cells.
+        inter_ptr: (N,) float64, the sum of (the cell's weight) * (1 - r) over each program's cells.
     """
     image, cell_n, exists = cells_of_program(plane, blocks, BLOCK)
     image64, program = image.to(tl.int64), tl.program_id(0)
@@ -142,16 +144,16 @@ def classes_kernel(
         blocks_ptr, inter_ptr: (6, C, num_blocks) and (num_blocks,), results of `relations_kernel`.
         counts_ptr: (num_counts,) float64, whose sum is the number of counted cells. None if all cells count.
         cells: the number of all cells. It is the count if `counts_ptr` is None.
-        count_ptr: one float, the count to use instead of these two, or None.
+        count_ptr: one float, the number of counted cells to divide by. None takes it from `counts_ptr` or `cells`.
         shared_ptr: (6, C) float64 moments of the whole batch, or None if this process has the whole batch.
         gamma: weight of the correlation over the cells. BLOCK: partial sums that are read at a time.
     Results:
         moments_ptr: (6, C) float64, the moments of this process's cells, see `RelationProblem.moments`.
         factors_ptr: (4, C) float32: mean of p, mean of q, and two factors f and g. In a cell, gamma / C * r has the
-            derivative weight * (f * (q - mean of q) - g * (p - mean of p)) by p.
+            derivative m * (f * (q - mean of q) - g * (p - mean of p)) by p. m is the cell's weight.
         intra_ptr: (C,) float64, 1 - r.
-        sums_ptr: (2,) float64: the sum of weight * (1 - correlation over the classes) over the cells, and 1 / the
-            count.
+        sums_ptr: (2,) float64: the sum over the cells of (the cell's weight) * (1 - correlation over the classes), and
+            1 / the number of counted cells.
     """
     c = tl.program_id(0)
     step = num_classes * num_blocks
@@ -249,7 +251,8 @@ def relations_gradient_kernel(
     The student's logits are resized to the cells first.
 
     Shapes and units:
-        student, teacher: `Samples`, each followed by its strides (image, class, row, column) in elements.
+        student, teacher: logit maps with their neighbour tables (`Samples`), each followed by the map's strides (image,
+            class, row, column) in elements.
         t_batched: 1 if the teacher's neighbour tables differ between images, else 0.
         cells_ptr: (B, 7, h * w) float32 from `relations_kernel`: student's and teacher's softmax maximum and
             denominator, the cell's weight, and two factors of the derivative.
@@ -309,7 +312,8 @@ def relations_totals_kernel(sums_ptr, intra_ptr, loss_ptr, num_classes, beta, ga
     There is one program. inter is sums[0] * sums[1], and intra is the mean of the C values at `intra_ptr`.
 
     Shapes and units:
-        sums_ptr: (2,) float64, the sum over the cells of weight * (1 - correlation), and 1 / the number of cells.
+        sums_ptr: (2,) float64, the sum over the cells of (the cell's weight) * (1 - correlation), and 1 / the number of
+            counted cells.
         intra_ptr: (C,) float64, 1 - correlation of each class. loss_ptr: one float32 result. num_classes: C.
         beta, gamma: weights of inter and intra. temperature: T. BLOCK: classes that are read at a time.
     """
