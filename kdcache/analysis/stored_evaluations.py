@@ -325,8 +325,8 @@ def keep(record: Record, folder: Path, run: str, metrics: TaskMetrics, *, own_si
 def file_name(record: Record, folder: Path, run: str, *, own_size: bool = True) -> str:
     """Return the name for an evaluation's file in `folder`, without a suffix.
 
-    It is `record.name`, with a digest if a file of that name is of another data set or another SPEC@FILE. `run` is the
-    run or SPEC@FILE as the user wrote it. `own_size` is True if the model sees images at the size of its training.
+    It is `record.name`, with a digest if a file of that name is of another data set, SPEC@FILE or image size. `run` is
+    the run or SPEC@FILE as the user wrote it. `own_size` is True if the model sees images at the size of its training.
     False adds the size to the name.
     """
     name = record.name(own_size=own_size)

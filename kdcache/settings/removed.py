@@ -13,8 +13,8 @@ class Removed:
 
     Attributes:
         fix: what the user can do instead, in the imperative.
-        unused: for a removed setting: a value, or a tuple of values, without effect. An old recipe.toml with such a
-            value still works. None if there is none.
+        unused: the value, or a tuple of values, of a removed setting that an old recipe.toml may still have, because it
+            has no effect. None allows no value.
     """
 
     fix: str

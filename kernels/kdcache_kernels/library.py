@@ -164,7 +164,7 @@ def computed(problem: LossProblem, family: str) -> LossResult:
     """Compute the loss of a problem with the implementation `family`: "numba", "triton" or "torch".
 
     Arguments are not checked. With only one class, loss and gradient are exactly 0, or NaN if a counted pixel depends
-    on an unusable logit.
+    on an unusable logit (NaN, infinite or too large).
     """
     result: LossResult = module_of(family, "loss").distill_loss(problem)
     if problem.student.shape[1] > 1:

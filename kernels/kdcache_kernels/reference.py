@@ -280,7 +280,7 @@ def kl_pixels(
     flip_B: Tensor | None,
     distill_void: bool,
 ) -> tuple[Tensor, ViewPositions]:
-    """Return the (B, H, W) bool mask of pixels that KL counts, and where the pixels lie in the target's view.
+    """Return the (B, H, W) bool mask of pixels that KL counts, and all pixels' positions in the target's view.
 
     KL counts the pixels whose centre lies in the target's view.
 

@@ -67,7 +67,7 @@ def doubts_of(
         reports: split name -> report of its contents.
         classes: the data set's classes.
         place: the data set's layout and folder, or None for the built-in scenes.
-        whole: whether `reports` has all splits of the data set. Only then it is a problem if no image has a label.
+        whole: whether `reports` has all splits of the data set. Only then is it a problem if no image has a label.
     """
     doubts = Doubts()
     lists_classes = place is not None and (isinstance(place.layout, Folder) or place.layout.lists_classes(place.root))

@@ -101,14 +101,15 @@ def argmax_tasks(first, last, logits, lost, rows, columns, width, argmax, confid
 
     Shapes and units:
         logits: (B, C, h, w) float32 teacher logits, with 0 at lost positions.
-        lost: (B, h, w) bool, whether a logit of the position is NaN or too large to use.
+        lost: (B, h, w) bool, whether the position has an unusable logit (NaN, infinite or too large).
         rows, columns: the neighbours of each label row and label column. Each is a named tuple of five arrays, (Bt, H)
             for rows and (Bt, W) for columns. Bt is B, or 1 if all images share them. The fields are: cell and next_cell
             (uint32 indices of the two neighbouring logits), weight and next_weight (their float32 bilinear weights),
             and outside (bool, True beyond the view).
         width: label columns that are processed at a time.
         argmax: (B, H, W) int32 result, class ids.
-        confidence: (B, H, W) float32 result, probabilities. 0 outside the view, NaN next to a lost position.
+        confidence: (B, H, W) float32 result, probabilities. 0 outside the view, NaN if a lost
+            position has a weight above 0.
     """
     _, num_classes, _, w = logits.shape
     H, W = argmax.shape[1:]
@@ -146,8 +147,8 @@ def argmax_confidence(
     Args:
         target: packed teacher logits.
         size: (H, W) of the result in pixels.
-        window_B4: (B, 4) float64 edges in pixels of the view, or None for the whole view. NaN gives a confidence of
-            NaN.
+        window_B4: (B, 4) float64 edges in pixels of the view, or None for the whole view. A NaN edge makes all
+            confidences of the image NaN.
         flip_B: (B,) bool, whether to mirror left to right, or None.
     Returns: (class ids, float16 probabilities), (B, H, W) each.
     Memory: the result in int32 and float32, and 4 * B*C*h*w bytes.

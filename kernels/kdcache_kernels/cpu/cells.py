@@ -200,7 +200,7 @@ def cells(
     row with n nodes. There are P = 4 phases: phase p holds pixel p between every two nodes.
 
     Shapes and units:
-        student, target: (B, h, tiles, C, n) float32 logits at the nodes, times log2(e) / T, minus their maximum.
+        student, target: (B, h, tiles, C, n) float32, at the nodes: (logit - maximum over the classes) * log2(e) / T.
         ids, weight, gate: (B, H, tiles, P, n) class ids and pixel weights in CE and in KL, from `prepare.count_pixels`.
         spread: (B, H, tiles, P, n), each class's share of a smoothed label, or empty without label smoothing.
         starts: (h + 1,) first label row of each cell row.

@@ -162,7 +162,7 @@ def plans(geometry: Geometry, window_B4: Tensor | None, flip_B: Tensor | None) -
 
 @lru_cache(maxsize=32)
 def plan_of_whole_view(geometry: Geometry, for_cells: bool) -> Plan | None:
-    """Return the plan of a problem without window and flip, from a cache of 32 plans.
+    """Return the plan of a problem without window and flip. The last 32 plans are cached.
 
     If `for_cells`, the plan has the layout by cells (see `Plan`), or is None if the sizes do not allow this layout.
     Otherwise it has the layout by pixels.

@@ -166,7 +166,7 @@ def log2(x):
 
 @njit(**SUMS)
 def total(x, start, n):
-    """Return the float64 sum of x[start : start + n]. The compiled order of additions never changes."""
+    """Return the float64 sum of x[start : start + n]. The order of the additions is always the same."""
     part = x[start : start + n]
     result = 0.0
     for k in range(n):

@@ -129,8 +129,8 @@ def pixels(
     image b has the number b * h + i. A label row is cut into tiles of n pixels.
 
     Shapes and units:
-        student, target: (B, h, 1, C, w + 1) float32 logits times log2(e) / T, minus their maximum. The last column is
-            repeated. h and w are those of the map.
+        student, target: (B, h, 1, C, w + 1) float32, (logit - maximum over the classes) * log2(e) / T. The last
+            column is repeated. h and w are the rows and columns of the student's or the target's own logits.
         ids, weight, gate: (B, H, tiles, 1, n) class ids and pixel weights in CE and in KL, from `prepare.count_pixels`.
         spread: (B, H, tiles, 1, n), each class's share of a smoothed label, or empty without label smoothing.
         taps: neighbour tables of the label columns: (index, fraction) of the student, (tiles, n) each, then of the

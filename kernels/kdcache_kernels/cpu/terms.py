@@ -14,7 +14,7 @@ _LN2 = _f(LN2)
 
 @njit(**OPTIONS)
 def any_counts(weight_Pn):
-    """Return True if any of the (P, n) weights is not 0, one for each pixel of P phases. NaN counts as nonzero."""
+    """Return True if any weight is not 0, NaN included. `weight_Pn` has a weight per pixel: P phases of n pixels."""
     for p in range(weight_Pn.shape[0]):
         for k in range(weight_Pn.shape[1]):
             if weight_Pn[p, k] != 0:
@@ -63,7 +63,7 @@ def pixel_terms(
 def smoothing_terms(n, sum_1, mix, total_weight, spread_Pn, ce_factor, slope_1, even, loss):
     """Add the part of label smoothing to the cross-entropy of a row of label pixels and to its gradient's factors.
 
-    The part is the sum over all classes of spread * class weight * the cross-entropy with that class. Call it after
+    This part is the sum over all classes of spread * class weight * the cross-entropy with that class. Call it after
     `pixel_terms`. An array without a shape has 4 * TILE float32 entries. Its entry p * TILE + k is for pixel k of phase
     p.
 
@@ -76,7 +76,7 @@ def smoothing_terms(n, sum_1, mix, total_weight, spread_Pn, ce_factor, slope_1, 
         ce_factor: factor of CE in the gradient.
         slope_1: factor of e_1 in the gradient by every class's logit, increased.
         even: result. Subtract even * class weight from the gradient by every class's logit.
-        loss: (8 * TILE,) float64. Its first half, CE in bits, is increased.
+        loss: (8 * TILE,) float64. This part of CE in bits is added to its first half.
     """
     for p in range(spread_Pn.shape[0]):
         start = p * TILE
@@ -102,7 +102,7 @@ def focal_terms(n, sum_1, own, weight_Pn, gamma, slope_1, hot, loss):
         gamma: exponent, > 0.
         slope_1, hot: factors of the gradient, from `pixel_terms`. They are multiplied by (1 - p)**gamma - gamma * (1 -
             p)**(gamma - 1) * p * log(p).
-        loss: (8 * TILE,) float64. Its first half, CE in bits, is corrected.
+        loss: (8 * TILE,) float64. Its first half, CE in bits, becomes the focal loss.
     """
     for p in range(weight_Pn.shape[0]):
         start = p * TILE

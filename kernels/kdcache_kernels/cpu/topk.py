@@ -228,7 +228,7 @@ def pack(logits_BChw: Tensor, k: int) -> tuple[Tensor, Tensor | None, Tensor | N
         k: 1 to C. C keeps every class in class order.
     Returns: (values, indices, tail) as in `PackedTarget`: the kept logits (B, k, h, w) minus the pixel's largest, their
         class ids, and the log-odds (B, h, w) of the other classes' mass. With k = C, indices and tail are None.
-    Raises: ShapeError or ValueRangeError for wrong arguments.
+    Raises: ShapeError for a tensor that is not (B, C, h, w) of floats, ValueRangeError for k.
     Memory: the result in float32 and int32. Logits that are not contiguous float32 are copied.
     """
     check_logits(logits_BChw, k)
@@ -260,7 +260,7 @@ def densify(values: Tensor, indices: Tensor | None, tail: Tensor | None, num_cla
 
     `values`, `indices` and `tail` are the fields of a `PackedTarget`, and `num_classes` is C.
 
-    Raises: ShapeError, or ValueRangeError for class ids out of range.
+    Raises: ShapeError for wrong shapes, dtypes or devices, ValueRangeError for class ids out of range.
     Memory: the result, and 8 bytes per stored value.
     """
     check_packed(values, indices, tail, num_classes)

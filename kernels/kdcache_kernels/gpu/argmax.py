@@ -131,8 +131,8 @@ def argmax_confidence(
     Args:
         target: packed teacher logits.
         size: (H, W) of the result in pixels.
-        window_B4: (B, 4) float64 edges in pixels of the view, or None for the whole view. NaN gives a confidence of
-            NaN.
+        window_B4: (B, 4) float64 edges in pixels of the view, or None for the whole view. A NaN edge makes all
+            confidences of the image NaN.
         flip_B: (B,) bool, whether to mirror left to right, or None.
     Returns: (class ids, float16 probabilities), (B, H, W) each.
     Memory: the result, and 4 * B*C*h*w bytes for a target with k < C.

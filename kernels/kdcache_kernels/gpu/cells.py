@@ -108,7 +108,7 @@ def cells_kernel(
     Shapes and units:
         student_ptr, target_ptr: (B, C, h, w) and (B, C, ht, wt) logits, as in `Prepared`.
         student_lost_ptr, target_lost_ptr: (B, h, w) and (B, ht, wt) uint8, 1 where a logit is unusable.
-        route_ptr, factors_ptr, mix_ptr, target_scale, target_batch: the fields of `Prepared`. tables_ptr:
+        route_ptr, factors_ptr, mix_ptr, target_scale, target_batch: fields of `Prepared`. tables_ptr:
             `Prepared.tables`, or None without a window.
         pixels: `Pixels`, labels and pixel weights. label_stride_b to gate_stride_w: their strides in elements.
         blocks: programs per image. strips: strips per image. temperature: T.
@@ -374,8 +374,8 @@ def launch(
 
     Shapes and units:
         problem, prepared: the checked arguments, and the result of `prepare` for them.
-        gradient: (B, C, h, w) contiguous result, written for those images except at seams: the rows of logits where two
-            strips meet. None computes no gradient.
+        gradient: (B, C, h, w) contiguous result, written for images with route 1, except at seams: the rows of logits
+            where two strips meet. None computes no gradient.
         buffers: memory of the size that `needs` returns. Its scratch gets what each strip adds at seams.
         tiling: from `choose_tiling`.
         stride: label pixels per logit along an axis, 2, 4 or 8.

@@ -122,7 +122,7 @@ class Needs(NamedTuple):
         programs: number of Triton programs of the launch. Each writes its sums of CE and KL to a row of
             `Buffers.partials`.
         scratch: number of float32 elements of `Buffers.scratch`, needed only to compute a gradient. `loss.add_up` still
-            reads what `cells.cells_kernel` wrote there, so no kernel may overwrite it in between.
+            reads what `cells.cells_kernel` wrote there, so no later kernel may overwrite it.
     """
 
     programs: int

@@ -121,7 +121,7 @@ def distill_loss(problem: LossProblem) -> LossResult:
 
     The result has the same bits every time.
 
-    Raises: ShapeError for an image of 2^31 logits or more, or whose strides reach as many elements.
+    Raises: ShapeError if the logits, labels or weights of one image span 2^31 elements or more in memory.
     Memory: the gradient, 4 bytes per logit of the student, and 4 per logit of the target unless kernels read it in
         place. In addition, the largest `Needs.scratch` of the kernels. Nothing has label size times C elements.
     """

@@ -300,7 +300,7 @@ def launch(problem: LossProblem, prepared: Prepared, gradient: Tensor | None, bu
 
     Shapes and units:
         problem, prepared: the checked arguments, and the result of `prepare` for them. Its `stride` must be 1.
-        gradient: (B, C, h, w) contiguous result, written for those images. None computes no gradient.
+        gradient: (B, C, h, w) contiguous result, written for images with route 1. None computes no gradient.
         buffers: memory of the size that `needs` returns.
         tiling: from `choose_tiling`.
     """

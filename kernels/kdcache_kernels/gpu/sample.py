@@ -79,7 +79,8 @@ def along_row(row_n, columns, offset_c):
 
     Shapes and units:
         row_n: pointers to the row of class 0, one for each of the n lanes.
-        columns: (left logit, right logit, weight of the right one), one per lane.
+        columns: from `load_columns`, one per lane: the indices of two neighbouring logits in the row, and the weight of
+            the right one.
         offset_c: offset of each class in elements.
     """
     left_cn = load_logits((row_n + columns[0])[None, :] + offset_c[:, None])
@@ -215,9 +216,9 @@ def softmax_sums_below_peaks(
 
     Shapes and units:
         student_rows, target_rows: pointers to the two student rows and the three target rows around the label rows.
-        student_columns, target_columns: (left logit, right logit, weight of the right one), one per lane.
+        student_columns, target_columns: (left, right, weight) from `load_columns`, as in `softmax_sums`.
         blend: for each label row, a tuple with the weight of the lower student row and those of the three target rows.
-        sizes: (number of classes, elements of a student class, elements of a target class).
+        sizes: (number of classes, elements from one student class to the next, the same for the target).
         temperature: T. pixels: `Pixels`, for the terms to compute.
     Returns: the four sums, the last one times 2^-12, then the largest u and the largest v. Each is a tuple of ROWS
         blocks, one per label row.
@@ -317,9 +318,10 @@ def target_row(at_n, first_n, taps, scale):
 
 @triton.jit
 def load_columns(at_n, taps, width):
-    """Return (left logit, right logit, weight of the right one) of the label column at entry `at_n` of `taps`.
+    """Return (left, right, weight) of label columns: indices of two neighbouring logits, and the right one's weight.
 
-    `taps` is the `geometry.Taps` of the columns. `width` is the number of logits of a row.
+    `at_n` has indices of entries in `taps`, the `geometry.Taps` of the label columns. `width` is the number of logits
+    of a row.
     """
     left_n = tl.load(taps.index + at_n)
     return left_n, tl.minimum(left_n + 1, width - 1), tl.load(taps.fraction + at_n)
@@ -371,8 +373,8 @@ def visit(
     Shapes and units:
         student_rows, target_rows: pointers to the two student rows and three target rows around the pixels, one per
             lane.
-        student_lost_rows, target_lost_rows: pointers to the same rows of the marks of lost positions.
-        mix_rows: pointers to the same two rows of `Prepared.mix`, read only with label smoothing.
+        student_lost_rows, target_lost_rows: pointers to these rows in the uint8 marks of lost positions.
+        mix_rows: pointers to the two student rows in `Prepared.mix`, read only with label smoothing.
         blend: for each label row, a tuple with the weight of the lower student row and those of the three target rows.
         target_places: for each label row, (fraction, below) from `target_row`.
         left_n, right_n: the student's columns left and right of the cell. first_n: the cell's first label column.
@@ -382,8 +384,8 @@ def visit(
             in elements.
         value_ptrs: where to store eight numbers per pixel for `tile_gradient.add_gradient`, if HAS_GRADIENT.
         pixels: `Pixels`. k_ce, k_kl: factors of the terms in the gradient. label_factors: from `load_label_factors`.
-        sizes: (number of classes, elements of a student class, elements of a target class). W, wt: label columns and
-            target columns.
+        sizes: (number of classes, elements from one student class to the next, the same for the target). W, wt: label
+            columns and columns of the target's logits.
         temperature: T. POWER: T if it is an integer up to 4, else 0. BLOCK: classes that are read at a time.
     Returns: each lane's weighted CE and KL in nats, and 1 if the stored factors are relative to the largest u and v,
         else 0.

@@ -90,8 +90,9 @@ def add_gradient(
         first_n: the cell's first label column. target_at_n: first entry of the image in `target_taps`.
         taps, target_taps: `geometry.Taps` of the label columns in the student's and the target's logits.
         pixels: `Pixels`, the labels and pixel weights. k_ce: factor of CE in the gradient.
-        sizes: (number of classes, elements of a student class, elements of a target class).
-        W, wt: label columns, and the target's columns. temperature: T. POWER: T if it is an integer up to 4, else 0.
+        sizes: (number of classes, elements from one student class to the next, the same for the target).
+        W, wt: label columns, and columns of the target's logits. temperature: T.
+        POWER: T if it is an integer up to 4, else 0.
         PEAKS: whether the stored factors are relative to the largest logits.
         BLOCK, UNROLL: classes of a block, and blocks per iteration of the loop over the classes. LANES: lanes of the
             program.

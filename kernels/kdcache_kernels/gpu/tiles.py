@@ -275,7 +275,7 @@ class Tiling(NamedTuple):
 def choose_tiling(problem: LossProblem, *, all_images: bool = True) -> Tiling:
     """Return the `Tiling` of a problem.
 
-    On a GPU, strips are short enough for ten warps per multiprocessor in a single wave of programs. On the CPU
+    On a GPU, strips are so short that all programs run at the same time, about ten warps per multiprocessor. On the CPU
     (Triton's interpreter), return large blocks.
 
     `all_images` is False if the kernel computes only those images that a fast kernel cannot. These are usually few, so

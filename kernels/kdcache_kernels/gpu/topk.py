@@ -228,10 +228,10 @@ def _densify_kernel(
 
 
 def pack(logits_BChw: Tensor, k: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Compute `kdcache_kernels.pack` in float32 on CUDA.
+    """Keep the k largest logits of every pixel, in float32 on CUDA. It is the "triton" implementation of `pack`.
 
     Returns: the fields (values, indices, tail) of a `PackedTarget`, the last two None if k = C.
-    Raises: ShapeError or ValueRangeError for wrong arguments.
+    Raises: ShapeError for a tensor that is not (B, C, h, w) of floats, ValueRangeError for k.
     Memory: the result. Logits other than float32, float16 and bfloat16 are first copied to float32.
     """
     check_logits(logits_BChw, k)

@@ -85,7 +85,7 @@ class Grid(NamedTuple):
 
 @lru_cache(maxsize=32)
 def whole_grid(view_size: Size, array: Size, grid: Size) -> Grid:
-    """Return the tables for reading a logit map at the centres of the cells of a whole, unmirrored view.
+    """Return the `Grid` with which to read a logit map at the centres of the cells of a whole, unmirrored view.
 
     Results are cached.
 
@@ -176,7 +176,7 @@ def read_tile(b, i, start, n, logits, above, below, down, left, following, right
 
 @njit(**OPTIONS)
 def weigh(weighted, counted, weight, b, i, start, usable, own, n):
-    """Write the weights of n neighbouring cells to `own`: those in row i of image b from cell `start` on.
+    """Write the loss weights of n neighbouring cells of row i of image b to `own`, from cell `start` on.
 
     Shapes and units:
         weighted: False if every cell counts and weighs 1. `counted` and `weight` are then not read.
@@ -210,7 +210,7 @@ def weigh_rows(first, last, inside_y, inside_x, counts, gate, counted, weight):
     Shapes and units:
         inside_y, inside_x: (Bt, H) and (Bt, W) bool, whether a label row or column lies in the target's view. Bt is B
             (the batch size), or 1 if all images share one view.
-        counts: (B, H, W) uint8, 0 for pixels to leave out, or (B, 0, 0) to count all pixels inside.
+        counts: (B, H, W) uint8, 0 for pixels to leave out, or (B, 0, 0) to count all pixels inside the view.
         gate: (B, H, W) float32 pixel weights, or (B, 0, 0) for weights of 1.
         counted: (B, h, w) float32 result, the share of each cell's area whose pixels count, 0 to 1.
         weight: (B, h, w) float32 result, the same share with each pixel multiplied by its gate.
@@ -345,7 +345,7 @@ class Laid(NamedTuple):
 
 
 def lay(problem: RelationProblem) -> Laid:
-    """Return what the relation loss's kernels read: logit maps, places of the cells in them, and the cells' weights.
+    """Return the input of the relation loss's kernels: both logit maps, their `Grid`s, and the cells' weights.
 
     The logits are converted to float32 first.
     """

@@ -266,7 +266,7 @@ def relation_loss(problem: RelationProblem) -> tuple[Tensor, Tensor]:
     """Compute the relation loss and its gradient on the CPU, from checked arguments.
 
     Returns: the loss, 0-dimensional float32, and its float32 gradient by the student's (B, C, hs, ws) logits. The
-        gradient is empty if it is not needed.
+        gradient is an empty tensor if `problem.need_gradient` is False.
     Memory: float32 copies of logits in other dtypes, and both (B, C, h, w) maps of probabilities. The gradient
         overwrites the student's probabilities.
     """
@@ -298,9 +298,9 @@ def relation_loss(problem: RelationProblem) -> tuple[Tensor, Tensor]:
 def relation_moments(problem: RelationProblem) -> Tensor:
     """Compute `kdcache_kernels.relation_moments` on the CPU from checked arguments.
 
-    Returns: (6, C) float64, for each class: the sum of the cells' weights, the student's and the teacher's mean
-        probability, and the weighted sums over cells of a * b, a * a and b * b. a and b are the deviations of the
-        student's and the teacher's probability from these means.
+    Returns: (6, C) float64, for each class: the sum of the cells' weights, the student's and the teacher's weighted
+        mean probability, and the sums over the cells of weight * a * b, weight * a * a and weight * b * b. a and b are
+        the deviations of the student's and the teacher's probability from these means.
     """
     if problem.student.shape[0] == 0:
         return torch.zeros((MOMENTS, problem.student.shape[1]), dtype=torch.float64)

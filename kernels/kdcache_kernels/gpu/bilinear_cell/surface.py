@@ -275,7 +275,7 @@ def contract(surface, m, S: tl.constexpr, ROWS: tl.constexpr):
 def softmax_denominators(
     student, target, y_first, pixels, temperature, zero, S: tl.constexpr, ROWS: tl.constexpr, POWER: tl.constexpr
 ):
-    """Return the sums over the classes of the logits' exponentials, at each pixel of every lane's bilinear cell.
+    """Return the softmax denominators (sums over the classes) at each pixel of every lane's bilinear cell.
 
     Shapes and units:
         student, target: the two logit maps, each as a tuple (top, bottom, class stride, first, step, scale). top and

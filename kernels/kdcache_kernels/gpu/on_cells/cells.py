@@ -120,7 +120,7 @@ def weights_kernel(
     Shapes and units:
         inside_y_ptr, inside_x_ptr: (B, H) and (B, W) uint8, whether label rows and columns lie in the view, or None for
             all.
-        mask_ptr: (B, H, W) uint8, 0 for pixels to leave out, or None to count all pixels inside.
+        mask_ptr: (B, H, W) uint8, 0 for pixels to leave out, or None to count all pixels inside the view.
         gate_ptr: (B, H, W) weights of pixels, or None for ones. The strides of both are in elements.
         h, w, H, W: numbers of cells, and label size in pixels.
         rows, columns: the largest number of label pixels that touch a cell along each axis. blocks: programs per image.

@@ -254,9 +254,8 @@ def relations_gradient_kernel(
         student, teacher: logit maps with their neighbour tables (`Samples`), each followed by the map's strides (image,
             class, row, column) in elements.
         t_batched: 1 if the teacher's neighbour tables differ between images, else 0.
-        cells_ptr: (B, 7, h * w) float32 from `relations_kernel`: student's and teacher's softmax maximum and
-            denominator, the cell's weight, and two factors of the derivative.
-        factors_ptr: (4, C) float32 from `classes_kernel`: two means and two factors of the derivative per class.
+        cells_ptr: (B, 7, h * w) float32 from `relations_kernel`, where the seven numbers per cell are explained.
+        factors_ptr: (4, C) float32 from `classes_kernel`, where the four numbers per class are explained.
         sums_ptr: (2,) float64 from `classes_kernel`. This kernel reads the second, 1 / the number of counted cells.
         gradient_ptr: (B, C, h, w) float32 result, the gradient by the resized logits.
         plane: h * w. blocks: programs per image.
@@ -347,8 +346,8 @@ def relation_loss(problem: RelationProblem) -> tuple[Tensor, Tensor]:
     """Compute the relation loss and its gradient on CUDA, from checked arguments, with the same bits every time.
 
     Returns: the loss, 0-dimensional float32, and its float32 gradient by the student's (B, C, hs, ws) logits. The
-        gradient is empty if it is not needed.
-    Raises: ShapeError for an image of 2^31 logits or more, or whose strides reach as many elements.
+        gradient is an empty tensor if `problem.need_gradient` is False.
+    Raises: ShapeError if the student's or teacher's logits of one image span 2^31 elements or more in memory.
     Memory: the gradient in the student's size and in the cells' size, 28 bytes per cell, and 20 bytes per class and
         block of cells.
     """
@@ -379,9 +378,9 @@ def relation_loss(problem: RelationProblem) -> tuple[Tensor, Tensor]:
 def relation_moments(problem: RelationProblem) -> Tensor:
     """Compute `kdcache_kernels.relation_moments` on CUDA from checked arguments.
 
-    Returns: (6, C) float64, for each class: the sum of the cells' weights, the student's and the teacher's mean
-        probability, and the weighted sums over cells of a * b, a * a and b * b. a and b are the deviations of the
-        student's and the teacher's probability from these means.
+    Returns: (6, C) float64, for each class: the sum of the cells' weights, the student's and the teacher's weighted
+        mean probability, and the sums over the cells of weight * a * b, weight * a * a and weight * b * b. a and b are
+        the deviations of the student's and the teacher's probability from these means.
     """
     if problem.student.shape[0] == 0:
         shape = (MOMENTS, problem.student.shape[1])
