@@ -39,7 +39,7 @@ class GateSpec:
 
 
 def parse_gate(text: str) -> GateSpec:
-    """Return the gate of a text: `none`, `correct`, or for example `confidence:0.7`.
+    """Return the gate of a text: "none", "correct", or for example "confidence:0.7".
 
     Raises: RecipeError for any other text.
     """

@@ -88,8 +88,8 @@ def choose_k(
     >>> kdcache_kernels.choose_k(torch.randn(1, 21, 8, 8), (16, 16), num_classes=21)
     (21, {})
 
-    With at most 32 classes, keep all. Otherwise choose the smallest k of 8, 16, 32, 64 whose `gradient_error`
-    (relative error of the KL gradient) is at most 0.05 at T = 1 and at T = 2, or C if none is.
+    With at most 32 classes, keep all. Otherwise choose the smallest k of 8, 16, 32, 64 whose error is at
+    most 0.05 at T = 1 and at T = 2, or C if none is. The error is the KL gradient's, see `gradient_error`.
 
     Args:
         logits_BChw: raw logits of the teacher, usually of 16 records.

@@ -97,7 +97,8 @@ class DepthTerm(Term):
         """Return the loss (B,) of each image, 0 for an image without a valid pixel.
 
         Args:
-            prediction_BHW: the student's depth, in the unit that `compared` returns. Only it gets a gradient.
+            prediction_BHW: the student's depth from `compared`: metres, unless a subclass converts them. Only it gets a
+                gradient.
             reference_BHW: depth of the labels or the teacher, in the same unit.
             mask_BHW: bool, True for valid pixels.
         """

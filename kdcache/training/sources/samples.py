@@ -82,7 +82,7 @@ def source_split(config: TrainConfig, cache: Cache) -> Split | None:
 
 
 def _zoom_of_depth(config: TrainConfig, cache: Cache) -> DepthZoom:
-    """Return what a zoom does to metres (`none`, `divide`, `keep`): the setting, or for replayed views the cache's.
+    """Return what a zoom does to metres ("none", "divide" or "keep"): the setting, or for replayed views the cache's.
 
     Raises: RecipeError if the two differ, or neither is set.
     """

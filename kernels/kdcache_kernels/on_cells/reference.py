@@ -131,9 +131,9 @@ def relation_loss_reference(problem: RelationProblem) -> Tensor:
 def relation_moments_reference(problem: RelationProblem) -> Tensor:
     """Compute `kdcache_kernels.relation_moments` from checked arguments with PyTorch operations.
 
-    Returns: (6, C) float64, for each class: the sum of the cells' weights, the student's and the teacher's weighted
-        mean probability, and the sums over the cells of weight * a * b, weight * a * a and weight * b * b. a and b are
-        the deviations of the student's and the teacher's probability from these means.
+    Returns: (6, C) float64. For each class: the sum of the cells' weights, the student's and the teacher's weighted
+        mean probability, and three sums over the cells. They are of weight * a * b, weight * a * a and weight * b * b.
+        a and b are the deviations of the student's and the teacher's probability from these means.
     """
     with torch.autocast(problem.student.device.type, enabled=False):
         resampled = logits_on_cells(problem)

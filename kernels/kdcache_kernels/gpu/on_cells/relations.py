@@ -378,9 +378,9 @@ def relation_loss(problem: RelationProblem) -> tuple[Tensor, Tensor]:
 def relation_moments(problem: RelationProblem) -> Tensor:
     """Compute `kdcache_kernels.relation_moments` on CUDA from checked arguments.
 
-    Returns: (6, C) float64, for each class: the sum of the cells' weights, the student's and the teacher's weighted
-        mean probability, and the sums over the cells of weight * a * b, weight * a * a and weight * b * b. a and b are
-        the deviations of the student's and the teacher's probability from these means.
+    Returns: (6, C) float64. For each class: the sum of the cells' weights, the student's and the teacher's weighted
+        mean probability, and three sums over the cells. They are of weight * a * b, weight * a * a and weight * b * b.
+        a and b are the deviations of the student's and the teacher's probability from these means.
     """
     if problem.student.shape[0] == 0:
         shape = (MOMENTS, problem.student.shape[1])
