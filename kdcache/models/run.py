@@ -218,9 +218,9 @@ def describe_weights(weights: str | Path) -> RunModel | None:
 
 
 def described(spec: str, weights: str) -> RunModel | None:
-    """Return the model's spec, classes and sizes from the header of a file of weights. None without such a header.
+    """Return the model's description, such as spec, classes and size, from the header of a file of weights.
 
-    Only `kdcache export` writes this header. The result is None for other files.
+    kdcache writes this header when it exports a model. The result is None for other files.
 
     Args:
         spec: the model spec.
