@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
+from quick_interpreter import quick_interpreter
+from triton.runtime.interpreter import InterpretedFunction
 
 from kdcache_kernels.gpu import cells
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu_checks.py"
 REPORT = """Profiling something
 "ID","Kernel Name","gpu__time_duration.sum","launch__registers_per_thread"
 "","","us","register/thread"
@@ -54,21 +55,35 @@ def test_a_tiling_holds_within_its_context(
     assert (cells.choose_tiling, cells.REGISTERS) == before
 
 
+@pytest.fixture
+def run(script: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
+    """A function that runs the program in this process and returns its exit code."""
+
+    def watch(kernel: InterpretedFunction[Any], hook: Callable[..., object]) -> None:
+        monkeypatch.setattr(kernel, "pre_run_hooks", [*kernel.pre_run_hooks, hook])
+
+    def program(*words: object) -> Any:
+        monkeypatch.setattr(sys, "argv", ["gpu_checks.py", *map(str, words)])
+        with pytest.raises(SystemExit) as caught:
+            script("gpu_checks").main()
+        return caught.value.code
+
+    monkeypatch.setattr(InterpretedFunction, "add_pre_run_hook", watch)
+    with quick_interpreter():
+        yield program
+    torch.use_deterministic_algorithms(False)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_every_kernel_is_launched_and_right(tmp_path: Path) -> None:
-    words = [sys.executable, SCRIPT, "once", "--of", "301", "--json", tmp_path / "once.json"]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+@pytest.mark.filterwarnings("ignore")
+def test_every_kernel_is_launched_and_right(run: Callable[..., Any], tmp_path: Path) -> None:
+    assert run("once", "--of", 301, "--json", tmp_path / "once.json") == 0
     result = json.loads((tmp_path / "once.json").read_text())
     assert result["complete"]
     assert min(result["launches"].values()) > 0
     assert len(result["rows"]) >= 15
 
 
-def test_a_report_that_is_not_there_fails(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, SCRIPT, "ncu", tmp_path / "a.csv"], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 1
-    assert done.stderr.startswith(f"Report not found: {tmp_path}/a.csv. Fix: ")
+def test_a_report_that_is_not_there_fails(run: Callable[..., Any], tmp_path: Path) -> None:
+    assert run("ncu", tmp_path / "a.csv").startswith(f"Report not found: {tmp_path}/a.csv. Fix: ")

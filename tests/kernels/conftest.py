@@ -5,7 +5,7 @@ by an environment variable, in the conftest of all tests.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import pytest
@@ -79,6 +79,17 @@ def _why_not_computed(item: pytest.Function) -> str:
     allowed = [pair for mark in item.iter_markers("interpreted") for pair in mark.kwargs.items()]
     fast = all(params[name] in values for name, values in allowed)
     return "" if fast else "Triton's interpreter is too slow for this case"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quick_interpreter() -> Iterator[None]:
+    if CUDA:
+        yield
+        return
+    from quick_interpreter import quick_interpreter  # a GPU has the compiler
+
+    with quick_interpreter():
+        yield
 
 
 @pytest.fixture
