@@ -85,8 +85,8 @@ class TaskView(ABC):
     def spans(self, seeds: str) -> str:
         """Return the explanation of a report's column of differences: the unit, the score and the interval.
 
-        The end is `seeds`, a count in words such as "3 seeds". For metrics of which less is better, the end says that
-        instead.
+        The text ends with `seeds`, a count in words such as "3 seeds". For metrics such as rmse, it ends with "less is
+        better" instead.
         """
         return f"{self.words}, with their 95 % interval" + ("; less is better" if self.less else f" over {seeds}")
 

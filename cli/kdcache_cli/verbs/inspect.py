@@ -40,7 +40,8 @@ def inspect(
     accuracy per class, confusions and calibration. It also shows the pixels that each
     threshold of pseudo labels keeps, and the error of smaller --top-k. For depth, it
     prints the errors, also by distance. report.json and pictures go to --out. The audit
-    needs labels. They are in the cache, or in --data if it was built with --pixels source.
+    needs labels. A cache that was built with --pixels source has none: name its data set
+    with --data.
 
     --card prints a page in Markdown about a cache or a run. It has the digests, the
     commands that train from it and build it again, versions, seeds, and a citation. It

@@ -129,8 +129,8 @@ class Row:
     def to_json(self) -> dict[str, Any]:
         """Return a dict with the keys "case", "ours" and "rivals": the case, and what was measured.
 
-        "ours" is a dict of kdcache's measurements. "rivals" is a list with such a dict for each rival, which also has
-        the `ratios` as "ratio". Times are in milliseconds and memory is in MiB.
+        "ours" is a dict of kdcache's measurements. "rivals" is a list with such a dict for each rival. A rival's dict
+        also has the key "ratio", the dict that `ratios` returns. Times are in milliseconds and memory in MiB.
         """
         case = {**asdict(self.case), "shape": str(self.case.shape), "kept": self.case.k}
         rivals = [{**_plain(rival), "ratio": self.ratios(rival)} for rival in self.rivals]

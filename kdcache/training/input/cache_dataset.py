@@ -69,7 +69,7 @@ class CacheDataset(DrawnDataset):
             set.
         depth_zoom: what a warp's zoom does to metres in labels and targets. `divide` divides them by the zoom. `keep`
             leaves them unchanged, and so does `none`, which is meant for an augmentation without zoom. With `divide`,
-            labels of replayed views are divided by the zoom of the view if they come from the data set.
+            labels that a replayed view takes from the data set are also divided by the zoom of that view.
     Raises: RecipeError for an unknown augmentation, or one that a cache of crops cannot have.
     """
 
