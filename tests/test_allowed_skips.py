@@ -38,6 +38,13 @@ LIST = """
 "no GPU" = ["test_skips.py::test_listed", "test_skips.py::test_another_reason"]
 "zarr * lacks it" = ["test_skips.py::test_listed_with_any_version"]
 """
+TORCH = """
+class cuda:
+    is_available = staticmethod(bool)
+
+set_num_threads = print
+"""
+"""All of torch that conftest.py needs, because importing torch takes seconds."""
 COUNTED = [
     "skipped: 3 allowed by allowed-skips.toml, 4 not listed there",
     "     1  NOT LISTED: no browser",
@@ -60,6 +67,7 @@ def project(tmp_path: Path) -> Path:
     for name in ("conftest.py", "compile_cache.py"):
         shutil.copy(HERE / name, tmp_path)
     (tmp_path / "allowed-skips.toml").write_text(LIST)
+    (tmp_path / "torch.py").write_text(TORCH)
     (tmp_path / "test_skips.py").write_text(SKIPS)
     (tmp_path / "test_whole.py").write_text("import pytest\npytest.importorskip('no_such_module')\n")
     return tmp_path

@@ -12,6 +12,9 @@ import pytest
 
 TESTS = Path(__file__).parent
 
+TORCH = "class cuda:\n    is_available = staticmethod(bool)\n"
+"""All of torch that conftest.py needs, because importing torch takes seconds."""
+
 # The same function twice: hypothesis draws the same for both where draws are a function of the test's source.
 PROGRAM = """
 import json, runpy, sys
@@ -42,6 +45,7 @@ print(json.dumps([draws(), draws(), notes]))
 
 @pytest.mark.parametrize("ci", [False, True], ids=["elsewhere", "ci"])
 def test_cases_are_drawn_anew_but_in_ci_and_failures_can_be_repeated(ci: bool, tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text(TORCH)
     environment = {name: value for name, value in os.environ.items() if name != "CI"}
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, str(TESTS / "conftest.py")],

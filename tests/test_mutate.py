@@ -38,7 +38,9 @@ def test_slow():
 """
 ROW = '[[{room}]]\nname = "{name}"\nfile = "tiny/code.py"\nold = "{old}"\nnew = "{new}"\n{more}\n'
 KILLED = ROW.format(room="tiny", name="the smaller", old="a > b", new="a < b", more="")
-HANGING = ROW.format(room="tiny", name="no end", old="done += 1", new="pass", more='tests = ["tests/tiny"]')
+HANGING = ROW.format(
+    room="tiny", name="no end", old="done += 1", new="__import__('time').sleep(1)", more='tests = ["tests/tiny"]'
+)
 SURVIVOR = ROW.format(
     room="others", name="another constant", old="return 1", new="return 2", more='tests = ["tests/tiny/test_code.py"]'
 )

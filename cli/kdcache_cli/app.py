@@ -1,6 +1,7 @@
 """The Typer app and its one door: errors become a panel and an exit code."""
 
 import errno
+import functools
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -164,7 +165,7 @@ def main(args: Sequence[str] | None = None) -> None:
     ERRORS.quiet = "--quiet" in arguments
     try:
         with one_voice(), _trusting("--trust" in arguments), data_warnings():
-            app(args=words, prog_name="kdcache")
+            _command()(args=words, prog_name="kdcache")
     except Exception as error:
         if debug:
             raise
@@ -172,6 +173,12 @@ def main(args: Sequence[str] | None = None) -> None:
         sys.exit(2)
     finally:
         ERRORS.quiet = False
+
+
+@functools.cache
+def _command() -> Any:
+    """Return the command of all verbs. Programs that run many command lines make it once."""
+    return typer.main.get_command(app)
 
 
 def _trusting(trust: bool) -> AbstractContextManager[None]:
