@@ -94,6 +94,8 @@ iterations = 2
 [[arm]]
 name = "kl"
 method = "kl"
+[show]
+num = 1
 """
 
 
