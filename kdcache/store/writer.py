@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +31,17 @@ from kdcache.store.backend.open import open_place
 from kdcache.store.format.codec import Array
 from kdcache.store.format.damage import restored
 from kdcache.store.format.layout import parse_layout
-from kdcache.store.format.manifest import Manifest
+from kdcache.store.format.manifest import Codec, Manifest
 from kdcache.store.format.manifest_models import Repair
-from kdcache.store.format.schema import ArraySpec, chunk_records, create_arrays, metadata_keys, record_arrays, shard_key
+from kdcache.store.format.schema import (
+    ArraySpec,
+    chunk_records,
+    create_arrays,
+    create_samples,
+    metadata_keys,
+    record_arrays,
+    shard_key,
+)
 from kdcache.store.format.shard import chunk_checksums
 from kdcache.store.freshness import BuiltFrom, Recorded, columns_of, data_changes, renewal
 from kdcache.store.ledger import FileRecord, ShardRecord
@@ -428,7 +436,9 @@ class Encoder:
 
     def __init__(self, manifest: Manifest) -> None:
         self._files: dict[str, Any] = {}
-        self._arrays = create_arrays(_new_group(self._files, manifest), manifest, ())
+        group = zarr.open_group(MemoryStore(self._files), mode="w")
+        specs, shard_records = record_arrays(manifest), manifest.build.shard_records
+        self._arrays = create_arrays(group, specs, manifest.records, shard_records, manifest.codec)
 
     def encode(self, spec: ArraySpec, shard: int, rows: Array) -> bytes:
         """Return the bytes of the file of shard number `shard` of the array `spec`.
@@ -470,16 +480,31 @@ def _metadata(manifest: Manifest, ids: Sequence[str]) -> dict[str, bytes]:
     Raises: VersionError if this zarr-python writes arrays that `open_cache` cannot read.
     """
     files: dict[str, Any] = {}
-    create_arrays(_new_group(files, manifest), manifest, ids)
+    create_samples(_new_group(files, manifest), ids)
+    specs, shard_records = tuple(record_arrays(manifest)), manifest.build.shard_records
+    layout = _layout_files(specs, manifest.records, shard_records, manifest.codec)
     keys = sorted(metadata_keys(manifest), key=lambda key: key == "zarr.json")
-    contents = {key: files[key].to_bytes() for key in keys}
-    for spec in record_arrays(manifest):
-        _check_layout(contents[f"{spec.path}/zarr.json"], f"{spec.path}/zarr.json")
-    return contents
+    return {key: layout[key] if key in layout else files[key].to_bytes() for key in keys}
 
 
 def _new_group(files: dict[str, Any], manifest: Manifest) -> zarr.Group:
     return zarr.open_group(MemoryStore(files), mode="w", attributes={"kdcache": manifest.to_json()})
+
+
+@lru_cache(maxsize=8)
+def _layout_files(specs: tuple[ArraySpec, ...], records: int, shard_records: int, codec: Codec) -> dict[str, bytes]:
+    """Return key -> content of the zarr.json of each record array and of the groups that hold them, except the root.
+
+    They depend on nothing else of a cache. zarr takes long to create them, and a build needs them several times.
+    """
+    files: dict[str, Any] = {}
+    group = zarr.open_group(MemoryStore(files), mode="w")
+    create_arrays(group, specs, records, shard_records, codec)
+    del files["zarr.json"]
+    contents = {key: buffer.to_bytes() for key, buffer in files.items()}
+    for spec in specs:
+        _check_layout(contents[f"{spec.path}/zarr.json"], f"{spec.path}/zarr.json")
+    return contents
 
 
 def _check_layout(content: bytes, key: str) -> None:

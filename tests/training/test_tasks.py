@@ -8,6 +8,8 @@ from types import ModuleType
 
 import pytest
 
+from kdcache_cli.app import main
+
 
 @pytest.fixture
 def tasks(script: Callable[[str], ModuleType]) -> ModuleType:
@@ -36,6 +38,14 @@ def test_gains_are_paired_by_seed(tasks: ModuleType) -> None:
 def test_the_queue_trains_every_arm_and_goes_on_from_its_rows(
     tasks: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The queue's commands run in this process: test_effect.py starts the program."""
+
+    def kdcache(words: str) -> None:
+        with pytest.raises(SystemExit) as ended:
+            main(words.split())
+        assert ended.value.code == 0
+
+    monkeypatch.setattr(tasks, "kdcache", kdcache)
     result = tmp_path / "tasks.json"
     words = ["--out", str(tmp_path / "out"), "--json", str(result), "--iterations", "2"]
     monkeypatch.setattr(sys, "argv", ["tasks.py", *words, "--few", "--seeds", "1"])

@@ -33,7 +33,7 @@ from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from kdcache.store.format.codec import compressors
 from kdcache.store.format.eight_bits import pairs
-from kdcache.store.format.manifest import Manifest
+from kdcache.store.format.manifest import Codec, Manifest
 from kdcache.store.format.manifest_models import Regression
 from kdcache.tasks import DEPTH, SEGMENTATION
 
@@ -132,34 +132,48 @@ def chunk_records(spec: ArraySpec, manifest: Manifest) -> int:
 
     If a record has at most 1024 bytes, one chunk holds all records of a shard. Otherwise each record has its own chunk.
     """
-    return manifest.build.shard_records if spec.record_bytes <= SMALL_BYTES else 1
+    return _chunk_records(spec, manifest.build.shard_records)
 
 
-def create_arrays(group: zarr.Group, manifest: Manifest, ids: Sequence[str]) -> dict[str, zarr.Array[Any]]:
-    """Create all arrays of a new cache in the empty Zarr group `group`, and write the sample ids `ids`.
+def _chunk_records(spec: ArraySpec, shard_records: int) -> int:
+    return shard_records if spec.record_bytes <= SMALL_BYTES else 1
 
-    `manifest` is the cache's manifest, which determines the arrays.
 
-    Returns: path -> array, for each array with one row per record.
+def create_arrays(
+    group: zarr.Group, specs: Sequence[ArraySpec], records: int, shard_records: int, codec: Codec
+) -> dict[str, zarr.Array[Any]]:
+    """Create the arrays `specs`, which have one row per record, in the Zarr group `group`.
+
+    Args:
+        group: the group, without these arrays.
+        specs: the arrays, see `record_arrays`.
+        records: number of records of the cache.
+        shard_records: number of records of a shard.
+        codec: how arrays are compressed.
+    Returns: path -> array.
     """
-    shard, created = manifest.build.shard_records, {}
-    for spec in record_arrays(manifest):
-        created[spec.path] = group.create_array(
+    return {
+        spec.path: group.create_array(
             spec.path,
-            shape=(manifest.records, *spec.shape),
-            chunks=(chunk_records(spec, manifest), *spec.shape),
-            shards=(shard, *spec.shape),
+            shape=(records, *spec.shape),
+            chunks=(_chunk_records(spec, shard_records), *spec.shape),
+            shards=(shard_records, *spec.shape),
             dtype=spec.dtype,
-            compressors=compressors(spec.path, manifest.codec),
+            compressors=compressors(spec.path, codec),
             filters=None,
             fill_value=0,
             # A missing chunk reads as zeros without an error: a chunk of zeros must be there to be believed.
             config={"write_empty_chunks": True},
         )
+        for spec in specs
+    }
+
+
+def create_samples(group: zarr.Group, ids: Sequence[str]) -> None:
+    """Create the arrays of the sample ids `ids` in the Zarr group `group`, and write them."""
     encoded = [sample.encode() for sample in ids]
     _create_flat(group, SAMPLE_ARRAYS[0], np.frombuffer(b"".join(encoded), np.uint8))
     _create_flat(group, SAMPLE_ARRAYS[1], np.cumsum([len(part) for part in encoded], dtype=np.int64))
-    return created
 
 
 def metadata_keys(manifest: Manifest) -> list[str]:

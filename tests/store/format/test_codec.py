@@ -92,8 +92,9 @@ def test_arrays_in_memory(plan, codec) -> None:
     """Any Zarr group will do."""
     wanted = plan(codec=codec)
     group = zarr.create_group(zarr.storage.MemoryStore())
-    create_arrays(group, wanted.manifest, wanted.ids)
-    for spec in record_arrays(wanted.manifest):
+    specs, manifest = record_arrays(wanted.manifest), wanted.manifest
+    create_arrays(group, specs, manifest.records, manifest.build.shard_records, codec)
+    for spec in specs:
         array = group[spec.path]
         array[0:4] = wanted.arrays[spec.path][0:4]
         assert np.asarray(array[0:4]).tobytes() == wanted.arrays[spec.path][0:4].tobytes()
