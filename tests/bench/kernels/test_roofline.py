@@ -152,6 +152,7 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> _Cuda:
     empty = torch.empty
     monkeypatch.setattr(timing.torch, "empty", lambda *size, device=None, **kw: empty(*size, **kw))
     monkeypatch.setattr(timing, "LEAST_FLUSH_BYTES", 1)
+    monkeypatch.setattr(timing, "CUDA_WARM_UPS", 2)
     monkeypatch.setattr(run, "make_inputs", lambda case, device: make_inputs(case, torch.device("cpu")))
     monkeypatch.setattr(roofline, "measure_ceilings", lambda: roofline.Ceilings(4e12, 4e12))
     return cuda
