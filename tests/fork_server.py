@@ -4,7 +4,8 @@
         subprocess.run(["kdcache", "train-student", ...], env=server.environment(os.environ))
 
 The program `kdcache` in the server's folder hands its words, environment, working folder and standard streams to the
-server. The fork runs the command line, and the program ends as the fork ends. SIGINT and SIGTERM reach the fork.
+server. The fork runs the command line, and the program ends as the fork ends. SIGINT and SIGTERM reach the fork, and
+SIGKILL of the program kills it.
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import select
 import signal
 import socket
 import stat
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -42,18 +45,21 @@ sys.exit(ended)
 
 
 class ForkServer:
-    """A process that has imported the command line, and a folder with the program `kdcache` that reaches it."""
+    """A process that has imported the command line, and a folder with the program `kdcache` that reaches it.
 
-    def __init__(self, folder: Path) -> None:
-        self._bin, self._address = folder / "bin", folder / "socket"
+    `variables` are of the server's environment: for what is read when a library is imported.
+    """
+
+    def __init__(self, folder: Path, **variables: str) -> None:
+        self._bin, self._address, self._variables = folder / "bin", folder / "socket", variables
+        self.program = self._bin / "kdcache"
 
     def __enter__(self) -> ForkServer:
         self._bin.mkdir(parents=True)
-        client = self._bin / "kdcache"
-        client.write_text(CLIENT.format(python=sys.executable, address=str(self._address)), encoding="utf-8")
-        client.chmod(client.stat().st_mode | stat.S_IXUSR)
-        command = [sys.executable, __file__, self._address]
-        self._server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self.program.write_text(CLIENT.format(python=sys.executable, address=str(self._address)), encoding="utf-8")
+        self.program.chmod(self.program.stat().st_mode | stat.S_IXUSR)
+        command, environment = [sys.executable, __file__, self._address], os.environ | self._variables
+        self._server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
         assert self._server.stdout is not None
         assert self._server.stdout.readline(), "the server did not start"
         return self
@@ -87,9 +93,11 @@ def _serve(address: str) -> None:
     if process := os.fork():
         _watch(process, client)
     client.close()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
+    tempfile.tempdir = None  # it was of the server's environment
     sys.argv = ["kdcache", *words]
 
 
@@ -111,10 +119,14 @@ def _received(client: socket.socket) -> Any:
 
 
 def _watch(process: int, client: socket.socket) -> None:
-    """Tell a client who its process is and how it ended, and end."""
+    """Tell a client who its process is and how it ended, and end. Kill the process if the client is killed."""
     client.sendall(f"{process}\n".encode())
+    ended = os.pidfd_open(process)
+    if ended not in select.select([ended, client], [], [])[0]:
+        os.kill(process, signal.SIGKILL)
     _, status = os.waitpid(process, 0)
-    client.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
+    with contextlib.suppress(BrokenPipeError):
+        client.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
     os._exit(0)
 
 
@@ -125,8 +137,8 @@ if __name__ == "__main__":
     import pkgutil
 
     import matplotlib.backends.backend_agg
-    import matplotlib.figure
-    import torch._dynamo  # which torch imports when the first optimizer is made
+    import matplotlib.figure  # noqa: F401
+    import torch._dynamo  # noqa: F401 (torch imports it when the first optimizer is made)
     import torchvision  # noqa: F401
 
     import kdcache

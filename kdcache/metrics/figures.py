@@ -67,11 +67,12 @@ def save_figure(
         _put_above(figure, above)
     path.parent.mkdir(parents=True, exist_ok=True)
     _make_plain(figure)
-    if layout := figure.get_layout_engine():  # once for all formats: savefig would draw everything twice
+    if layout := figure.get_layout_engine():
         layout.execute(figure)
-        figure.set_layout_engine("none")
     files = [path.with_name(f"{path.name.removesuffix('.png')}.{kind}") for kind in formats]
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "kdcache", "pdf.fonttype": 42}):
+    unlaid = {"figure.autolayout": False, "figure.constrained_layout.use": False}
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "kdcache", "pdf.fonttype": 42, **unlaid}):
+        figure.set_layout_engine(None)  # with an engine, even "none", savefig draws everything twice
         for kind, file in zip(formats, files, strict=True):
             dated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind)
             with replacing(file) as partial:

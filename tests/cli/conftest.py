@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fork_server import ForkServer
 
 from kdcache.data import write_scenes
 from kdcache_cli.app import main
@@ -72,6 +73,33 @@ def spawn() -> Callable[..., subprocess.Popen[str]]:
             signal.signal(signal.SIGINT, before)
 
     return start
+
+
+@pytest.fixture(scope="session")
+def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
+    """A `kdcache` that imports nothing, as an import takes four seconds."""
+    with ForkServer(tmp_path_factory.mktemp("forks"), OMP_NUM_THREADS="1", COLUMNS=str(WIDTH)) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def fork(forks: ForkServer) -> Callable[..., subprocess.Popen[str]]:
+    """fork(word, ...): as `spawn`, without the import. Not for the Hub, whose client reads variables when imported."""
+
+    def start(*words: object) -> subprocess.Popen[str]:
+        command = [str(forks.program), *map(str, words)]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    return start
+
+
+@pytest.fixture
+def forked_jobs(forks: ForkServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What a sweep starts as `python -m kdcache_cli` is a fork."""
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\n[ "$1 $2" = "-m kdcache_cli" ] && shift 2 && exec {forks.program} "$@"\n')
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
 
 
 @pytest.fixture(scope="session")

@@ -135,9 +135,9 @@ def test_a_plan_that_does_not_fit_and_does_not_pay(world, cli, monkeypatch) -> N
 
 
 @pytest.mark.slow
-def test_a_plan_that_is_stopped_leaves_nothing(world, tmp_path, spawn, monkeypatch) -> None:
+def test_a_plan_that_is_stopped_leaves_nothing(world, tmp_path, fork, monkeypatch) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    running = spawn(*PLAN.format(w=world).split())
+    running = fork(*PLAN.format(w=world).split())
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob("kdcache-plan-*/*")):
         assert running.poll() is None, running.communicate()

@@ -12,9 +12,9 @@ import pytest
 
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 3])
-def test_builds_started_together(build, spawn, tree, unstamped, tmp_path: Path, count: int) -> None:
+def test_builds_started_together(build, fork, tree, unstamped, tmp_path: Path, count: int) -> None:
     words, alone = build
-    builders = [spawn(*words, "--out", tmp_path / "s.zarr") for _ in range(count)]
+    builders = [fork(*words, "--out", tmp_path / "s.zarr") for _ in range(count)]
     said = [builder.communicate(timeout=280) for builder in builders]
     assert [builder.returncode for builder in builders] == [0] * count, said
     assert unstamped(tree(tmp_path / "s.zarr")) == alone

@@ -322,12 +322,12 @@ def test_a_full_disk_while_training(world, cli, small_disk, command, size_kib) -
 
 
 @pytest.mark.parametrize("case", ["half-built store", "truncated image"])
-def test_in_a_process_of_its_own(world, spawn, tree, case) -> None:
+def test_in_a_process_of_its_own(world, fork, tree, case) -> None:
     """The panel goes to stderr and the code to the shell."""
     prepare, command, received = CASES[case]
     prepare(world)
     before = tree(world)
-    running = spawn(*command.format(w=world).split())
+    running = fork(*command.format(w=world).split())
     out, err = running.communicate(timeout=60)
     assert running.returncode == 2
     assert received in err
@@ -338,8 +338,8 @@ def test_in_a_process_of_its_own(world, spawn, tree, case) -> None:
     assert {name: after[name] for name in before} == before
 
 
-def test_debug_shows_the_traceback(world, spawn) -> None:
-    running = spawn("inspect", world / "nowhere", "--debug")
+def test_debug_shows_the_traceback(world, fork) -> None:
+    running = fork("inspect", world / "nowhere", "--debug")
     _, err = running.communicate(timeout=60)
     assert running.returncode == 1
     assert "Traceback" in err

@@ -205,7 +205,7 @@ def test_a_damaged_source_is_named(world, cli) -> None:
         assert "1 of 2 shards" in cli("verify", world / codec).err
 
 
-def test_interrupted_at_the_keyboard(tmp_path, spawn, cli, tree) -> None:
+def test_interrupted_at_the_keyboard(tmp_path, fork, cli, tree) -> None:
     """130, a sentence, and finished shards that the same command keeps."""
     from kdcache.models import build_model
 
@@ -215,7 +215,7 @@ def test_interrupted_at_the_keyboard(tmp_path, spawn, cli, tree) -> None:
     )
     build_cache(open_split("scenes:96x128,train=120", "train"), teacher, tmp_path / "s", options)
     words = ["copy", tmp_path / "s", tmp_path / "c", "--codec", "none", "--shard-records", 1]
-    running = spawn(*words)
+    running = fork(*words)
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob("c/ledger/*.json")):
         assert running.poll() is None, running.communicate()

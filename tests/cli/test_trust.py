@@ -148,6 +148,7 @@ def test_a_sweep_of_code_needs_trust_before_its_first_job(here, cli, monkeypatch
     assert bool(began) is trust, ended.err
 
 
+@pytest.mark.usefixtures("forked_jobs")
 def test_a_sweep_of_several_processes_trusts_in_each(here, cli) -> None:
     """Its later commands read the folder of a run whose model is code."""
     (here / "s.toml").write_text(SWEEP.format(teacher="foreign_code:build", student="kdcache:tiny"))

@@ -173,13 +173,13 @@ assert not {"torch", "zarr", "matplotlib", "numba"} & set(sys.modules)
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
-def test_interrupted_at_the_keyboard(tmp_path, world, spawn, cli) -> None:
+def test_interrupted_at_the_keyboard(tmp_path, world, fork, cli) -> None:
     """130, a sentence, and finished shards that the same command keeps."""
     words = [
         *f"build-teacher-cache --data scenes:36x52,train=800 --teacher {world}/teacher --size 32x48".split(),
         *f"--batch-size 1 --shard-records 4 --views full --out {tmp_path}/s.zarr".split(),
     ]
-    running = spawn(*words)
+    running = fork(*words)
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob("s.zarr/ledger/*.json")):
         assert running.poll() is None, running.communicate()
