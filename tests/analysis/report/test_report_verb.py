@@ -2,24 +2,37 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+
+from kdcache.analysis.report.sections import again
+from kdcache.analysis.runs import find_runs
+from kdcache_cli.app import main
 
 
-def kdcache(*words: object, cwd: Path) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "300"}
-    command = [sys.executable, "-m", "kdcache_cli", *map(str, words)]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=240, check=False)
+@pytest.fixture
+def kdcache(world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Run a command line that succeeds, in the world's folder. Return what it printed, on one line."""
+    monkeypatch.chdir(world)
+
+    def run(*words: object) -> str:
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        monkeypatch.setattr(sys, "argv", ["kdcache", *map(str, words)])  # the page shows it
+        with pytest.raises(SystemExit) as ended:
+            main()
+        torch.use_deterministic_algorithms(deterministic)
+        printed = capsys.readouterr()
+        assert not ended.value.code, printed.err
+        return " ".join(printed.out.split())
+
+    return run
 
 
 def test_wrong_input_ends_in_a_panel(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from kdcache_cli.app import main
-
     with pytest.raises(SystemExit) as ended:
         main(["report", str(world / "runs"), "--out", "page.txt"])
     assert ended.value.code == 2
@@ -29,7 +42,7 @@ def test_wrong_input_ends_in_a_panel(world: Path, capsys: pytest.CaptureFixture[
 
 
 @pytest.mark.slow
-def test_a_report_with_an_audit(world: Path, derive: Callable[..., Path]) -> None:
+def test_a_report_with_an_audit(world: Path, kdcache: Callable[..., str], derive: Callable[..., Path]) -> None:
     derive("kl-0", method="kl", noise=0.05)
     made = [
         ("build-teacher-cache", "--data", "data", "--teacher", "runs/none-1", "--out", "store.zarr"),
@@ -37,10 +50,8 @@ def test_a_report_with_an_audit(world: Path, derive: Callable[..., Path]) -> Non
         ("report", "runs/none-0", "runs/kl-0", "--teacher", "runs/none-1", "--audit", "audit/report.json",
          "--draw", "drawn", "--title", "All of it", "--num", 1, "--repeats", 2, "--out", "page.html"),
     ]  # fmt: skip
-    for words in made:
-        done = kdcache(*words, cwd=world)
-        assert done.returncode == 0, done.stderr
-    assert "one run shows little" in done.stdout
+    *_, told = [kdcache(*words) for words in made]
+    assert "one run shows little" in told
     text = (world / "page.html").read_text(encoding="utf-8")
     for part in (
         "All of it",
@@ -52,14 +63,10 @@ def test_a_report_with_an_audit(world: Path, derive: Callable[..., Path]) -> Non
 
 
 @pytest.mark.slow
-def test_the_command_on_the_page_trains_the_run_again(world: Path) -> None:
-    from kdcache.analysis.report.sections import again
-    from kdcache.analysis.runs import find_runs
-
+def test_the_command_on_the_page_trains_the_run_again(world: Path, kdcache: Callable[..., str]) -> None:
     (run,) = find_runs([world / "runs/none-0"])
     command = again(run)
     assert command is not None
-    done = kdcache(*command.split()[1:], cwd=world)
-    assert done.returncode == 0, done.stderr
+    kdcache(*command.split()[1:])
     one, two = (world / "runs" / name / "last.safetensors" for name in ("none-0", "none-0-again"))
     assert one.read_bytes() == two.read_bytes()
