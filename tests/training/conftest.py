@@ -215,10 +215,10 @@ _WARNINGS = ["-W", "error", "-W", "ignore:This DataLoader will create:UserWarnin
 """Errors, but for torch's advice on a machine with few CPUs, as in pyproject.toml."""
 _NURSERY = """
 import json, os, sys, traceback
-import numba, torch, torch._dynamo  # seconds, which no training then pays again
-torch.set_num_threads(1)
+from warm_training import warm_up
 from kdcache.training import Interrupted, make_config, train
 
+warm_up()  # seconds, which no training then pays again
 for line in sys.stdin:
     job = json.loads(line)
     pid = os.fork()
@@ -245,6 +245,7 @@ class Nursery:
     def __init__(self) -> None:
         self._process = subprocess.Popen(
             [sys.executable, *_WARNINGS, "-c", _NURSERY],
+            cwd=Path(__file__).parents[1],  # where warm_training.py is
             env=os.environ | ONE_THREAD,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
