@@ -223,7 +223,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
     """A `kdcache` that imports nothing: the pages have some 150 commands, and an import takes four seconds."""
-    with ForkServer(tmp_path_factory.mktemp("forks")) as server:
+    with ForkServer(tmp_path_factory.mktemp("forks"), HF_HUB_OFFLINE="1") as server:
         yield server
 
 
@@ -235,13 +235,17 @@ def test_every_command_runs(name: str, world: Path, forks: ForkServer, hub_serve
     for given in start[1].split(", ") if start else ():
         copy = shutil.copytree if (world / given).is_dir() else shutil.copy
         copy(world / given, tmp_path / given)
-    environment = forks.environment(
-        os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    ) | {
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        **(hub_server.environment(tmp_path) if name == "docs/sharing.md" else {"HF_HUB_OFFLINE": "1"}),
-    }
+    with contextlib.ExitStack() as stack:
+        variables = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+        if name == "docs/sharing.md":  # the Hub's library reads its address when it is imported
+            variables |= {"HF_HUB_OFFLINE": "0", **hub_server.environment(tmp_path)}
+            forks = stack.enter_context(ForkServer(tmp_path / "forks", **variables))
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        _run(name, tmp_path, forks.environment(os.environ | variables | {"PATH": path}))
+
+
+def _run(name: str, tmp_path: Path, environment: dict[str, str]) -> None:
+    """Run a page's blocks in order, in a folder."""
     for block in runnable(name):
         text = substituted(block.text)
         if text == REPEATED and name != next(filter(has_repeated, NAMES)):
