@@ -380,16 +380,23 @@ TABLES: dict[tuple[str, str], dict[str, list[str]]] = {
         )
     },
     (CHOOSING, "array"): {
-        name: [what, f"{size:,} B" if size else ""]
+        name: [what, f"{size:,} B"]
         for name, what, size in (
             ("targets, all classes", "C h w", 2 * 11 * 72 * 96),
-            ("targets, top-k", "k h w, one more byte per index, and h w for the tail", 0),
+            ("pixels", "3 H W, of 1 byte", 3 * 288 * 384),
+            ("labels", "H W, of 1 byte", 288 * 384),
             ("`--raw-logits`", "h w, of 4 bytes", 4 * 72 * 96),
             ("`--features head` of `kdcache:base`", "64 channels at stride 4", 2 * 64 * 72 * 96),
             ("`--features stage4` of `kdcache:base`", "256 channels at stride 32", 2 * 256 * 9 * 12),
             ("`--statistics at:stage4`", "one channel at stride 32", 2 * 9 * 12),
             ("full-resolution logits, never stored", "C H W", 2 * 11 * 288 * 384),
         )
+    }
+    | {
+        "targets, top-k": [
+            "k h w, one more byte per index, and h w for the tail",
+            f"{(2 * 8 + 8 + 2) * 72 * 96:,} B (k = 8 of 150 classes)",
+        ]
     },
     (KERNELS, "batch x classes x size, stride 4"): dict(
         zip(
