@@ -70,8 +70,15 @@ def save_figure(
     if layout := figure.get_layout_engine():
         layout.execute(figure)
     files = [path.with_name(f"{path.name.removesuffix('.png')}.{kind}") for kind in formats]
-    unlaid = {"figure.autolayout": False, "figure.constrained_layout.use": False}
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "kdcache", "pdf.fonttype": 42, **unlaid}):
+    with rc_context(
+        {
+            "svg.fonttype": "none",
+            "svg.hashsalt": "kdcache",
+            "pdf.fonttype": 42,
+            "figure.autolayout": False,
+            "figure.constrained_layout.use": False,
+        }
+    ):
         figure.set_layout_engine(None)  # with an engine, even "none", savefig draws everything twice
         for kind, file in zip(formats, files, strict=True):
             dated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind)

@@ -9,12 +9,11 @@ caches do not have. The process that finishes the last shard seals the cache.
 """
 
 import hashlib
-import json
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,20 +23,20 @@ from zarr.core.buffer import default_buffer_prototype
 from zarr.storage import MemoryStore
 
 from kdcache.data import Changes, Split, changed_data
-from kdcache.errors import CorruptError, MismatchError, StoreError, VersionError
+from kdcache.errors import CorruptError, MismatchError, StoreError
 from kdcache.store import ledger, recovery
 from kdcache.store.backend.base import MAX_JSON_BYTES, Place, Release
 from kdcache.store.backend.open import open_place
 from kdcache.store.format.codec import Array
 from kdcache.store.format.damage import restored
-from kdcache.store.format.layout import parse_layout
-from kdcache.store.format.manifest import Codec, Manifest
+from kdcache.store.format.manifest import Manifest
 from kdcache.store.format.manifest_models import Repair
 from kdcache.store.format.schema import (
     ArraySpec,
     chunk_records,
     create_arrays,
     create_samples,
+    layout_files,
     metadata_keys,
     record_arrays,
     shard_key,
@@ -482,36 +481,10 @@ def _metadata(manifest: Manifest, ids: Sequence[str]) -> dict[str, bytes]:
     files: dict[str, Any] = {}
     create_samples(_new_group(files, manifest), ids)
     specs, shard_records = tuple(record_arrays(manifest)), manifest.build.shard_records
-    layout = _layout_files(specs, manifest.records, shard_records, manifest.codec)
+    layout = layout_files(specs, manifest.records, shard_records, manifest.codec)
     keys = sorted(metadata_keys(manifest), key=lambda key: key == "zarr.json")
     return {key: layout[key] if key in layout else files[key].to_bytes() for key in keys}
 
 
 def _new_group(files: dict[str, Any], manifest: Manifest) -> zarr.Group:
     return zarr.open_group(MemoryStore(files), mode="w", attributes={"kdcache": manifest.to_json()})
-
-
-@lru_cache(maxsize=8)
-def _layout_files(specs: tuple[ArraySpec, ...], records: int, shard_records: int, codec: Codec) -> dict[str, bytes]:
-    """Return key -> content of the zarr.json of each record array and of the groups that hold them, except the root.
-
-    They depend on nothing else of a cache. zarr takes long to create them, and a build needs them several times.
-    """
-    files: dict[str, Any] = {}
-    group = zarr.open_group(MemoryStore(files), mode="w")
-    create_arrays(group, specs, records, shard_records, codec)
-    del files["zarr.json"]
-    contents = {key: buffer.to_bytes() for key, buffer in files.items()}
-    for spec in specs:
-        _check_layout(contents[f"{spec.path}/zarr.json"], f"{spec.path}/zarr.json")
-    return contents
-
-
-def _check_layout(content: bytes, key: str) -> None:
-    try:
-        parse_layout(json.loads(content), key)
-    except VersionError as error:
-        raise error.within(
-            f"zarr-python {zarr.__version__} writes another kind of array",
-            fix="Install an earlier zarr-python, or a later kdcache.",
-        ) from error

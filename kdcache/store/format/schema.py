@@ -22,17 +22,22 @@ Chunks hold one record in image-sized arrays and a whole shard in small ones, so
 one record and opening a large cache does not read millions of tiny chunks.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
 import zarr
 from zarr.codecs import Crc32cCodec, ZstdCodec
+from zarr.storage import MemoryStore
 
+from kdcache.errors import VersionError
 from kdcache.store.format.codec import compressors
 from kdcache.store.format.eight_bits import pairs
+from kdcache.store.format.layout import parse_layout
 from kdcache.store.format.manifest import Codec, Manifest
 from kdcache.store.format.manifest_models import Regression
 from kdcache.tasks import DEPTH, SEGMENTATION
@@ -167,6 +172,34 @@ def create_arrays(
         )
         for spec in specs
     }
+
+
+@lru_cache(maxsize=8)
+def layout_files(specs: tuple[ArraySpec, ...], records: int, shard_records: int, codec: Codec) -> dict[str, bytes]:
+    """Return key -> content of the zarr.json of each record array and of the groups that hold them, except the root.
+
+    They depend on nothing else of a cache. zarr takes long to create them, and a build needs them several times.
+
+    Raises: VersionError if this zarr-python writes arrays that `open_cache` cannot read.
+    """
+    files: dict[str, Any] = {}
+    group = zarr.open_group(MemoryStore(files), mode="w")
+    create_arrays(group, specs, records, shard_records, codec)
+    del files["zarr.json"]
+    contents = {key: buffer.to_bytes() for key, buffer in files.items()}
+    for spec in specs:
+        _check_layout(contents[f"{spec.path}/zarr.json"], f"{spec.path}/zarr.json")
+    return contents
+
+
+def _check_layout(content: bytes, key: str) -> None:
+    try:
+        parse_layout(json.loads(content), key)
+    except VersionError as error:
+        raise error.within(
+            f"zarr-python {zarr.__version__} writes another kind of array",
+            fix="Install an earlier zarr-python, or a later kdcache.",
+        ) from error
 
 
 def create_samples(group: zarr.Group, ids: Sequence[str]) -> None:
