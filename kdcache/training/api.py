@@ -99,13 +99,20 @@ def train(
     """
     with memory_errors(config), disk_space_errors(out), processes() as world, RunLock(Path(out)) as lock:
         watching = observer if observer is not None and world.first else Observer()
-        trainer = make_trainer(config, Path(out), world, watching, resume=resume, lock=lock)
-        with _deterministic(trainer.device):
-            try:
-                return trainer.train(resume=resume)
-            except DataError:  # the data must be repaired: what they hold now is not to be compared with
-                (Path(out) / SAMPLES).unlink(missing_ok=True)
-                raise
+        return _train(config, Path(out), world, watching, resume, lock)
+
+
+def _train(
+    config: TrainConfig, out: Path, world: World, observer: Observer, resume: bool, lock: RunLock
+) -> dict[str, Any]:
+    """Train among the processes of `world`. At the return, nothing holds the trainer, which holds their group."""
+    trainer = make_trainer(config, out, world, observer, resume=resume, lock=lock)
+    with _deterministic(trainer.device):
+        try:
+            return trainer.train(resume=resume)
+        except DataError:  # the data must be repaired: what they hold now is not to be compared with
+            (out / SAMPLES).unlink(missing_ok=True)
+            raise
 
 
 def make_trainer(

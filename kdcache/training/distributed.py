@@ -6,8 +6,10 @@ and no overhead. Small objects (errors, requests to stop) travel between hosts t
 reading a flag from the device would have to wait for the device.
 """
 
+import gc
 import os
 import time
+import traceback
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +19,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional  # its defaults would hold the group that exists when it is imported
 from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
@@ -199,8 +202,12 @@ def processes() -> Iterator[World]:
             "Another process of the training has gone",
             fix="See its output. --resume goes on from the last checkpoint, with any number of processes.",
         ) from error
-    except (KDCacheError, Interrupted):
+    except KDCacheError:
         _leave(ours)  # all raise the same
+        raise
+    except Interrupted as stop:
+        traceback.clear_frames(stop.__traceback__)  # they hold the trainer, which holds the group
+        _leave(ours)
         raise
     else:
         _leave(ours)
@@ -252,9 +259,14 @@ def _read(store: Store, key: str) -> str:
 
 
 def _leave(ours: bool) -> None:
-    """Destroy the process group if kdcache created it. After an error in one process this does not wait for others."""
+    """Destroy the process group if kdcache created it. After an error in one process this does not wait for others.
+
+    A group that something still holds keeps its threads. If one of them frees a tensor while the interpreter ends, it
+    aborts the process (pytorch 179291).
+    """
     if ours:
         dist.destroy_process_group()
+        gc.collect()
 
 
 def pick_device(name: str, world: World | None = None) -> torch.device:

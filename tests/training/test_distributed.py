@@ -46,7 +46,7 @@ LIMIT_S = 250
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1", "COLUMNS": "300"}
 
 _CREW = """
-import json, os, signal, sys, time, traceback
+import contextlib, json, os, pathlib, signal, sys, time, traceback
 import torch
 import kdcache.training, kdcache.store, kdcache.training.run.training_progress, kdcache_cli.torchrun
 from kdcache_cli.app import main
@@ -55,6 +55,13 @@ from warm_training import warm_up
 warm_up()  # seconds, which no training then pays again
 # Nobody ends the other processes here as torchrun does, however late the first one is.
 kdcache_cli.torchrun.GRACE_S = 0.1
+
+def exchanging_threads():
+    names = []
+    for task in pathlib.Path("/proc/self/task").glob("*/comm"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
+            names.append(task.read_text())
+    return [name for name in names if "gloo" in name]
 
 for line in sys.stdin:
     job = json.loads(line)
@@ -78,6 +85,9 @@ for line in sys.stdin:
                 code = end.code or 0
             except BaseException:
                 traceback.print_exc()
+            if code in (0, 130) and exchanging_threads():  # they abort some process that ends, once in many
+                print(exchanging_threads(), "are left", file=sys.stderr)
+                code = 99
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code)
