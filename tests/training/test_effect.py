@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from safetensors.torch import save_file
 
 from kdcache.data import open_split, write_scenes
 from kdcache.models import build_model
+from kdcache_cli.app import main
 
 SEQUENCES = {"0001TP": 6, "0006R0": 4, "0016E5": 14}  # frames of train
 
@@ -69,7 +71,23 @@ def test_few_labels_are_those_of_a_block(
 def test_a_row_is_kept_and_not_repeated(
     effect: ModuleType, camvid: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From a teacher through its store to students: of labels, targets, a live teacher; twice does nothing more."""
+    """From a teacher through its store to students: of labels, targets, a live teacher; twice does nothing more.
+
+    The first command and the one with a live teacher are processes, and the others run in this one.
+    """
+    start, commands = effect.kdcache, 0
+
+    def kdcache(words: str, live: str = "", ends: float = math.inf) -> None:
+        nonlocal commands
+        commands += 1
+        if live or commands == 1:
+            start(words, live, ends)
+            return
+        with pytest.raises(SystemExit) as ended:
+            main(words.split())
+        assert ended.value.code == 0
+
+    monkeypatch.setattr(effect, "kdcache", kdcache)
     monkeypatch.setitem(effect.TEACHERS, "base", "--model kdcache:base --size 144x192 --iterations 2")
     monkeypatch.setitem(effect.STORES, "base", replace(effect.STORES["pixels"], teachers=("base",), views=2))
     monkeypatch.setitem(effect.COMBINED, "mirrored", (("base-dev-0@last", "base-dev-0@last-ema"), "flip"))
@@ -83,6 +101,7 @@ def test_a_row_is_kept_and_not_repeated(
         study.run(arm, 3)
     study.combine("mirrored")
     rows = json.loads(where.json.read_text())["rows"]
+    assert commands == 6
     assert [row["arm"] for row in rows] == ["base", "none", "dist", "live", "files", "mirrored"]
     for row in rows:
         assert 0 < row["miou"] < 100
