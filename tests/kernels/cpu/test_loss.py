@@ -1,8 +1,4 @@
-"""What is particular to the CPU kernels: threads, tiles, the two layouts, the same bits in every process."""
-
-import os
-import subprocess
-import sys
+"""What is particular to the CPU kernels: threads, tiles, the two layouts."""
 
 import numpy as np
 import pytest
@@ -133,33 +129,6 @@ def test_exp2_and_log2_at_their_errors():
         exact = np.log2(y.astype(np.float64))
         actual = np.array([numba_math.log2(each) for each in y], np.float64)
         assert np.abs(actual - exact).max() <= 2e-7 * max(1, np.abs(exact).max())
-
-
-LOSS = """
-import hashlib, torch
-from kdcache_kernels import PackedTarget, distill_loss, pack
-for size in ((16, 24), (17, 23)):
-    for temperature in (1.0, 2.0, 3.0):
-        torch.manual_seed(0)
-        student, teacher = torch.randn(2, 2, 5, 4, 6)
-        target = PackedTarget(*pack(teacher, 5, impl="reference"), 5, size, False)
-        labels = torch.randint(0, 5, (2, *size))
-        student.requires_grad_()
-        loss = distill_loss(student, labels, target, kl_weight=1.0, temperature=temperature, impl="numba").loss
-        loss.backward()
-        print(hashlib.sha256(student.grad.numpy().tobytes()).hexdigest(), loss.item().hex())
-"""
-
-
-@pytest.mark.slow
-def test_a_process_that_compiles_computes_what_later_ones_do(tmp_path):
-    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
-    command = [sys.executable, "-c", LOSS]
-    outputs = [
-        subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout for _ in range(2)
-    ]
-    assert outputs[0].count("\n") == 6
-    assert outputs[0] == outputs[1]
 
 
 def test_a_lost_pixel_hides_no_wide_logits_of_its_row():

@@ -167,41 +167,61 @@ def test_what_threads_run_is_cached():
     }
 
 
-EVERYTHING = """
-import torch
-from kdcache_kernels import PackedTarget, distill_loss, pack, target_argmax_confidence
-from kdcache_kernels.cpu import topk as numba_topk
-logits = torch.randn(1, 3, 2, 2, requires_grad=True)
-target = PackedTarget(*pack(logits.detach(), 2, impl="numba"), 3, (8, 8))
-labels = torch.zeros(1, 8, 8, dtype=torch.uint8)
-distill_loss(logits, labels, target, kl_weight=1.0, impl="numba").loss.backward()
-target_argmax_confidence(target, (8, 8), impl="numba")
-print(numba_topk.__file__, logits.grad.isfinite().all().item(), numba_topk.pack_tasks.stats.cache_path)
+LOSS = """
+import hashlib, torch
+from kdcache_kernels import PackedTarget, distill_loss, pack
+from kdcache_kernels.cpu.loss import cells, pixels
+for size in ((16, 24), (17, 23)):
+    for temperature in (1.0, 2.0, 3.0):
+        torch.manual_seed(0)
+        student, teacher = torch.randn(2, 2, 5, 4, 6)
+        target = PackedTarget(*pack(teacher, 5, impl="reference"), 5, size, False)
+        labels = torch.randint(0, 5, (2, *size))
+        student.requires_grad_()
+        loss = distill_loss(student, labels, target, kl_weight=1.0, temperature=temperature, impl="numba").loss
+        loss.backward()
+        print(hashlib.sha256(student.grad.numpy().tobytes()).hexdigest(), loss.item().hex())
+print([sum(kernel.stats.cache_hits.values()) > 0 for kernel in (cells, pixels)])
 """
+TOP_K = """
+import numba
+from kdcache_kernels import target_argmax_confidence
+from kdcache_kernels.cpu import topk
+target = PackedTarget(*pack(teacher, 2, impl="numba"), 5, size)
+target_argmax_confidence(target, size, impl="numba")
+own = lambda: 0
+print(topk.__file__, topk.pack_tasks.stats.cache_path, numba.njit(own) is own)
+"""
+
+
+def printed(code: str, folder: Path, variables: dict[str, str]) -> list[str]:
+    """The lines that a program prints."""
+    command = [sys.executable, "-B", "-c", code]
+    done = subprocess.run(command, cwd=folder, env=os.environ | variables, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout.splitlines()
 
 
 @pytest.mark.slow
 def test_a_read_only_install_where_numba_is_told_to_compile_nothing(tmp_path):
-    """The kernels are compiled all the same, while a user debugs functions of his own.
+    """The kernels are compiled all the same, to the bits of code from the disk, while a user debugs his own functions.
 
     A file lies where numba would make its folder: nobody can write there, root included. Numba reads the variables
-    when it is imported. Less optimisation compiles faster.
+    when it is imported.
     """
     package = tmp_path / "kdcache_kernels"
     shutil.copytree(SOURCE, package, ignore=shutil.ignore_patterns("__pycache__"))
     for folder in (package, package / "cpu"):
         (folder / "__pycache__").write_text("")
     nowhere = dict.fromkeys(("HOME", "XDG_CACHE_HOME", "NUMBA_CACHE_DIR"), "/dev/null/nowhere")
-    done = subprocess.run(
-        [sys.executable, "-B", "-c", EVERYTHING + "import numba\nown = lambda: 0\nprint(numba.njit(own) is own)"],
-        cwd=tmp_path,
-        env={**os.environ, **nowhere, "NUMBA_DISABLE_JIT": "1", "NUMBA_OPT": "0"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.split() == [str(package / "cpu" / "topk.py"), "True", "None", "True"]
+    *compiled, hits, last = printed(LOSS + TOP_K, tmp_path, {**nowhere, "NUMBA_DISABLE_JIT": "1"})
+    assert hits == "[False, False]"
+    assert last.split() == [str(package / "cpu" / "topk.py"), "None", "True"]
+    exec(LOSS, {})  # the code gets onto the disk, if it is not there
+    *loaded, hits = printed(LOSS, SOURCE.parent, {})
+    assert hits == "[True, True]"
+    assert len(loaded) == 6
+    assert compiled == loaded
 
 
 def test_a_kernel_is_compiled_where_numba_is_told_not_to(copied, monkeypatch):
