@@ -15,6 +15,7 @@ limits a class list to 255 classes: every published benchmark in use fits, and t
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -374,8 +375,8 @@ def default_colours(count: int, taken: Iterable[tuple[int, int, int]] = ()) -> t
     They come from the PASCAL VOC colour map, from index 1 on. Index 0, black, is left out.
     """
     used = set(taken)
-    free = [colour for colour in (voc_colour(i) for i in range(1, 256 + len(used))) if colour not in used]
-    return tuple(free[:count])
+    free = (colour for colour in map(voc_colour, range(1, 256 + len(used))) if colour not in used)
+    return tuple(itertools.islice(free, count))
 
 
 def voc_colour(index: int) -> tuple[int, int, int]:

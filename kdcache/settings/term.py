@@ -391,7 +391,8 @@ def untaken(given: Mapping[str, Any], taken: Collection[str]) -> dict[str, Any]:
         taken: names of the settings that the terms in use read.
     """
     named = {name.replace("-", "_"): value for name, value in given.items()}
-    idle = {name: value for name, value in named.items() if name not in taken and _takers(name)}
+    of_terms = {name for term in TERMS.values() for name in term().takes}
+    idle = {name: value for name, value in named.items() if name not in taken and name in of_terms}
     return {name: value for name, value in idle.items() if not (name.endswith("_weight") and float(value) == 0)}
 
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from fork_server import ForkServer
 from matrix import DATA, STUDENT, kdcache
 from remedies import (
     CACHE,
@@ -62,6 +61,20 @@ def undisturbed(base: Path) -> World:
     return World(base)
 
 
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures are empty files: no row compares them."""
+
+    def touch(_: object, path: Path, *__: object) -> list[Path]:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        return [path]
+
+    for module in ("gallery", "visualise"):
+        monkeypatch.setattr(f"kdcache.analysis.{module}.save_figure", touch)
+
+
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("row", QUICK, ids=str)
 def test_a_remedy_leads_back(row: Row, undisturbed: World, tmp_path: Path) -> None:
     assert row in ROWS
@@ -69,6 +82,7 @@ def test_a_remedy_leads_back(row: Row, undisturbed: World, tmp_path: Path) -> No
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("row", [row for row in ROWS if row not in QUICK and in_tests(row)], ids=str)
 def test_every_remedy_leads_back(row: Row, undisturbed: World, tmp_path: Path) -> None:
     do(row, undisturbed, tmp_path / "world")
@@ -95,22 +109,20 @@ def test_the_page_counts_every_row() -> None:
     assert "| run | `r/best.safetensors` | truncated | evaluate | nothing: harmless |" in lines
 
 
-@pytest.fixture
-def killed() -> Callable[[str, Path], None]:
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str, Path], None]]:
     """killed(line, sign): run the command line in a process of its own, and kill it when a path is there."""
 
     def run(line: str, sign: Path) -> None:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", "kdcache_cli", *line.split()]
-        with subprocess.Popen(
-            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment
-        ) as process:
+        with subprocess.Popen([server.program, *line.split()], stdout=subprocess.PIPE) as process:
             while process.poll() is None and not sign.exists():
                 time.sleep(0.002)
             process.kill()
+            process.communicate()  # until the fork is gone
         assert process.returncode == -signal.SIGKILL, "it ended before it was killed"
 
-    return run
+    with ForkServer(tmp_path_factory.mktemp("forks"), OMP_NUM_THREADS="1") as server:
+        yield run
 
 
 @pytest.mark.slow
