@@ -43,12 +43,12 @@ def cluster() -> Iterator[Any]:
 
 
 @pytest.fixture
-def start(build: Build, spawn: Callable[..., subprocess.Popen[str]], cluster: Any, tmp_path: Path):
+def start(build: Build, fork: Callable[..., subprocess.Popen[str]], cluster: Any, tmp_path: Path):
     """start() begins or continues the build of s.zarr by two actors."""
 
     def begin() -> subprocess.Popen[str]:
         words = [*build[0], "--out", tmp_path / "s.zarr", "--engine", "ray", "--actors", 2]
-        return spawn(*words, "--address", cluster.address)
+        return fork(*words, "--address", cluster.address)
 
     return begin
 
@@ -106,7 +106,7 @@ def test_the_driver_is_killed_and_the_same_command_goes_on(build, start, tree, u
     assert unstamped(tree(tmp_path / "s.zarr")) == build[1]
 
 
-def test_a_job_of_a_sweep_is_killed(cluster, cli, spawn, tmp_path: Path) -> None:
+def test_a_job_of_a_sweep_is_killed(cluster, cli, fork, tmp_path: Path) -> None:
     recipe = tmp_path / "mine.toml"
     recipe.write_text(
         'title = "mine"\n[data]\npath = "scenes:32x48,train=8,val=4"\n'
@@ -119,7 +119,7 @@ def test_a_job_of_a_sweep_is_killed(cluster, cli, spawn, tmp_path: Path) -> None
     assert local.code == 0, local.err
     out = tmp_path / "out"
     words = ["sweep", recipe, "--out", out, "--parallel", 2, "--engine", "ray", "--address", cluster.address]
-    driver = spawn(*words)
+    driver = fork(*words)
     end = time.monotonic() + 250
     while not list(out.glob("*/*/checkpoint.pt")):
         assert driver.poll() is None, driver.communicate()
