@@ -22,6 +22,7 @@ from typing import Any
 import hypothesis
 import pytest
 from compile_cache import cache_variables
+from fork_server import ForkServer
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.update(cache_variables())
@@ -169,6 +170,13 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[int], SmallDisk]]:
     yield mount
     for path in mounted:
         subprocess.run(["umount", "-l", str(path)], check=True)
+
+
+@pytest.fixture(scope="session")
+def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
+    """Commands and programs in processes that import nothing: an import of torch and kdcache takes four seconds."""
+    with ForkServer(tmp_path_factory.mktemp("forks"), HF_HUB_OFFLINE="1") as server:
+        yield server
 
 
 @pytest.fixture(scope="session")

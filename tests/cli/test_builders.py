@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -22,13 +21,13 @@ def test_builds_started_together(build, fork, tree, unstamped, tmp_path: Path, c
 
 
 @pytest.mark.slow
-def test_torchrun(build, tree, unstamped, tmp_path: Path) -> None:
+def test_torchrun(build, forks, tree, unstamped, tmp_path: Path) -> None:
     words, alone = build
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", 2, "--master-port", 0]
+    command = [forks.torchrun, "--nproc-per-node", 2, "--master-port", 0]
     command += ["-m", "kdcache_cli", *words, "--out", tmp_path / "s.zarr"]
     done = subprocess.run(
         [str(word) for word in command],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env=forks.environment(os.environ | {"OMP_NUM_THREADS": "1"}),
         capture_output=True,
         text=True,
         check=False,

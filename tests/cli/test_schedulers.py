@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from fork_server import ForkServer
 from typer.testing import CliRunner
 
 from kdcache.store import open_cache, worker_of
@@ -31,12 +31,12 @@ def test_the_slurm_array_counts_its_tasks_from_0() -> None:
 
 
 @pytest.mark.slow
-def test_tasks_of_the_slurm_array_build_a_store(world: Path, tmp_path: Path) -> None:
+def test_tasks_of_the_slurm_array_build_a_store(world: Path, forks: ForkServer, tmp_path: Path) -> None:
     """By the script itself, as bash runs it."""
     out = tmp_path / "store.zarr"
     tool = tmp_path / "bin" / "kdcache"
     tool.parent.mkdir()
-    tool.write_text(f'#!/bin/sh\nexec {sys.executable} -m kdcache_cli "$@" --shard-records 1 --views 1\n')
+    tool.write_text(f'#!/bin/sh\nexec {forks.program} "$@" --shard-records 1 --views 1\n')
     tool.chmod(0o755)
     for task in range(2):
         variables = {"SLURM_ARRAY_TASK_ID": task, "SLURM_ARRAY_TASK_COUNT": 2, "SLURM_ARRAY_TASK_MIN": 0}

@@ -8,6 +8,7 @@ the reason before it (`<!-- not run: why -->`).
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import os
 import re
@@ -26,6 +27,7 @@ import typer
 from fork_server import ForkServer
 from safetensors.torch import save_file
 
+import kdcache
 from kdcache.data import write_scenes
 from kdcache_cli.app import app
 
@@ -188,6 +190,15 @@ def test_every_flag_and_verb_that_is_named_exists(name: str) -> None:
         assert verb in known or verb.split()[0] in known, f"no verb {verb}"
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_programs_use_names_of_kdcache_that_importing_it_gives(name: str) -> None:
+    """A fork has imported all modules, and would find those of which a page has not said so."""
+    programs = [ast.parse(block.text) for block in runnable(name) if block.language == "python"]
+    parts = [part for program in programs for part in ast.walk(program) if isinstance(part, ast.Attribute)]
+    used = {part.attr for part in parts if isinstance(part.value, ast.Name) and part.value.id == "kdcache"}
+    assert used <= set(kdcache.__all__), used - set(kdcache.__all__)
+
+
 def test_few_blocks_are_not_run_and_each_says_why() -> None:
     reasons = [block.not_run for name in NAMES for block in blocks_of(name) if block.not_run is not None]
     marks = sum((ROOT / name).read_text(encoding="utf-8").count("<!-- not run") for name in NAMES)
@@ -220,13 +231,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.fixture(scope="session")
-def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
-    """A `kdcache` that imports nothing: the pages have some 150 commands, and an import takes four seconds."""
-    with ForkServer(tmp_path_factory.mktemp("forks"), HF_HUB_OFFLINE="1") as server:
-        yield server
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", [name for name in NAMES if runnable(name)])
@@ -253,9 +257,7 @@ def _run(name: str, tmp_path: Path, environment: dict[str, str]) -> None:
         if block.title is not None:
             (tmp_path / block.title).write_text(text, encoding="utf-8")
             continue
-        command = (
-            ["bash", "-euxo", "pipefail", "-c", text] if block.language == "bash" else [sys.executable, "-c", text]
-        )
+        command = [*(["bash", "-euxo", "pipefail"] if block.language == "bash" else ["python"]), "-c", text]
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, (
             f"{block.where} ended with {done.returncode}\n{done.stderr[-3000:]}{done.stdout[-1500:]}"

@@ -7,11 +7,14 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from fork_server import ForkServer
 
 from kdcache.data import open_split
 from kdcache.distill import Batch
@@ -26,7 +29,7 @@ FOLDER = Path(__file__).parents[2] / "examples"
 NAMES = ("plain_loop", "lightning_module", "hf_trainer")
 SCENES = "scenes:32x48,train=6,val=3"
 LINE = re.compile(r"^iteration (\d+) loss ([0-9.]+) (?:ce [0-9.]+ )?kl ([0-9.]+)$", re.MULTILINE)
-FOREIGN = ["-W", "ignore"]  # what Lightning and transformers warn of themselves and each other is theirs
+FOREIGN = "ignore"  # what Lightning and transformers warn of themselves and each other is theirs
 STEPS = 5
 
 
@@ -41,23 +44,57 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def run(name: str, folder: Path, *words: object) -> list[tuple[int, float, float]]:
-    """What an example prints: (iteration, loss, kl)."""
-    given = ["--data", SCENES, "--size", 32, 48, "--iterations", STEPS, "--batch-size", 2, *words]
-    command = [sys.executable, *(FOREIGN if name != "plain_loop" else ["-W", "error"]), str(FOLDER / f"{name}.py")]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [*command, *map(str, given)],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert ("mIoU 0." in done.stdout) == ("--val" in words), done.stdout
-    return [(int(number), float(loss), float(kl)) for number, loss, kl in LINE.findall(done.stdout)]
+IN_TURN = """
+import json, runpy, sys
+for sys.argv in json.loads(sys.argv[1]):
+    runpy.run_path(sys.argv[0], run_name="__main__")
+    print("--- next ---")
+"""
+
+
+@pytest.fixture(scope="module")
+def printed(forks: ForkServer) -> Callable[..., list[str]]:
+    """What programs print that run in turn in one process, given the words of their command lines."""
+
+    def texts(folder: Path, warnings: str, *runs: list[object]) -> list[str]:
+        words = json.dumps([list(map(str, words)) for words in runs])
+        done = subprocess.run(
+            [forks.python, "-W", warnings, "-c", IN_TURN, words],
+            cwd=folder,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"},
+            capture_output=True,
+            text=True,
+            timeout=240,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        *parts, last = done.stdout.split("--- next ---\n")
+        assert (len(parts), last) == (len(runs), "")
+        return parts
+
+    return texts
+
+
+Rows = list[tuple[int, float, float]]
+
+
+@pytest.fixture(scope="module")
+def learnt(
+    store: Path, printed: Callable[..., list[str]], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], tuple[Rows, Rows]]:
+    """What an example prints with the store, and without one: (iteration, loss, kl)."""
+
+    @cache
+    def rows(name: str) -> tuple[Rows, Rows]:
+        given = [FOLDER / f"{name}.py", "--data", SCENES, "--size", 32, 48, "--iterations", STEPS, "--batch-size", 2]
+        warnings = "error" if name == "plain_loop" else FOREIGN
+        runs = [*given, "--cache", store, "--val", SCENES], given
+        texts = printed(tmp_path_factory.mktemp(name), warnings, *runs)
+        assert ["mIoU 0." in text for text in texts] == [True, False], texts
+        taught, alone = ([(int(n), float(loss), float(kl)) for n, loss, kl in LINE.findall(text)] for text in texts)
+        return taught, alone
+
+    return rows
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -73,8 +110,8 @@ def test_a_teacher_takes_three_lines_of_the_public_interface(name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-def test_it_learns_with_a_store_and_without(name: str, store: Path, tmp_path: Path) -> None:
-    taught, alone = run(name, tmp_path, "--cache", store, "--val", SCENES), run(name, tmp_path)
+def test_it_learns_with_a_store_and_without(name: str, learnt: Callable[[str], tuple[Rows, Rows]]) -> None:
+    taught, alone = learnt(name)
     for rows in (taught, alone):
         assert [number for number, _, _ in rows] == list(range(1, STEPS + 1))
     assert all(kl > 0 for _, _, kl in taught)
@@ -83,14 +120,14 @@ def test_it_learns_with_a_store_and_without(name: str, store: Path, tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_the_plain_loop_is_the_trainer(store: Path, tmp_path: Path) -> None:
+def test_the_plain_loop_is_the_trainer(store: Path, learnt: Callable[[str], tuple[Rows, Rows]], tmp_path: Path) -> None:
     settings: dict[str, Any] = {"verb": "train-student", "model": "kdcache:tiny", "cache": str(store), "method": "kl"}
     settings |= {"iterations": STEPS, "batch_size": 2, "schedule": "constant", "weight_decay": 0.0, "device": "cpu"}
     settings |= {"log_every": 1, "lr": 1e-3, "class_weights": "none"}
     train(make_config(**settings), tmp_path / "run")
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     expected = [(line["step"], line["loss"], line["kl"]) for line in lines if line["kind"] == "train"]
-    for found, wanted in zip(run("plain_loop", tmp_path, "--cache", store), expected, strict=True):
+    for found, wanted in zip(learnt("plain_loop")[0], expected, strict=True):
         assert found == pytest.approx(wanted, rel=1e-5)
 
 
@@ -110,24 +147,17 @@ def distilled(text: str) -> str:
 
 
 @pytest.mark.slow
-def test_the_lines_of_the_page_distil_somebody_s_own_loop(store: Path, tmp_path: Path) -> None:
+def test_the_lines_of_the_page_distil_somebody_s_own_loop(
+    store: Path, printed: Callable[..., list[str]], tmp_path: Path
+) -> None:
     text = (FOLDER / "own_loop.py").read_text(encoding="utf-8")
+    (tmp_path / "alone.py").write_text(text, encoding="utf-8")
+    (tmp_path / "taught.py").write_text(distilled(text).replace('"camvid.zarr"', repr(str(store))), encoding="utf-8")
+    words = ["--data", SCENES, "--size", 32, 48, "--iterations", 4, "--batch-size", 2]
     found = []
-    for name, program in (("alone", text), ("taught", distilled(text).replace('"camvid.zarr"', repr(str(store))))):
-        (tmp_path / f"{name}.py").write_text(program, encoding="utf-8")
-        words = ["--data", SCENES, "--size", "32", "48", "--iterations", "4", "--batch-size", "2"]
-        done = subprocess.run(
-            [sys.executable, "-W", "error", f"{name}.py", *words],
-            cwd=tmp_path,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-            capture_output=True,
-            text=True,
-            timeout=240,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        assert re.search(r"^mIoU 0\.\d{4}$", done.stdout, re.MULTILINE)
-        found.append([float(loss) for loss in re.findall(r"^iteration \d+ loss ([\d.]+)$", done.stdout, re.MULTILINE)])
+    for shown in printed(tmp_path, "error", ["alone.py", *words], ["taught.py", *words]):
+        assert re.search(r"^mIoU 0\.\d{4}$", shown, re.MULTILINE)
+        found.append([float(loss) for loss in re.findall(r"^iteration \d+ loss ([\d.]+)$", shown, re.MULTILINE)])
     alone, taught = found
     assert len(alone) == len(taught) == 4
     assert taught[0] > alone[0], "the same crops, and one term more"
