@@ -118,7 +118,7 @@ def test_its_weight_is_a_term_s(
 def test_two_levels_killed_end_as_if_nothing_had_happened(
     ema: float | None, two: dict[str, Any], nursery: Any, tmp_path: Path, read_metrics: Read
 ) -> None:
-    settings = two | {"iterations": 24, "val_every": 4, "val": SCENES, "ema": ema}
+    settings = two | {"iterations": 12, "val_every": 4, "val": SCENES, "ema": ema}
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     train(make_config(**settings), whole)
     nursery.kill_at_checkpoint(settings, killed)
