@@ -388,6 +388,7 @@ WITHOUT_TORCH = (
     ("import kdcache_cli.app", (*HEAVY, "pydantic")),
     ("import kdcache.data", ("torch", "triton", "matplotlib", "zarr")),
     ("import kdcache.store", ("torch", "triton", "matplotlib", "torchvision")),
+    ("import kdcache.sharing.hub, kdcache_cli.verbs.copy", ("torch", "huggingface_hub")),
 )
 WITH_TORCH = (
     ("import kdcache.distill", ("torchvision", "matplotlib", "zarr", "kdcache.store", "kdcache.models")),
