@@ -182,8 +182,8 @@ SEMANTIC = {
     "smp-unet": Case(lambda: smp.Unet("resnet18", encoder_weights=None, classes=C), logits, where="memory"),
     "smp-fpn": Case(lambda: smp.FPN("resnet18", encoder_weights=None, classes=C), logits, where="memory"),
     "smp-pspnet": Case(lambda: smp.PSPNet("resnet18", encoder_weights=None, classes=C), logits, where="memory"),
-    "smp-dpt": Case(lambda: smp.DPT("tu-vit_tiny_patch16_224", encoder_weights=None, classes=C, dynamic_img_size=True),
-        logits, where="memory"),
+    "smp-dpt": Case(lambda: smp.DPT("tu-vit_tiny_patch16_224", encoder_weights=None, classes=C, dynamic_img_size=True,
+        decoder_intermediate_channels=(16, 16, 24, 32), decoder_fusion_channels=16), logits, where="memory"),
     "torchvision-lraspp": Case(lambda: torchvision.models.segmentation.lraspp_mobilenet_v3_large(
         weights=None, weights_backbone=None, num_classes=C), logits, where="memory"),
 }  # fmt: skip
