@@ -64,7 +64,7 @@ FAILURES = [
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
     """A folder of tests with this project's conftest.py and a list of two reasons."""
-    for name in ("conftest.py", "compile_cache.py"):
+    for name in ("conftest.py", "compile_cache.py", "fork_server.py"):
         shutil.copy(HERE / name, tmp_path)
     (tmp_path / "allowed-skips.toml").write_text(LIST)
     (tmp_path / "torch.py").write_text(TORCH)
