@@ -105,7 +105,7 @@ def train(
 def _train(
     config: TrainConfig, out: Path, world: World, observer: Observer, resume: bool, lock: RunLock
 ) -> dict[str, Any]:
-    """Train among the processes of `world`. At the return, nothing holds the trainer, which holds their group."""
+    """Train among the processes of `world`, and let go of the trainer: it holds the process group, which ends next."""
     trainer = make_trainer(config, out, world, observer, resume=resume, lock=lock)
     with _deterministic(trainer.device):
         try:

@@ -19,7 +19,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional  # its defaults would hold the group that exists when it is imported
+import torch.distributed.nn.functional  # before there is a group, which its default arguments would keep alive
 from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
@@ -206,7 +206,7 @@ def processes() -> Iterator[World]:
         _leave(ours)  # all raise the same
         raise
     except Interrupted as stop:
-        traceback.clear_frames(stop.__traceback__)  # they hold the trainer, which holds the group
+        traceback.clear_frames(stop.__traceback__)  # the frames hold the trainer, and the trainer the group
         _leave(ours)
         raise
     else:
