@@ -9,10 +9,11 @@
 
 Blocks are those of `arms.py`. Teacher and student have the labels of one block. The pool is all 266 images of train
 without 0006R0, which judges F0 to F4. No training sees 0006R0. F0 runs only if it is named, and `CHOSEN` holds what
-it chose. A row of other flags is another row.
+it chose. A row of other flags is another row. F5 is the final: its comparisons are a family of their own.
 
 A finished run is a row of the JSON and is not repeated. An interrupted training resumes. The score is the mIoU of the
-last iteration. Blocks of 92 share frames: `differences` has intervals over seeds within a block, none over blocks.
+last iteration. `differences` has intervals over seeds within a block. Blocks of 92 share frames, so only those of 46
+have an interval over blocks. `study_images.py --few` has intervals over images.
 
     python benchmarks/few_labels.py --data camvid --out few --minutes 115 --json benchmarks/results/few-labels-cpu.json
     python benchmarks/few_labels.py --json benchmarks/results/few-labels-cpu.json --out few --table \
@@ -21,9 +22,10 @@ last iteration. Blocks of 92 share frames: `differences` has intervals over seed
 
 import argparse
 import hashlib
+import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -41,7 +43,7 @@ from kdcache.data import open_split
 from kdcache.metrics import evaluate_model
 from kdcache.run_folder import RESULT, Run
 from kdcache.teacher import load_teacher
-from study_results import write_halves
+from study_results import DATA, write_halves
 
 SIZE = (144, 192)
 EVERY = 266  # labels of train without 0006R0
@@ -80,7 +82,11 @@ CHOSEN = {
     "consistency": TRIALS["consistency"][0],
 }
 CONTROL = ("pixels", f"--method dist --teacher labels {PLAIN_WEIGHTS} {FOUR}")
-FAMILIES = ("labels only", "control", "distilled")
+FAMILIES, BASELINES = ("labels only", "control", "distilled"), ("labels only", "control")
+Rows = list[dict[str, Any]]
+NESTED = ("23-b", "46-b", "92-a", "184-a", "all")
+"""Blocks, each of which has the frames of the one before."""
+Pair = tuple[tuple[str, str], tuple[str, str]]
 
 
 def arm(stage: str, family: str, block: str, seeds: tuple[int, ...], name: str = "", **changes: Any) -> Arm:
@@ -239,118 +245,152 @@ class FewLabels(Study):
     def add(self, row: dict[str, Any]) -> None:
         """Write all rows with this one, and their summary."""
         self.rows.append(row)
-        compared = {name: gap.to_json() for name, gap in differences(self.rows).items()}
-        content = {"trials": trials_of(self.rows), "summary": summary(self.rows), "differences": compared}
-        write(self.json, {**header(self.theme, self.also), **content, "rows": self.rows})
+        write(self.json, {**header(self.theme, self.also), **conclusions(self.rows), "rows": self.rows})
         print(f"{row['stage']} {row['arm']}, seed {row['seed']}: {row['miou']:.2f}", flush=True)
 
 
-def trials_of(rows: list[dict[str, Any]]) -> dict[str, int]:
+def trials_of(rows: Rows) -> dict[str, int]:
     """Return how many settings of each family have a row in stage F0, or are used without one."""
     tried = {family: {row["flags"] for row in rows if row["stage"] == "F0" and row["arm"].startswith(family)}
              for family in TRIALS}  # fmt: skip
     return {family: max(1, len(flags)) for family, flags in tried.items()}
 
 
-def pairs() -> Iterator[tuple[tuple[str, str], tuple[str, str]]]:
-    """Yield the comparisons of the final: (stage, name) of an arm, then (stage, name) of its baseline."""
-    for block in BLOCKS:
-        for baseline in ("labels only", "control"):
-            yield ("F1", f"distilled, {block}"), ("F1", f"{baseline}, {block}")
+def pairs() -> Iterator[Pair]:
+    """Yield the comparisons on 0006R0: (stage, name) of an arm, then (stage, name) of its baseline."""
+    yield from main_pairs("F1")
     for arm in ARMS["F2"]:
         block = arm.name.rpartition(", ")[2]
         for baseline in ("distilled", "labels only"):
             yield ("F2", arm.name), ("F1", f"{baseline}, {block}")
     for kind in ("lraspp", "288x384"):
-        for baseline in ("labels only", "control"):
+        for baseline in BASELINES:
             yield ("F4", f"{kind}, distilled, 46-b"), ("F4", f"{kind}, {baseline}, 46-b")
 
 
-def differences(rows: list[dict[str, Any]]) -> dict[str, Difference]:
-    """Return the comparisons of the final, paired by block and seed, with Holm's p-value over all of them."""
+def main_pairs(stage: str) -> Iterator[Pair]:
+    """Yield distilled against both baselines, for each block. Stage F5 has the final's judge."""
+    for block in BLOCKS:
+        for baseline in BASELINES:
+            yield (stage, f"distilled, {block}"), (stage, f"{baseline}, {block}")
+
+
+def differences(rows: Rows, compared: Iterable[Pair]) -> dict[str, Difference]:
+    """Return comparisons within a block, paired by seed, with Holm's p-value over all of them."""
     scored: dict[tuple[str, str], dict[tuple[Any, ...], float]] = {}
     for row in rows:
         scored.setdefault((row["stage"], row["arm"]), {})[(row["seed"],)] = row["miou"]
     found = {f"{ours[1]} - {theirs[1]}": difference(scored[ours], scored[theirs], theirs[1])
-             for ours, theirs in pairs() if ours in scored and theirs in scored}  # fmt: skip
+             for ours, theirs in compared if ours in scored and theirs in scored}  # fmt: skip
     return dict(zip(found, adjust(list(found.values())), strict=True))
 
 
-def curve(rows: list[dict[str, Any]], family: str) -> dict[int, tuple[float, float, float]]:
-    """Return mIoU on 0006R0 by number of labels: the mean over blocks and seeds, the smallest and the largest."""
+def over_blocks(rows: Rows, stage: str) -> dict[str, Difference]:
+    """Return distilled against both baselines with 46 labels, paired by block. A block's score is a mean over seeds."""
+    scored: dict[str, dict[tuple[str], list[float]]] = {family: {} for family in FAMILIES}
+    for row in rows:
+        family, _, block = row["arm"].partition(", ")
+        if row["stage"] == stage and block.startswith("46"):
+            scored[family].setdefault((block,), []).append(row["miou"])
+    scores = {family: {block: float(np.mean(of)) for block, of in by.items()} for family, by in scored.items()}
+    found = {f"distilled - {baseline}": difference(scores["distilled"], scores[baseline], baseline)
+             for baseline in BASELINES if scores[baseline] and scores["distilled"]}  # fmt: skip
+    return {name: replace(gap, over="blocks") for name, gap in found.items()}
+
+
+def conclusions(rows: Rows) -> dict[str, Any]:
+    """Return trials, means and comparisons as JSON values. Holm counts the comparisons of each judge."""
+    gaps = {
+        "differences": differences(rows, pairs()),
+        "final": differences(rows, main_pairs("F5")),
+        "over_blocks": over_blocks(rows, "F1"),
+        "final_over_blocks": over_blocks(rows, "F5"),
+    }
+    found = {name: {key: gap.to_json() for key, gap in of.items()} for name, of in gaps.items()}
+    return {"trials": trials_of(rows), "summary": summary(rows), **found}
+
+
+def curve(rows: Rows, family: str, blocks: tuple[str, ...] = ()) -> dict[int, list[float]]:
+    """Return mIoU on 0006R0 by number of labels, of each seed of these blocks, or of all."""
     by_count: dict[int, list[float]] = {}
     for row in rows:
         name, _, block = row["arm"].rpartition(", ")
-        if row["stage"] in ("F1", "F3") and name == family:
+        if row["stage"] in ("F1", "F3") and name == family and (not blocks or block in blocks):
             by_count.setdefault(EVERY if block == "all" else int(block.partition("-")[0]), []).append(row["miou"])
-    return {count: (float(np.mean(of)), min(of), max(of)) for count, of in sorted(by_count.items())}
+    return dict(sorted(by_count.items()))
 
 
-def sentence(rows: list[dict[str, Any]]) -> str:
-    """Return a sentence on how many labels without kdcache reach the score of 46 labels with it.
-
-    If rows are missing, the sentence names them.
-    """
-    plain, distilled = curve(rows, "labels only"), curve(rows, "distilled")
-    if 46 not in distilled or len(plain) < 2:
-        return "The curve lacks rows: nothing can be said of 46 labels."
-    reached, counts, means = distilled[46][0], list(plain), [mean for mean, _, _ in plain.values()]
-    if reached > max(means):
-        return f"46 labels with kdcache reach more than {counts[-1]} labels reach without (judge: 0006R0)."
-    above = next(place for place, mean in enumerate(means) if mean >= reached)
+def reaches(plain: dict[int, list[float]], score: float) -> str:
+    """Return how many labels reach a score without kdcache: between two points, the logarithm is interpolated."""
+    counts, means = list(plain), [float(np.mean(of)) for of in plain.values()]
+    if score > max(means):
+        return f"more than {counts[-1]}"
+    above = next(place for place, mean in enumerate(means) if mean >= score)
     if above == 0:
-        return f"46 labels with kdcache reach no more than {counts[0]} labels reach without (judge: 0006R0)."
-    share = (reached - means[above - 1]) / (means[above] - means[above - 1])
-    count = counts[above - 1] * (counts[above] / counts[above - 1]) ** share
-    return f"46 labels with kdcache reach what {count:.0f} labels reach without (judge: 0006R0)."
+        return f"at most {counts[0]}"
+    share = (score - means[above - 1]) / (means[above] - means[above - 1])
+    return f"{counts[above - 1] * (counts[above] / counts[above - 1]) ** share:.0f}"
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def sentence(rows: Rows) -> str:
+    """Return how many labels without kdcache reach the score of 46 with it: of all blocks, and of nested ones."""
+    said = []
+    for blocks in ((), NESTED):
+        plain, distilled = (curve(rows, family, blocks) for family in ("labels only", "distilled"))
+        if 46 not in distilled or len(plain) < 2:
+            return "The curve lacks rows: nothing can be said of 46 labels."
+        said.append(reaches(plain, float(np.mean(distilled[46]))))
+    return (
+        f"46 labels with kdcache reach what {said[0]} labels reach without (mean of all blocks, judge 0006R0). "
+        f"For nested blocks: {said[1]}."
+    )
+
+
+def table(rows: Rows) -> str:
     """Return means and differences as Markdown."""
     lines = ["| stage | arm | mIoU, mean and 95 % interval over seeds |", "| --- | --- | ---: |"]
     for stage, arms in summary(rows).items():
         for name, of in arms.items():
             half = "" if of["half"] is None else f" ± {of['half']:.1f}"
             lines.append(f"| {stage} | {name} | {of['mean']:.1f}{half} |")
-    found = differences(rows)
-    lines += [
-        "",
-        "| difference | points | 95 % interval over seeds, paired | pairs | Holm's p |",
-        "| --- | ---: | --- | ---: | ---: |",
-    ]
-    for name, gap in found.items():
-        span = "one pair" if math.isnan(gap.half_width) else f"{gap.low:+.2f} to {gap.high:+.2f}"
-        p = "" if math.isnan(gap.adjusted) else f"{gap.adjusted:.3f}"
-        lines.append(f"| {name} | {gap.mean:+.2f} | {span} | {gap.runs} | {p} |")
+    families = {
+        "0006R0": (differences(rows, pairs()), over_blocks(rows, "F1")),
+        "val": (differences(rows, main_pairs("F5")), over_blocks(rows, "F5")),
+    }
+    for judge, (gaps, blocks) in families.items():
+        lines += ["", f"| {judge} | points | 95 % interval | pairs | Holm's p |", "| --- | ---: | --- | ---: | ---: |"]
+        for name, gap in [*gaps.items(), *blocks.items()]:
+            span = "one pair" if math.isnan(gap.half_width) else f"{gap.low:+.2f} to {gap.high:+.2f}"
+            p = "" if gap.over == "blocks" or math.isnan(gap.adjusted) else f"{gap.adjusted:.3f}"
+            lines.append(f"| {name} | {gap.mean:+.2f} | {span} | {gap.runs} {gap.over} | {p} |")
+        lines += ["", f"{len(gaps)} comparisons, and Holm's p counts them all."]
     words = ", ".join(f"{count} of {family}" for family, count in trials_of(rows).items())
-    return "\n".join(
-        [
-            *lines,
-            "",
-            f"{len(found)} comparisons, and Holm's p counts them all. Settings tried: {words}.",
-            sentence(rows),
-        ]
-    )
+    return "\n".join([*lines, "", f"Settings tried: {words}.", sentence(rows)])
 
 
-def draw(rows: list[dict[str, Any]], out: Path) -> None:
-    """Draw mIoU against the number of labels, with a band from the smallest to the largest of blocks and seeds."""
+def draw(rows: Rows, out: Path) -> None:
+    """Draw mIoU against the number of labels: nested blocks as a line, each run as a dot, a band around all dots.
+
+    The PNG also holds the numbers.
+    """
+    drawn = {}
     figure, axes = plt.subplots(figsize=(7, 4.6), layout="constrained")
-    for family, colour in (("distilled", "#0072B2"), ("labels only", "#666666"), ("control", "#E69F00")):
-        points = curve(rows, family)
-        if points:
-            mean, low, high = zip(*points.values(), strict=True)
-            axes.plot(list(points), mean, color=colour, marker="o", markersize=3, label=family)
-            axes.fill_between(list(points), low, high, color=colour, alpha=0.15, linewidth=0)
-    counts = sorted({count for family in FAMILIES for count in curve(rows, family)})
+    for family, colour in (("distilled", "#0072B2"), ("labels only", "#666666")):
+        points, line = curve(rows, family), curve(rows, family, NESTED)
+        low, high = ([of(scores) for scores in points.values()] for of in (min, max))
+        dots = [(count, score) for count, scores in points.items() for score in scores]
+        axes.plot(list(line), [float(np.mean(scores)) for scores in line.values()], color=colour, label=family)
+        axes.fill_between(list(points), low, high, color=colour, alpha=0.15, linewidth=0)
+        axes.scatter(*zip(*dots, strict=True), color=colour, s=9, linewidth=0)
+        drawn[family] = points
     axes.set_xscale("log")
-    axes.set_xticks(counts, labels=map(str, counts))
+    axes.set_xticks(list(points), labels=map(str, points))
     axes.minorticks_off()
-    axes.set(xlabel="labels (logarithmic)", ylabel="mIoU on 0006R0, % (band: blocks and seeds)")
+    axes.set(xlabel="labels (line: nested blocks of frames, dot: one run)", ylabel="mIoU on the sequence 0006R0, %")
     axes.grid(alpha=0.3)
-    figure.legend(loc="outside upper center", ncols=3, frameon=False)
+    figure.legend(loc="outside upper center", ncols=2, frameon=False)
     out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=150)
+    figure.savefig(out, dpi=150, metadata={DATA: json.dumps(drawn)})
     plt.close(figure)
 
 

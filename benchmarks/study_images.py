@@ -4,6 +4,7 @@ An interval over seeds is about other trainings on the very images that judge. T
 for the runs that there are: each image by itself, and in stretches of ten, since frames of a video are alike.
 
     python benchmarks/study_images.py --data camvid --out study --json benchmarks/results/study-images-cpu.json
+    python benchmarks/study_images.py --data camvid --few --json benchmarks/results/few-labels-images-cpu.json
 """
 
 import argparse
@@ -14,6 +15,7 @@ from typing import Any
 from arms import BLOCKS
 from common import RESULTS, header, run, write
 from effect import Folders, run_name
+from few_labels import SEEDS
 from kdcache.analysis.statistics import Blocks, resample
 from kdcache.data import Split, open_split
 from kdcache.metrics import Metrics, evaluate_model
@@ -58,20 +60,25 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="CamVid")
     parser.add_argument("--out", default="study", help="folder of data sets")
     parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--few", action="store_true", help="judge the weights of few_labels.py on val instead")
     arguments = parser.parse_args()
-    folders = Folders(Path(arguments.data).resolve(), Path(arguments.out).resolve())
-    final, few = open_split(str(arguments.data), "val"), open_split(str(folders.data("dev")), "val")
-    pairs = [
-        ("E6", (f"distilled, {data}", f"{baseline}, {data}"), FINAL_SEEDS, final)
-        for data in ("all", "apart")
-        for baseline in ("plain", "control")
-    ]
-    pairs += [("E4", (f"distilled, {block}", f"plain, {block}"), FEW_SEEDS, few) for block in BLOCKS]
+    final = open_split(str(arguments.data), "val")
+    if arguments.few:
+        pairs = [("F1", (f"distilled, {block}", f"labels only, {block}"), SEEDS, final) for block in BLOCKS]
+    else:
+        folders = Folders(Path(arguments.data).resolve(), Path(arguments.out).resolve())
+        few = open_split(str(folders.data("dev")), "val")
+        pairs = [
+            ("E6", (f"distilled, {data}", f"{baseline}, {data}"), FINAL_SEEDS, final)
+            for data in ("all", "apart")
+            for baseline in ("plain", "control")
+        ]
+        pairs += [("E4", (f"distilled, {block}", f"plain, {block}"), FEW_SEEDS, few) for block in BLOCKS]
     rows = []
     for pair in pairs:
         rows.append(row(*pair))
         print(rows[-1], flush=True)
-    write(arguments.json, {**header("effect"), "rows": rows})
+    write(arguments.json, {**header("few labels" if arguments.few else "effect"), "rows": rows})
 
 
 if __name__ == "__main__":

@@ -239,7 +239,7 @@ def test_a_row_keeps_the_last_feature_loss_or_the_last_score(first) -> None:
 # few_labels.py
 
 
-def test_a_curve_is_the_mean_and_the_range_by_number_of_labels(script) -> None:
+def test_a_curve_has_all_scores_by_number_of_labels(script) -> None:
     few = script("few_labels")
     rows = [
         {"stage": "F1", "arm": "distilled, 46-a", "miou": 10.0},
@@ -248,7 +248,8 @@ def test_a_curve_is_the_mean_and_the_range_by_number_of_labels(script) -> None:
         {"stage": "F2", "arm": "distilled, 46-c", "miou": 99.0},
         {"stage": "F1", "arm": "control, 46-a", "miou": 99.0},
     ]
-    assert few.curve(rows, "distilled") == {46: (20, 10, 30), 266: (50, 50, 50)}
+    assert few.curve(rows, "distilled") == {46: [10, 30], 266: [50]}
+    assert few.curve(rows, "distilled", few.NESTED) == {46: [30], 266: [50]}
     assert few.trials_of([{"stage": "F0", "arm": "distilled: x", "flags": flags} for flags in "aab"])["distilled"] == 2
 
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import json
 from collections.abc import Callable, Mapping
+from itertools import pairwise
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+from PIL import Image
 
 
 @pytest.fixture
@@ -44,19 +48,30 @@ def test_choices_are_made_on_two_blocks_only(few: ModuleType) -> None:
 
 @pytest.mark.parametrize(
     ("distilled", "words"),
-    [(20.0, "no more than 46 labels"), (30.0, "what 65 labels"), (41.0, "more than 92 labels")],
+    [(20.0, "what at most 46 labels"), (30.0, "what 65 labels"), (41.0, "what more than 92 labels")],
 )
 def test_labels_that_reach_as_much(distilled: float, words: str, few: ModuleType) -> None:
     rows = [row("F1", "labels only, 46-a", 18), row("F1", "labels only, 46-b", 22), row("F1", "labels only, 92-a", 40)]
-    assert words in few.sentence([*rows, row("F1", "distilled, 46-a", distilled)])
+    assert words in few.sentence([*rows, row("F1", "distilled, 46-b", distilled)])
     assert "lacks rows" in few.sentence(rows)
+
+
+def test_nested_blocks_have_a_number_of_their_own(few: ModuleType) -> None:
+    rows = [row("F1", "labels only, 46-a", 10), row("F1", "labels only, 46-b", 20), row("F1", "labels only, 92-a", 40)]
+    said = few.sentence([*rows, row("F1", "distilled, 46-a", 20), row("F1", "distilled, 46-b", 30)])
+    assert "what 61 labels reach without (mean of all blocks" in said
+    assert "For nested blocks: 65." in said
+    frames = importlib.import_module("arms")
+    spans = [{**frames.BLOCKS, **frames.MORE_BLOCKS}[block][1:] for block in few.NESTED[:-1]]
+    assert all(low >= wide_low and high <= wide_high
+               for (low, high), (wide_low, wide_high) in pairwise(spans))  # fmt: skip
 
 
 def test_differences_are_paired_by_block_and_seed_and_counted(few: ModuleType) -> None:
     rows = [row("F1", f"{arm}, 46-b", miou + seed, seed) for seed in range(3)
             for arm, miou in (("labels only", 30), ("control", 29), ("distilled", 33))]  # fmt: skip
     rows += [row("F2", "(f) hard pseudo labels, 46-b", 31 + 2 * seed, seed) for seed in range(2)]
-    found: Mapping[str, Any] = few.differences(rows)
+    found: Mapping[str, Any] = few.differences(rows, few.pairs())
     assert {name: gap.mean for name, gap in found.items()} == {
         "distilled, 46-b - labels only, 46-b": 3,
         "distilled, 46-b - control, 46-b": 4,
@@ -66,6 +81,40 @@ def test_differences_are_paired_by_block_and_seed_and_counted(few: ModuleType) -
     assert {gap.comparisons for gap in found.values()} == {4}
     assert found["(f) hard pseudo labels, 46-b - distilled, 46-b"].runs == 2
     assert "4 comparisons" in few.table(rows)
+
+
+def test_the_final_is_a_family_of_its_own(few: ModuleType) -> None:
+    """Comparisons on val do not count those on 0006R0. Without a row on val there is none."""
+    rows = [row(stage, f"{arm}, {block}", miou + seed, seed) for stage in ("F1", "F5")
+            for block in ("46-b", "92-b") for arm, miou in (("labels only", 30), ("control", 29), ("distilled", 33))
+            for seed in range(2)]  # fmt: skip
+    said = few.conclusions(rows)
+    assert {gap["comparisons"] for gap in said["final"].values()} == {4}
+    assert {gap["mean"] for gap in said["final"].values()} == {3, 4}
+    assert few.conclusions(rows[:12])["final"] == {}
+
+
+def test_only_blocks_of_46_labels_have_an_interval_over_blocks(few: ModuleType) -> None:
+    """Blocks of 92 share frames. A block counts once, with its mean over seeds."""
+    gains = {"46-a": 1.0, "46-b": 2.0, "46-c": 3.0, "92-a": 50.0}
+    rows = [row("F1", f"{arm}, {block}", (arm == "distilled") * gain + seed, seed)
+            for block, gain in gains.items() for arm in few.FAMILIES for seed in range(3)]  # fmt: skip
+    found = few.over_blocks(rows, "F1")
+    assert list(found) == ["distilled - labels only", "distilled - control"]
+    for gap in found.values():
+        assert (gap.mean, gap.runs, gap.over) == (2, 3, "blocks")
+        assert gap.half_width == pytest.approx(4.302653 / 3**0.5)  # Student's t for three blocks
+    assert few.over_blocks(rows, "F5") == {}
+
+
+def test_the_picture_holds_every_run(few: ModuleType, tmp_path: Path) -> None:
+    rows = [row("F1", f"{arm}, {block}", 30 + seed, seed) for arm in few.FAMILIES for block in ("46-b", "92-b")
+            for seed in range(2)]  # fmt: skip
+    rows += [row("F3", "distilled, all", 40), row("F0", "distilled: a trial, 46-a", 90)]
+    few.draw(rows, tmp_path / "curve.png")
+    drawn = json.loads(Image.open(tmp_path / "curve.png").text[few.DATA])
+    assert drawn["labels only"] == {"46": [30, 31], "92": [30, 31]}
+    assert drawn["distilled"]["266"] == [40]
 
 
 def test_a_prefix_of_features_first_has_all_arms_of_one_number(first: ModuleType) -> None:
