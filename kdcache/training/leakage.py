@@ -122,7 +122,7 @@ def _hidden_labels(cache: Cache, config: TrainConfig, used: int, hidden: list[st
     return MismatchError(
         "The teacher saw more labels than the student: "
         + ("" if flag is None else f"{flag}: ")
-        + f"{used} labels, and the teacher of {cache.place} was trained on those of {len(hidden)} more of its samples "
+        + f"{used} labels, and the teacher of {cache.place} was trained on labels of {len(hidden)} more of its samples "
         f"({some})",
         fix=f"Train the teacher on {teacher}, and build its cache. Or learn from labels only, by --method none or "
         "--teacher labels",

@@ -68,7 +68,7 @@ def test_a_teacher_of_more_labels_is_refused(
         notes(taught(SAMPLES), limit_labels=2, **changes)
     fold = "fold" in changes
     assert f"--limit-labels 2: 2 labels, and the teacher of {taught(1).place} was trained" in caught.value.problem
-    assert f"on those of {2 if fold else 4} more" in caught.value.problem
+    assert f"on labels of {2 if fold else 4} more" in caught.value.problem
     assert "train-teacher --limit-samples 2" + " --fold 0/3" * fold + "," in caught.value.fix
     assert "--teacher labels" in caught.value.fix
 
@@ -258,7 +258,7 @@ def test_every_stream_of_a_teacher_counts(settings: dict[str, Any], data: Path, 
     assert notes(cache, limit_labels=2, fold="1/3") == []
     with pytest.raises(MismatchError, match="The teacher saw more labels than the student") as caught:
         notes(cache, limit_labels=1, fold="1/3")
-    assert "those of 1 more" in caught.value.problem
+    assert "labels of 1 more" in caught.value.problem
 
 
 def test_the_teacher_of_a_stream_s_store_is_not_known(

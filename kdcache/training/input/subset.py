@@ -134,6 +134,6 @@ def _count(flag: str, limit: float | None, available: int) -> int:
     if not 1 <= count <= available:
         raise RecipeError(
             f"Cannot use {flag} {limit:g} of {available} samples",
-            fix="Give a number of samples from 1 to that, or a share between 0 and 1.",
+            fix=f"Give a number of samples from 1 to {available}, or a share between 0 and 1.",
         )
     return count
