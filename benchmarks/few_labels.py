@@ -308,7 +308,7 @@ def conclusions(rows: Rows) -> dict[str, Any]:
         "final_over_blocks": over_blocks(rows, "F5"),
     }
     found = {name: {key: gap.to_json() for key, gap in of.items()} for name, of in gaps.items()}
-    return {"trials": trials_of(rows), "summary": summary(rows), **found}
+    return {"trials": trials_of(rows), "sentence": sentence(rows), "summary": summary(rows), **found}
 
 
 def curve(rows: Rows, family: str, blocks: tuple[str, ...] = ()) -> dict[int, list[float]]:

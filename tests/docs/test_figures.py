@@ -42,6 +42,7 @@ def result(name: str) -> Any:
 
 
 STUDY, ADAPT, TASKS = result("study-cpu.json"), result("adapt-cpu.json"), result("tasks-cpu.json")
+FEW, FEW_IMAGES = result("few-labels-cpu.json"), result("few-labels-images-cpu.json")
 
 
 def rival(row: int, name: str, what: str) -> Callable[[Any], float]:
@@ -61,10 +62,27 @@ def miou(stage: str, arm: str, end: str = "mean") -> Callable[[Any], float]:
     return lambda d: d["summary"][stage][arm][end]  # type: ignore[no-any-return]
 
 
-def gain(end: str) -> Callable[[Any], float]:
-    """The smallest or largest gain with 46 labels."""
+def gain(end: str, labels: int, family: str = "differences") -> Callable[[Any], float]:
+    """The smallest or largest gain over labels only, over the blocks of so many labels. On val: `final`."""
     return lambda d: {"least": min, "most": max}[end](
-        d["differences"][f"E4 distilled, 46-{block} - E4 plain, 46-{block}"]["mean"] for block in "abc"
+        d[family][f"distilled, {labels}-{block} - labels only, {labels}-{block}"]["mean"] for block in "abc"
+    )
+
+
+def over_blocks(end: str, family: str = "over_blocks") -> Callable[[Any], float]:
+    """The gain of 46 labels over labels only, or an end of its interval over blocks."""
+    return lambda d: abs(d[family]["distilled - labels only"][end])
+
+
+def few_mean(arm: str, stage: str = "F1") -> Callable[[Any], float]:
+    """The mean of the blocks a, b and c."""
+    return lambda d: fmean(d["summary"][stage][f"{arm}-{block}"]["mean"] for block in "abc")
+
+
+def few_gap(block: str) -> Callable[[Any], float]:
+    """What labels only has over distilled at an end of the curve."""
+    return lambda d: (
+        d["summary"]["F3"][f"labels only, {block}"]["mean"] - d["summary"]["F3"][f"distilled, {block}"]["mean"]
     )
 
 
@@ -131,8 +149,20 @@ FIGURES: list[tuple[str, Callable[[Any], float], str, tuple[str, ...]]] = [
     ("study-cpu.json", miou("E5", "kl, a fold left out", "half"), "0.97", (STUDIES,)),
     ("study-cpu.json", miou("E6", "live, all"), "56.9", (STUDIES,)),
     ("study-cpu.json", miou("E6", "live, all", "half"), "3.8", (STUDIES,)),
-    ("study-cpu.json", gain("least"), "2.3", (STUDIES,)),
-    ("study-cpu.json", gain("most"), "12.9", (STUDIES,)),
+    ("few-labels-cpu.json", gain("least", 46), "1.1", (STUDIES,)),
+    ("few-labels-cpu.json", gain("most", 46), "13.1", (STUDIES,)),
+    ("few-labels-cpu.json", gain("least", 92, "final"), "0.6", (STUDIES,)),
+    ("few-labels-cpu.json", gain("most", 46, "final"), "15.0", (STUDIES,)),
+    ("few-labels-cpu.json", over_blocks("mean"), "8.2", (STUDIES,)),
+    ("few-labels-cpu.json", over_blocks("low"), "7.5", (STUDIES,)),
+    ("few-labels-cpu.json", over_blocks("high"), "23.9", (STUDIES,)),
+    ("few-labels-cpu.json", over_blocks("mean", "final_over_blocks"), "11.3", (STUDIES,)),
+    ("few-labels-cpu.json", over_blocks("low", "final_over_blocks"), "0.2", (STUDIES,)),
+    ("few-labels-cpu.json", over_blocks("high", "final_over_blocks"), "22.4", (STUDIES,)),
+    ("few-labels-cpu.json", few_mean("distilled, 46", "F5"), "45.1", (STUDIES,)),
+    ("few-labels-cpu.json", few_mean("labels only, 92", "F5"), "43.3", (STUDIES,)),
+    ("few-labels-cpu.json", few_gap("184-a"), "1.4", (STUDIES,)),
+    ("few-labels-cpu.json", few_gap("all"), "1.6", (STUDIES,)),
     ("study-cpu.json", seconds, "16.6", (STUDIES,)),
     ("study-cpu.json", kept, "57.17", (STUDIES,)),
     ("effect-cpu.json", withdrawn, "2.85", (STUDIES,)),
@@ -240,6 +270,47 @@ def resampled(what: str) -> list[str]:
     return [signed(row["points"]), *(f"{signed(end['low'])} to {signed(end['high'])}" for end in ends)]
 
 
+def few_scores(block: str, stage: str, digits: int = 1) -> list[str]:
+    """Means of labels only, control and distilled, with intervals over seeds, and the gain over labels only."""
+    family = {"F1": "differences", "F5": "final"}[stage]
+    arms = [f"{arm}, {block}" for arm in ("labels only", "control", "distilled")]
+    found = FEW[family][f"{arms[2]} - {arms[0]}"]
+    mean, low, high = (signed(found[key], digits) for key in ("mean", "low", "high"))
+    return [*(within(FEW["summary"][stage][arm]) for arm in arms), f"{mean} ({low} to {high})"]
+
+
+def few_on_0006r0(block: str) -> list[str]:
+    """The teacher's score in front of the students', and the gain over the control behind them."""
+    (teacher,) = {row["teacher_miou"] for row in FEW["rows"]
+                  if (row["stage"], row["arm"]) == ("F1", f"distilled, {block}")}  # fmt: skip
+    found = FEW["differences"][f"distilled, {block} - control, {block}"]
+    mean, low, high = (signed(found[key]) for key in ("mean", "low", "high"))
+    return [f"{teacher:.1f}", *few_scores(block, "F1"), f"{mean} ({low} to {high})"]
+
+
+def few_on_val(block: str) -> list[str]:
+    """Behind the students' scores, the gain's interval over stretches of ten images."""
+    (images,) = (row for row in FEW_IMAGES["rows"] if row["arm"] == f"distilled, {block}")
+    ends = images["stretches of 10 images"]
+    return [*few_scores(block, "F5"), f"{signed(ends['low'])} to {signed(ends['high'])}"]
+
+
+def seeds(arm: str, stage: str, count: int = 2) -> list[str]:
+    """The scores of an arm's first seeds."""
+    rows = sorted((row["seed"], row["miou"]) for row in FEW["rows"] if (row["stage"], row["arm"]) == (stage, arm))
+    return [", ".join(f"{miou:.1f}" for _, miou in rows[:count])]
+
+
+def question(arm: str, stage: str = "F2") -> list[str]:
+    """The scores of two seeds on 46-b and 46-c, and the seconds of the fastest run of this stage."""
+    took = min(row["seconds"] for row in FEW["rows"] if row["stage"] == stage and row["arm"].startswith(f"{arm}, "))
+    return [*seeds(f"{arm}, 46-b", stage), *seeds(f"{arm}, 46-c", stage), str(took)]
+
+
+def other(name: str) -> list[str]:
+    return [cell for arm in ("labels only", "control", "distilled") for cell in seeds(f"{name}, {arm}, 46-b", "F4")]
+
+
 def means(stage: str, *arms: str | None) -> list[str]:
     """Means of arms of the study; with intervals if there are many runs."""
     found = [STUDY["summary"][stage].get(arm) for arm in arms]
@@ -324,7 +395,26 @@ FIRST = {"46": "46 frames, block b", "92": "92 frames, block b", "all": "all but
 """Labels of features-first-cpu.json, as the page names them."""
 TABLES: dict[tuple[str, str], dict[str, list[str]]] = {
     (STUDIES, "labels of"): {
-        f"{count} frames, block {block}": compared("E4", f"{count}-{block}") for count in (46, 92) for block in "abc"
+        f"{count} frames, block {block}": few_on_0006r0(f"{count}-{block}") for count in (46, 92) for block in "abc"
+    },
+    (STUDIES, "on val, labels of"): {
+        f"{count} frames, block {block}": few_on_val(f"{count}-{block}") for count in (46, 92) for block in "abc"
+    },
+    (STUDIES, "46 labels"): {
+        "labels only": question("labels only", "F1"),
+        "distilled (`dist`)": question("distilled", "F1"),
+        "(a) semi-supervised, no teacher": question("(a) semi-supervised without a teacher"),
+        "(b) distilled on the labelled images only": question("(b) distilled on the labelled images"),
+        "(c) teacher from random weights": question("(c) a teacher from random weights"),
+        "(d) features of ImageNet first, then labels": question("(d) features of ImageNet first"),
+        "(e) distilled and semi-supervised": question("(e) distilled and consistent"),
+        "(f) hard pseudo labels": question("(f) hard pseudo labels"),
+        "(g) `kl`": question("(g) kl"),
+        "(g) `cwd`": question("(g) cwd"),
+    },
+    (STUDIES, "46 labels, block b"): {
+        "another student": other("lraspp"),
+        "another size": other("288x384"),
     },
     (STUDIES, "trained on"): {
         "all of train": compared("E6", "all", 2),
@@ -408,6 +498,13 @@ TABLES: dict[tuple[str, str], dict[str, list[str]]] = {
     (KERNELS, "labels, stride"): {name: small(*case) for name, case in SMALL.items()},
 }
 """Page and first heading of a table -> first cell of a row -> its other cells, as the results give them."""
+
+
+def test_the_sentence_on_46_labels_is_the_result_s() -> None:
+    first, nested = re.findall(r"what (\d+) labels|nested blocks: (\d+)", FEW["sentence"])
+    words = " ".join(PAGES[STUDIES].split())
+    assert f"46 labels with kdcache reach what {first[0]} labels reach without." in words
+    assert f"If only nested blocks count, they reach what {nested[1]} labels reach." in words
 
 
 def table(page: str, heading: str) -> str:

@@ -117,7 +117,9 @@ def test_46_labels_with_distillation_equal_92_without() -> None:
 
 def test_the_test_split_names_weights_and_commands_that_exist() -> None:
     weights = {path.stem for path in (RESULTS / "weights").glob("*.safetensors")}
-    assert JUDGED["weights"].keys() == weights
+    unseen = {name for name in weights if name.startswith("f1-")}  # kept for this drive, and not judged there yet
+    assert len(unseen) == 2 * 6 * 3
+    assert JUDGED["weights"].keys() == weights - unseen
     ids = [f"0001TP_{number:06}" for number in range(62)] + [f"Seq05VD_f{number:05}" for number in range(171)]
     for drive in ("Seq05VD", "0001TP"):
         words = shlex.split(JUDGED["commands"][drive])

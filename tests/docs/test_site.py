@@ -57,6 +57,19 @@ def test_the_picture_of_the_study_is_of_its_rows() -> None:
     assert len(next(curve for label, curve in drawn.items() if label.startswith("live"))["seconds"]) > 2
 
 
+def test_the_picture_of_few_labels_is_of_its_rows() -> None:
+    """It holds each run of labels only and distilled, by number of labels."""
+    rows = json.loads((RESULTS / "few-labels-cpu.json").read_text(encoding="utf-8"))["rows"]
+    drawn = json.loads(Image.open(ROOT / "docs" / "assets" / "few-labels.png").text["Description"])
+    assert list(drawn) == ["distilled", "labels only"]
+    for arm, points in drawn.items():
+        assert list(points) == ["23", "46", "92", "184", "266"]
+        for count, scores in points.items():
+            name = f"{arm}, all" if count == "266" else f"{arm}, {count}-"
+            runs = [row["miou"] for row in rows if row["stage"] in ("F1", "F3") and row["arm"].startswith(name)]
+            assert sorted(scores) == sorted(runs)
+
+
 @pytest.mark.parametrize("folder", ["kdcache/analysis/report/templates", "cli/kdcache_cli/verbs", "docs"])
 def test_words_that_are_not_the_fields_are_gone(folder: str) -> None:
     """Of losses that speak and of tables whose header is a verb."""
