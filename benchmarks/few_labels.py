@@ -207,12 +207,13 @@ class FewLabels(Study):
         self.add({**key, "store": arm.store, "data": arm.data, **scores(Run.open(out)), **self.teacher(arm)})
 
     def teacher(self, arm: Arm) -> dict[str, float]:
-        """Return the score of the teacher whose targets an arm's cache has, or {} for a cache of pixels only."""
+        """Return the score and seconds of the teacher whose targets an arm's cache has, or {} for pixels only."""
         store = STORES[arm.store]
         if store.trained_on:
             return {}
         run = Run.open(self.folders.teacher(store.teachers[0], arm.teacher_data or arm.data))
-        return {"teacher_miou": scores(run)["miou"]}
+        found = scores(run)
+        return {"teacher_miou": found["miou"], "teacher_seconds": found["seconds"]}
 
     def judge(self, arm: Arm, seed: int) -> None:
         """Evaluate the last weights of a run on val and add the row, unless the row exists or the run does not."""
