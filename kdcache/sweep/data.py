@@ -1,10 +1,11 @@
-"""Check that the data of a recipe's streams match before any training, by names only, without pixels."""
+"""Check that the data of a recipe suit its jobs, by names only, without pixels."""
 
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 from kdcache.data import Split, open_split
-from kdcache.errors import DataError, MismatchError
+from kdcache.errors import DataError, MismatchError, RecipeError
 from kdcache.settings.shared import ImageSettings
 from kdcache.settings.streams import parse_stream
 from kdcache.settings.training import Data
@@ -15,12 +16,13 @@ from kdcache.tasks import DEPTH
 def check_data(sweep: Sweep) -> None:
     """Check before any training that the data of all streams of a sweep have the same classes as the validation data.
 
-    Streams with a class map are not compared.
+    Streams with a class map are not compared. Limits of samples and labels are checked, too.
 
     Raises: MismatchError if classes differ; DataError for a stream without the labels that its loss needs, or with data
-        that cannot be opened.
+        that cannot be opened; RecipeError for a limit above the number of samples.
     """
     recipe = sweep.recipe
+    _check_limits(sweep)
     splits: dict[str, Split] = {}
     tables = {str(table["name"]): parse_stream(table) for table in recipe.stream}
     for name, table in tables.items():
@@ -44,6 +46,24 @@ def check_data(sweep: Sweep) -> None:
             f"({_names(splits[first])})",
             fix="Give --data DIR with those classes, or another val in [data].",
         )
+
+
+def _check_limits(sweep: Sweep) -> None:
+    """Raise RecipeError if a training without streams is limited to more samples or labels than its data have."""
+    trainings = [job for job in sweep.jobs if job.words[0].startswith("train-") and "--stream" not in job.words]
+    limits = [
+        (job.name, flag, value)
+        for job in trainings
+        for flag, value in pairwise(job.words)
+        if flag in ("--limit-samples", "--limit-labels")
+    ]
+    count = len(open_split(sweep.data, str(sweep.recipe.data.get("split", ImageSettings.split)))) if limits else 0
+    for name, flag, value in limits:
+        if float(value) > count:
+            raise RecipeError(
+                f"Cannot use {flag} {value} of {count} samples, in the job {name}",
+                fix=f"Give a number of samples from 1 to {count}, or a share between 0 and 1.",
+            )
 
 
 def _check_labels(name: str, table: Mapping[str, Any], split: Split) -> None:

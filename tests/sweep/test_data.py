@@ -12,8 +12,8 @@ from test_plan import HYDRA, KNOWN
 
 from kdcache.data import ClassList
 from kdcache.data.classes import write_classes
-from kdcache.errors import DataError, KDCacheError, MismatchError
-from kdcache.sweep import check_data, plan_sweep
+from kdcache.errors import DataError, KDCacheError, MismatchError, RecipeError
+from kdcache.sweep import check_data, plan_sweep, read_recipe
 
 CITY = "scenes:32x48,train=2,val=2"
 FAR = "scenes:32x48,train=2,val=2,seed=1,depth=sparse,tasks=depth"
@@ -63,3 +63,12 @@ def test_a_stream_without_the_labels_that_it_learns_is_named(far: str, keys: dic
         check({"city": CITY, "far": far}, **keys)
     assert named in caught.value.problem
     assert isinstance(caught.value, KDCacheError)
+
+
+def test_more_labels_than_there_are_fail_before_any_training() -> None:
+    """The recipe of few labels limits its teachers and its students."""
+    few = read_recipe("few-labels", changes=["student.limit-labels=[2,9]"])
+    check_data(plan_sweep(few, "scenes:32x48,train=9,val=2", Path("out"), KNOWN))
+    with pytest.raises(RecipeError, match=r"Cannot use --limit-samples 9 of 8 samples, in the job teacher 9") as caught:
+        check_data(plan_sweep(few, "scenes:32x48,train=8,val=2", Path("out"), KNOWN))
+    assert "from 1 to 8" in caught.value.fix

@@ -124,8 +124,7 @@ def do_sweep(
     with shared_errors():
         _check_alone()
     _check_code(planned, recipe)
-    if planned.sources:
-        check_data(planned)
+    check_data(planned)
     runner = runner or (InProcess(verbs) if parallel == 1 else Apart(planned, parallel))
     run_jobs(planned, runner, parallel=parallel, watcher=_watcher())
     _show(planned)
