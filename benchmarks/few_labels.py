@@ -300,15 +300,19 @@ def over_blocks(rows: Rows, stage: str) -> dict[str, Difference]:
     return {name: replace(gap, over="blocks") for name, gap in found.items()}
 
 
-def conclusions(rows: Rows) -> dict[str, Any]:
-    """Return trials, means and comparisons as JSON values. Holm counts the comparisons of each judge."""
-    gaps = {
+def gaps(rows: Rows) -> dict[str, dict[str, Difference]]:
+    """Return all comparisons, by judge, and within or over blocks. Holm counts those of one judge within blocks."""
+    return {
         "differences": differences(rows, pairs()),
-        "final": differences(rows, main_pairs("F5")),
         "over_blocks": over_blocks(rows, "F1"),
+        "final": differences(rows, main_pairs("F5")),
         "final_over_blocks": over_blocks(rows, "F5"),
     }
-    found = {name: {key: gap.to_json() for key, gap in of.items()} for name, of in gaps.items()}
+
+
+def conclusions(rows: Rows) -> dict[str, Any]:
+    """Return trials, means and comparisons as JSON values."""
+    found = {name: {key: gap.to_json() for key, gap in of.items()} for name, of in gaps(rows).items()}
     return {"trials": trials_of(rows), "sentence": sentence(rows), "summary": summary(rows), **found}
 
 
@@ -355,17 +359,17 @@ def table(rows: Rows) -> str:
         for name, of in arms.items():
             half = "" if of["half"] is None else f" ± {of['half']:.1f}"
             lines.append(f"| {stage} | {name} | {of['mean']:.1f}{half} |")
-    families = {
-        "0006R0": (differences(rows, pairs()), over_blocks(rows, "F1")),
-        "val": (differences(rows, main_pairs("F5")), over_blocks(rows, "F5")),
-    }
-    for judge, (gaps, blocks) in families.items():
+    found = gaps(rows)
+    for judge, within, over in (
+        ("0006R0", "differences", "over_blocks"),
+        ("val", "final", "final_over_blocks"),
+    ):
         lines += ["", f"| {judge} | points | 95 % interval | pairs | Holm's p |", "| --- | ---: | --- | ---: | ---: |"]
-        for name, gap in [*gaps.items(), *blocks.items()]:
+        for name, gap in [*found[within].items(), *found[over].items()]:
             span = "one pair" if math.isnan(gap.half_width) else f"{gap.low:+.2f} to {gap.high:+.2f}"
             p = "" if gap.over == "blocks" or math.isnan(gap.adjusted) else f"{gap.adjusted:.3f}"
             lines.append(f"| {name} | {gap.mean:+.2f} | {span} | {gap.runs} {gap.over} | {p} |")
-        lines += ["", f"{len(gaps)} comparisons, and Holm's p counts them all."]
+        lines += ["", f"{len(found[within])} comparisons, and Holm's p counts them all."]
     words = ", ".join(f"{count} of {family}" for family, count in trials_of(rows).items())
     return "\n".join([*lines, "", f"Settings tried: {words}.", sentence(rows)])
 

@@ -80,7 +80,7 @@ def few_mean(arm: str, stage: str = "F1") -> Callable[[Any], float]:
 
 
 def few_gap(block: str) -> Callable[[Any], float]:
-    """What labels only has over distilled at an end of the curve."""
+    """How many points distilled lost to labels only at an end of the curve."""
     return lambda d: (
         d["summary"]["F3"][f"labels only, {block}"]["mean"] - d["summary"]["F3"][f"distilled, {block}"]["mean"]
     )
