@@ -330,3 +330,19 @@ Zoom = Annotated[
         example="1:2",
     ),
 ]
+
+
+def count_of(flag: str, limit: float | None, available: int) -> int:
+    """Return how many of the available samples a limit takes: a number, a share below 1, or None for all.
+
+    Raises: RecipeError with the flag's name for none of them, or for more than there are.
+    """
+    if limit is None:
+        return available
+    count = round(limit * available) if limit < 1 else int(limit)
+    if not 1 <= count <= available:
+        raise RecipeError(
+            f"Cannot use {flag} {limit:g} of {available} samples",
+            fix=f"Give a number of samples from 1 to {available}, or a share between 0 and 1.",
+        )
+    return count

@@ -6,6 +6,7 @@ from typing import Any
 
 from kdcache.data import Split, open_split
 from kdcache.errors import DataError, MismatchError, RecipeError
+from kdcache.settings.parse import count_of
 from kdcache.settings.shared import ImageSettings
 from kdcache.settings.streams import parse_stream
 from kdcache.settings.training import Data
@@ -59,11 +60,10 @@ def _check_limits(sweep: Sweep) -> None:
     ]
     count = len(open_split(sweep.data, str(sweep.recipe.data.get("split", ImageSettings.split)))) if limits else 0
     for name, flag, value in limits:
-        if float(value) > count:
-            raise RecipeError(
-                f"Cannot use {flag} {value} of {count} samples, in the job {name}",
-                fix=f"Give a number of samples from 1 to {count}, or a share between 0 and 1.",
-            )
+        try:
+            count_of(flag, float(value), count)
+        except RecipeError as error:
+            raise error.within(f"job {name}") from error
 
 
 def _check_labels(name: str, table: Mapping[str, Any], split: Split) -> None:

@@ -69,6 +69,6 @@ def test_more_labels_than_there_are_fail_before_any_training() -> None:
     """The recipe of few labels limits its teachers and its students."""
     few = read_recipe("few-labels", changes=["student.limit-labels=[2,9]"])
     check_data(plan_sweep(few, "scenes:32x48,train=9,val=2", Path("out"), KNOWN))
-    with pytest.raises(RecipeError, match=r"Cannot use --limit-samples 9 of 8 samples, in the job teacher 9") as caught:
+    with pytest.raises(RecipeError, match=r"job teacher 9: Cannot use --limit-samples 9 of 8 samples") as caught:
         check_data(plan_sweep(few, "scenes:32x48,train=8,val=2", Path("out"), KNOWN))
     assert "from 1 to 8" in caught.value.fix

@@ -15,6 +15,7 @@ import numpy as np
 from kdcache.bounded import read_text
 from kdcache.data import Fold, id_hash
 from kdcache.errors import RecipeError, suggest
+from kdcache.settings.parse import count_of
 
 
 class Selection(NamedTuple):
@@ -79,8 +80,8 @@ class Part:
                     fix="Give a smaller share, or leave --val-share out.",
                 )
         ranked = sorted(candidates, key=lambda number: (id_hash(ids[number]), ids[number]))
-        used = ranked[: _count("--limit-samples", self.samples, len(ranked))]
-        labelled = used[: _count("--limit-labels", self.labels, len(used))] if self.labels != 0 else []
+        used = ranked[: count_of("--limit-samples", self.samples, len(ranked))]
+        labelled = used[: count_of("--limit-labels", self.labels, len(used))] if self.labels != 0 else []
         if self.labels_from is not None:
             listed = read_ids(self.labels_from, ids)
             labelled = [number for number in used if ids[number] in listed]
@@ -125,15 +126,3 @@ def read_ids(path: Path, ids: Sequence[str]) -> frozenset[str]:
             fix=suggest(missing[0], ids, f"Correct the list. An id is {ids[0]!r}, for example."),
         )
     return frozenset(listed)
-
-
-def _count(flag: str, limit: float | None, available: int) -> int:
-    if limit is None:
-        return available
-    count = round(limit * available) if limit < 1 else int(limit)
-    if not 1 <= count <= available:
-        raise RecipeError(
-            f"Cannot use {flag} {limit:g} of {available} samples",
-            fix=f"Give a number of samples from 1 to {available}, or a share between 0 and 1.",
-        )
-    return count
