@@ -198,7 +198,7 @@ CASES = {
     "trust against a run without a fold": (
         nothing, STUDENT + " --class-trust auto --trust-against {w}/teacher", "no --fold"),
     "more samples than there are": (nothing, STUDENT + " --limit-samples 70", "70 of 6 samples"),
-    "fewer labels than the teacher had": (nothing, STUDENT + " --limit-labels 2", "trained on those of 4 more"),
+    "fewer labels than the teacher had": (nothing, STUDENT + " --limit-labels 2", "trained on labels of 4 more"),
     "labels of a list that is nowhere": (nothing, STUDENT + " --labels-from {w}/none.txt", "none.txt"),
     "labels of a list and a number": (
         nothing, STUDENT + " --labels-from {w}/none.txt --limit-labels 2", "--labels-from or --limit-labels"),
