@@ -234,8 +234,8 @@ class FewLabels(Study):
         )
 
     def path(self, arm: Arm, seed: int) -> Path:
-        """Return the folder of an arm's run. Runs with other flags have other folders."""
-        digest = hashlib.sha256(arm.flags.encode()).hexdigest()[:6]
+        """Return the folder of an arm's run. Runs with other flags or another length have other folders."""
+        digest = hashlib.sha256(f"{arm.flags} {arm.iterations}".encode()).hexdigest()[:6]
         return self.folders.out / "runs" / arm.stage / f"{run_name(arm.name, seed)}-{digest}"
 
     def has(self, key: dict[str, Any]) -> bool:
