@@ -7,13 +7,13 @@
     F4  another student and another size, on 46-b, two seeds
     F5  the last weights of F1 on val, once: the same drive as blocks b and c
 
-Blocks are those of `arms.py`. Teacher and student have the labels of one block. The pool is all 266 images of train
+`arms.py` has the blocks. Teacher and student have the labels of one block. The pool is all 266 images of train
 without 0006R0, which judges F0 to F4. No training sees 0006R0. F0 runs only if it is named, and `CHOSEN` holds what
-it chose. A row of other flags is another row. F5 is the final: its comparisons are a family of their own.
+it chose. A row of other flags is another row. F5 is the final, and Holm counts its comparisons apart.
 
 A finished run is a row of the JSON and is not repeated. An interrupted training resumes. The score is the mIoU of the
-last iteration. `differences` has intervals over seeds within a block. Blocks of 92 share frames, so only those of 46
-have an interval over blocks. `study_images.py --few` has intervals over images.
+last iteration. `differences` has intervals over seeds within a block. Blocks of 92 share frames, so only blocks of
+46 have an interval over blocks. `study_images.py --few` has intervals over images.
 
     python benchmarks/few_labels.py --data camvid --out few --minutes 115 --json benchmarks/results/few-labels-cpu.json
     python benchmarks/few_labels.py --json benchmarks/results/few-labels-cpu.json --out few --table \
@@ -87,7 +87,7 @@ CONTROL = ("pixels", f"--method dist --teacher labels {PLAIN_WEIGHTS} {FOUR}")
 FAMILIES, BASELINES = ("labels only", "control", "distilled"), ("labels only", "control")
 Rows = list[dict[str, Any]]
 NESTED = ("23-b", "46-b", "92-a", "184-a", "all")
-"""Blocks, each of which has the frames of the one before."""
+"""Blocks in their order. Each has the frames of the one before."""
 Pair = tuple[tuple[str, str], tuple[str, str]]
 
 
@@ -149,7 +149,7 @@ def others() -> Iterator[Arm]:
 
 
 def everything() -> Iterator[Arm]:
-    """Yield the arms of stage F3 with all labels, where the pool has no image without one."""
+    """Yield the arms of stage F3 with all labels. The pool then has no unlabelled image."""
     yield Arm("F3", "labels only, all", *CHOSEN["labels only"], LENGTH, (0,), "dev")
     yield Arm("F3", "control, all", *CONTROL, LENGTH, (0,), "dev")
     yield Arm("F3", "distilled, all", *CHOSEN["distilled"], LENGTH, (0,), "dev", "dev")
@@ -209,7 +209,7 @@ class FewLabels(Study):
         self.add({**key, "store": arm.store, "data": arm.data, **scores(Run.open(out)), **self.teacher(arm)})
 
     def teacher(self, arm: Arm) -> dict[str, float]:
-        """Return the score and seconds of the teacher whose targets an arm's cache has, or {} for pixels only."""
+        """Return the score and seconds of the teacher of an arm's cache, or {} for pixels only."""
         store = STORES[arm.store]
         if store.trained_on:
             return {}
@@ -303,7 +303,7 @@ def over_blocks(rows: Rows, stage: str) -> dict[str, Difference]:
 
 
 def gaps(rows: Rows) -> dict[str, dict[str, Difference]]:
-    """Return all comparisons, by judge, and within or over blocks. Holm counts those of one judge within blocks."""
+    """Return all comparisons, by judge, within and over blocks. Holm counts a judge's comparisons within blocks."""
     return {
         "differences": differences(rows, pairs()),
         "over_blocks": over_blocks(rows, "F1"),
