@@ -2,11 +2,12 @@
 
 from collections.abc import Mapping
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 from kdcache.data import Split, open_split
 from kdcache.errors import DataError, MismatchError, RecipeError
-from kdcache.settings.parse import count_of
+from kdcache.settings.parse import all_listed, count_of, read_ids
 from kdcache.settings.shared import ImageSettings
 from kdcache.settings.streams import parse_stream
 from kdcache.settings.training import Data
@@ -50,20 +51,23 @@ def check_data(sweep: Sweep) -> None:
 
 
 def _check_limits(sweep: Sweep) -> None:
-    """Raise RecipeError if a training without streams is limited to more samples or labels than its data have."""
+    """Raise RecipeError for a limit or list of labels that does not suit the data, in a training without streams."""
+    flags = ("--limit-samples", "--limit-labels", "--labels-from")
     trainings = [job for job in sweep.jobs if job.words[0].startswith("train-") and "--stream" not in job.words]
-    limits = [
-        (job.name, flag, value)
-        for job in trainings
-        for flag, value in pairwise(job.words)
-        if flag in ("--limit-samples", "--limit-labels")
-    ]
-    count = len(open_split(sweep.data, str(sweep.recipe.data.get("split", ImageSettings.split)))) if limits else 0
-    for name, flag, value in limits:
+    limited = [(job, given) for job in trainings
+               if (given := {flag: value for flag, value in pairwise(job.words) if flag in flags})]  # fmt: skip
+    ids = open_split(sweep.data, str(sweep.recipe.data.get("split", ImageSettings.split))).ids if limited else ()
+    for job, given in limited:
+        numbers = {flag: float(value) for flag, value in given.items() if flag != "--labels-from"}
+        listed = Path(given["--labels-from"]) if "--labels-from" in given else None
         try:
-            count_of(flag, float(value), count)
+            Data(limit_labels=numbers.get("--limit-labels"), labels_from=listed)
+            for flag, limit in numbers.items():
+                count_of(flag, limit, len(ids))
+            if listed is not None and len(read_ids(listed, ids)) == len(ids):
+                raise all_listed(listed, len(ids))
         except RecipeError as error:
-            raise error.within(f"job {name}") from error
+            raise error.within(f"job {job.name}") from error
 
 
 def _check_labels(name: str, table: Mapping[str, Any], split: Split) -> None:

@@ -329,6 +329,11 @@ def _notes(source: Source, val: Split | None) -> Iterator[str]:
             f"{flags.sum()} of {len(dataset)} samples have a label; {100 * share:.3g} % of every batch "
             "are taken from these (--labelled-share)"
         )
+    if (limit := config.data.limit_labels) is not None and config.reads_targets and flags is not None and flags.all():
+        yield (
+            f"warning: --limit-labels {limit:g} uses the labels of all {len(dataset)} samples, so no image is left to "
+            "distil without its label. Fix: give fewer labels, or build the cache of more images"
+        )
     for name in cache.unread(dataset.paths) if isinstance(cache, JoinedCache) else ():
         yield f"no term reads the joined cache {name}"
     views = 1 if cache is None else cache.manifest.view.views_per_sample

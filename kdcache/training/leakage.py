@@ -120,7 +120,7 @@ def _hidden_labels(cache: Cache, config: TrainConfig, used: int, hidden: list[st
         fold = "" if config.left_out is None else f" {_flags_of(config.left_out)}"
         teacher = f"the same labels, with train-teacher {same}{fold}"
     return MismatchError(
-        "The teacher saw more labels than the student: "
+        "The teacher saw other labels than the student: "
         + ("" if flag is None else f"{flag}: ")
         + f"{used} labels, and the teacher of {cache.place} was trained on labels of {len(hidden)} more of its samples "
         f"({some})",

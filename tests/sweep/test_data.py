@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from test_plan import HYDRA, KNOWN
 
-from kdcache.data import ClassList
+from kdcache.data import ClassList, open_split
 from kdcache.data.classes import write_classes
 from kdcache.errors import DataError, KDCacheError, MismatchError, RecipeError
 from kdcache.sweep import check_data, plan_sweep, read_recipe
@@ -72,3 +72,24 @@ def test_more_labels_than_there_are_fail_before_any_training() -> None:
     with pytest.raises(RecipeError, match=r"job teacher 9: Cannot use --limit-samples 9 of 8 samples") as caught:
         check_data(plan_sweep(few, "scenes:32x48,train=8,val=2", Path("out"), KNOWN))
     assert "from 1 to 8" in caught.value.fix
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        (["student.limit-labels=[2]", "LIST"], "Use either --labels-from or --limit-labels, not both"),
+        (['student.limit-labels=""', "LIST"], "Unknown id 'zebra' in --labels-from"),
+        (['student.limit-labels=""', "ALL"], "No image is left to distil without its label"),
+    ],
+)
+def test_a_list_of_labels_fails_before_any_training(changes: list[str], named: str, tmp_path: Path) -> None:
+    ids = open_split("scenes:32x48,train=4,val=2", "train").ids
+    (tmp_path / "LIST").write_text(f"{ids[0]}\nzebra\n")
+    (tmp_path / "ALL").write_text("\n".join(ids))
+    (tmp_path / "two").write_text("\n".join(ids[:2]))
+    lists = [f'student.labels-from=["{tmp_path / "two"}","{tmp_path / changes[1]}"]']
+    few = read_recipe("few-labels", changes=[changes[0], *lists])
+    with pytest.raises(RecipeError) as caught:
+        check_data(plan_sweep(few, "scenes:32x48,train=4,val=2", Path("out"), KNOWN))
+    assert named in caught.value.problem
+    assert caught.value.fix

@@ -119,7 +119,7 @@ def test_a_teacher_of_other_labels_fails(write: Callable[..., Path], student: di
 
     assert notes(*PICKED, 5) == []
     with pytest.raises(
-        MismatchError, match=r"The teacher saw more labels than the student: --labels-from .*list.txt: 2 labels"
+        MismatchError, match=r"The teacher saw other labels than the student: --labels-from .*list.txt: 2 labels"
     ) as caught:
         notes(*PICKED)
     assert "2 labels, and the teacher" in str(caught.value)

@@ -64,7 +64,7 @@ def notes(student: dict[str, Any]) -> Notes:
 def test_a_teacher_of_more_labels_is_refused(
     changes: dict[str, Any], taught: Callable[..., Cache], notes: Notes
 ) -> None:
-    with pytest.raises(MismatchError, match="The teacher saw more labels than the student") as caught:
+    with pytest.raises(MismatchError, match="The teacher saw other labels than the student") as caught:
         notes(taught(SAMPLES), limit_labels=2, **changes)
     fold = "fold" in changes
     assert f"--limit-labels 2: 2 labels, and the teacher of {taught(1).place} was trained" in caught.value.problem
@@ -74,7 +74,7 @@ def test_a_teacher_of_more_labels_is_refused(
 
 
 def test_a_share_is_met_by_a_number(taught: Callable[..., Cache], notes: Notes) -> None:
-    with pytest.raises(MismatchError, match="The teacher saw more labels than the student") as caught:
+    with pytest.raises(MismatchError, match="The teacher saw other labels than the student") as caught:
         notes(taught(SAMPLES), limit_labels=0.5)
     assert "--limit-samples 3," in caught.value.fix
     assert notes(taught(3), limit_labels=0.5) == []
@@ -89,7 +89,7 @@ def test_a_teacher_of_the_same_labels_or_fewer(taught: Callable[..., Cache], not
 def test_other_labels_are_more_labels(cache: Cache, taught: Callable[..., Cache], notes: Notes) -> None:
     """A teacher of as many labels, of other samples, is refused too."""
     labels = pack_flags(~first(4, list(cache.ids)))
-    with pytest.raises(MismatchError, match="The teacher saw more labels than the student"):
+    with pytest.raises(MismatchError, match="The teacher saw other labels than the student"):
         notes(taught(2, labels=labels), limit_labels=2)
 
 
@@ -198,7 +198,7 @@ def test_a_store_knows_how_many_labels_its_teacher_had(
 
     train(make_config(**few, limit_labels=2), tmp_path / "run", observer=Noted())
     assert not [text for text in texts if "its teacher" in text]
-    with pytest.raises(MismatchError, match="The teacher saw more labels than the student"):
+    with pytest.raises(MismatchError, match="The teacher saw other labels than the student"):
         train(make_config(**few, limit_labels=1), tmp_path / "fewer")
     assert not (tmp_path / "fewer").exists()
 
@@ -206,9 +206,9 @@ def test_a_store_knows_how_many_labels_its_teacher_had(
 def test_labels_that_the_store_lacks(stored: Callable[..., Cache], data: Path, notes: Notes) -> None:
     """A teacher of the same images had them all."""
     cache = stored(data, without_labels(data, but=2))
-    with pytest.raises(MismatchError, match="The teacher saw more labels than the student") as caught:
+    with pytest.raises(MismatchError, match="The teacher saw other labels than the student") as caught:
         notes(cache)
-    assert caught.value.problem.startswith("The teacher saw more labels than the student: 2 labels, and")
+    assert caught.value.problem.startswith("The teacher saw other labels than the student: 2 labels, and")
     assert "4 more of its samples (train-000002" in caught.value.problem
     assert "the data set as it was when the cache was built" in caught.value.fix
     assert notes(cache, method="none") == []
@@ -256,7 +256,7 @@ def test_every_stream_of_a_teacher_counts(settings: dict[str, Any], data: Path, 
     labels = [unpack_flags(training.labels, SAMPLES, "") for training in trainings if training and training.labels]
     assert [set(np.flatnonzero(flags)) for flags in labels[1:]] == [few, set()]
     assert notes(cache, limit_labels=2, fold="1/3") == []
-    with pytest.raises(MismatchError, match="The teacher saw more labels than the student") as caught:
+    with pytest.raises(MismatchError, match="The teacher saw other labels than the student") as caught:
         notes(cache, limit_labels=1, fold="1/3")
     assert "labels of 1 more" in caught.value.problem
 

@@ -342,6 +342,11 @@ def test_few_labels_are_in_every_batch(student: dict[str, Any], tmp_path: Path) 
     assert "labelled-share = 0.5" in (tmp_path / "run" / "recipe.toml").read_text()
     go(few | {"limit_labels": 4}, tmp_path / "more")
     assert "labelled-share" not in (tmp_path / "more" / "recipe.toml").read_text()
+    words = "warning: --limit-labels 6 uses the labels of all 6 samples"
+    for changes, said in (({}, True), ({"method": "none"}, False)):
+        heard = Notes()
+        go(few | {"limit_labels": 6} | changes, tmp_path / f"all {said}", observer=heard)
+        assert any(words in text for text in heard.texts) == said
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ Samples are ranked by a hash of their ids and the first ones are taken. So a lar
 labelled samples are among the used ones. Labels can also be listed by the ids of their samples.
 """
 
-from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +11,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kdcache.bounded import read_text
 from kdcache.data import Fold, id_hash
-from kdcache.errors import RecipeError, suggest
-from kdcache.settings.parse import count_of
+from kdcache.errors import RecipeError
+from kdcache.settings.parse import count_of, read_ids
 
 
 class Selection(NamedTuple):
@@ -101,28 +99,3 @@ def held_out(ids: Sequence[str], share: float) -> list[bool]:
     hashes = [id_hash(sample) for sample in ids]
     least = min((1 - share) * 2**64, max(hashes, default=0))
     return [number >= least for number in hashes]
-
-
-def read_ids(path: Path, ids: Sequence[str]) -> frozenset[str]:
-    """Return the ids that the file at `path` lists, one id a line. `ids` are all ids that exist.
-
-    Raises: RecipeError for a file that cannot be read or lists nothing, and for unknown or repeated ids.
-    """
-    try:
-        lines = [line.strip() for line in read_text(path).splitlines()]
-    except (OSError, ValueError) as error:
-        raise RecipeError(
-            f"Cannot read --labels-from {path}", fix="Give a text file, one id a line.", rule=str(error)
-        ) from error
-    listed = Counter(line for line in lines if line)
-    if not listed:
-        raise RecipeError(f"--labels-from {path} lists no id", fix="Write an id into each line.")
-    if twice := [name for name, times in listed.items() if times > 1]:
-        raise RecipeError(f"--labels-from {path} lists {twice[0]!r} twice", fix="Write each id once.")
-    if missing := sorted(listed.keys() - set(ids)):
-        more = f", and {len(missing) - 1} more" if missing[1:] else ""
-        raise RecipeError(
-            f"Unknown id {missing[0]!r} in --labels-from {path}{more}",
-            fix=suggest(missing[0], ids, f"Correct the list. An id is {ids[0]!r}, for example."),
-        )
-    return frozenset(listed)

@@ -15,7 +15,7 @@ from kdcache.data import (
     prefetch,
 )
 from kdcache.errors import DataError, RecipeError
-from kdcache.settings.parse import rand_augment
+from kdcache.settings.parse import all_listed, rand_augment
 from kdcache.store import Cache, Records, open_caches
 from kdcache.tasks import DEPTH, SEGMENTATION, TASKS, numeric
 from kdcache.training.config import TrainConfig
@@ -274,10 +274,7 @@ def _check_listed(config: TrainConfig, dataset: DrawnDataset) -> None:
             fix="Take these ids out of the list, or put their labels where the docs page Data layouts says.",
         )
     if config.reads_targets and len(selection.labelled) == len(selection.samples):
-        raise RecipeError(
-            f"No image is left to distil without its label: --labels-from {path} lists all {len(selection.samples)}",
-            fix="Leave --labels-from out, list fewer ids, or build the cache of more images.",
-        )
+        raise all_listed(path, len(selection.samples))
 
 
 _EXAMPLES = {DEPTH: ", for instance --data scenes:96x128,depth=exact"}

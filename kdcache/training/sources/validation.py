@@ -87,13 +87,19 @@ def shared_with_judge(config: TrainConfig, dataset: DrawnDataset, val: Split | N
     if config.left_out is not None:
         validations.append(f"fold {config.data.fold}")
         validated += itertools.compress(source.ids, config.left_out.holds(source.ids))
-    shared = shared_sequences(source.ids, dataset.indices, list(dict.fromkeys(validated)), config.data.folds_by)
+    judged = list(dict.fromkeys(validated))
+    shared = shared_sequences(source.ids, dataset.indices, judged, config.data.folds_by)
     if not shared:
         return None
-    some = [f"{name} ({count} images there, {trained} in training)" for name, count, trained in shared[:5]]
+    labelled = shared_sequences(source.ids, dataset.labelled, judged, config.data.folds_by)
+    labels = {sequence.name: sequence.trained for sequence in labelled}
+    some = [
+        f"{name} ({count} images there, {trained} in training, {labels.get(name, 0)} of these with a label)"
+        for name, count, trained in shared[:5]
+    ]
     more = f" and {len(shared) - len(some)} more" if len(shared) > len(some) else ""
     return (
-        f"training shares sequences with {' and '.join(validations)}: {', '.join(some)}{more}. Frames of one video "
-        "look alike, so the score says little about other videos. Fix: validate on other sequences. --folds-by PATTERN "
-        "(for example '^(.+)_') keeps the frames of a sequence in one fold"
+        f"warning: training shares sequences with {' and '.join(validations)}: {', '.join(some)}{more}. Frames of one "
+        "video look alike, so the score says little about other videos. Fix: validate on other sequences. "
+        "--folds-by PATTERN (for example '^(.+)_') keeps the frames of a sequence in one fold"
     )

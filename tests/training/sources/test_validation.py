@@ -32,14 +32,14 @@ def videos(tmp_path: Path) -> str:
     ("changes", "shared"),
     [
         ({"val": None}, None),
-        ({}, "training shares sequences with validation: bus_* (2 images there, 4 in training). Frames"),
+        ({}, "warning: training shares sequences with validation: bus_* (2 images there, 4 in training, 4 of these "),
         ({"val": None, "fold": "0/2"}, "training shares sequences with fold 0/2: "),
         (
             {"val_split": "train", "val_fold": "0/2", "fold": "0/2"},
             "training shares sequences with validation and fold 0/2: ",
         ),
         ({"val_split": "train", "val_fold": "0/2", "fold": "0/2", "folds_by": "^(.+)_"}, None),
-        ({"fold": "0/2", "folds_by": "^(.+)_"}, "bus (2 images there, 4 in training). Frames"),
+        ({"fold": "0/2", "folds_by": "^(.+)_"}, "bus (2 images there, 4 in training, 4 of these with a label). Frames"),
         ({"fold": "1/2", "folds_by": "^(.+)_"}, None),
     ],
 )
@@ -81,3 +81,14 @@ def test_folds_of_a_store_keep_sequences_whole(
     assert [dataset.sample_id(index) for index in range(len(dataset))] in (VIDEOS[:4], VIDEOS[4:])
     with pytest.raises(RecipeError, match="Cannot deal 2 sequences"):
         open_dataset(config.changed(fold="0/3"), cache)
+
+
+def test_unlabelled_frames_next_to_the_judge_are_counted_apart(
+    settings: dict[str, Any], make_cache: Callable[..., Path], videos: str
+) -> None:
+    cache = open_cache(make_cache(videos))
+    student = {"verb": "train-student", "data": None, "size": None, "cache": str(cache.place), "val": videos}
+    config = make_config(**(settings | student | {"limit_labels": 2}))
+    text = shared_with_judge(config, open_dataset(config, cache), open_validation(config))
+    assert text is not None
+    assert "bus_* (2 images there, 4 in training, 1 of these with a label)" in text
