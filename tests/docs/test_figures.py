@@ -290,6 +290,15 @@ def few_on_0006r0(block: str) -> list[str]:
     return [f"{teacher:.1f}", *few_scores(block, "F1"), f"{mean} ({low} to {high})"]
 
 
+def few_ends(block: str) -> list[str]:
+    """The scores of one seed at an end of the curve, and both gains."""
+    arms = ("labels only", "control", "distilled")
+    found = {row["arm"]: row for row in FEW["rows"] if row["stage"] == "F3" and row["arm"].endswith(f", {block}")}
+    plain, control, ours = (found[f"{arm}, {block}"]["miou"] for arm in arms)
+    scores = (found[f"distilled, {block}"]["teacher_miou"], plain, control, ours)
+    return [*(f"{score:.1f}" for score in scores), signed(ours - plain), signed(ours - control)]
+
+
 def few_on_val(block: str) -> list[str]:
     """Behind the students' scores, the gain's interval over stretches of ten images."""
     (images,) = (row for row in FEW_IMAGES["rows"] if row["arm"] == f"distilled, {block}")
@@ -397,7 +406,12 @@ FIRST = {"46": "46 frames, block b", "92": "92 frames, block b", "all": "all but
 """Labels of features-first-cpu.json, as the page names them."""
 TABLES: dict[tuple[str, str], dict[str, list[str]]] = {
     (STUDIES, "labels of"): {
-        f"{count} frames, block {block}": few_on_0006r0(f"{count}-{block}") for count in (46, 92) for block in "abc"
+        "23 frames, one seed": few_ends("23-b"),
+        **{
+            f"{count} frames, block {block}": few_on_0006r0(f"{count}-{block}") for count in (46, 92) for block in "abc"
+        },
+        "184 frames, one seed": few_ends("184-a"),
+        "all 266 frames, one seed": few_ends("all"),
     },
     (STUDIES, "on val, labels of"): {
         f"{count} frames, block {block}": few_on_val(f"{count}-{block}") for count in (46, 92) for block in "abc"
@@ -409,7 +423,7 @@ TABLES: dict[tuple[str, str], dict[str, list[str]]] = {
         "(b) distilled on the labelled images only": question("(b) distilled on the labelled images"),
         "(c) teacher from random weights": question("(c) a teacher from random weights"),
         "(d) features of ImageNet first, then labels": question("(d) features of ImageNet first"),
-        "(e) distilled and semi-supervised": question("(e) distilled and consistent"),
+        "(e) distilled, with consistency": question("(e) distilled and consistent"),
         "(f) hard pseudo labels": question("(f) hard pseudo labels"),
         "(g) `kl`": question("(g) kl"),
         "(g) `cwd`": question("(g) cwd"),
