@@ -73,7 +73,7 @@ ALLOWED = {
     },
     "training": {
         *("bounded", "faults", "heads", "data", "models", "store", "metrics", "distill"),
-        *("errors", "files", "locks", "run_folder", "run_samples", "settings", "display", "tasks"),
+        *("errors", "files", "locks", "run_folder", "run_samples", "settings", "progress", "display", "tasks"),
     },
     "analysis": {
         *("bounded", "tasks"),

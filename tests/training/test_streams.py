@@ -103,6 +103,8 @@ def test_each_stream_has_terms_notes_and_a_table_of_its_own(
     assert names == ["a/loss", "a/ce", "a/kl", "a/dist", "b/loss", "b/ce", "b/kl"]
     assert "stream a: 2 of 4 samples in every batch, from 6 samples, weight 1" in notes.texts
     assert "stream b: 2 of 4 samples in every batch, from 5 samples, weight 0.5" in notes.texts
+    open_sources(make_config(**taught), 1, notes.note)[0].note(notes.note)("warning: it has few labels")
+    assert notes.texts[-1] == "warning: stream a: it has few labels"
     recipe = tomllib.loads((tmp_path / "run" / "recipe.toml").read_text())
     assert [table["method"] for table in recipe["stream"]] == ["kl+dist", "none"]
     assert recipe["method"] == "kl+dist", "what the streams learn by"

@@ -35,7 +35,7 @@ class Observer:
         """
 
     def note(self, text: str) -> None:
-        """Receive a note for the user, one line of text."""
+        """Receive a note for the user, one line of text. A warning begins with `warning: `."""
 
     def advanced(self, step: int) -> None:
         """Receive the number of finished steps. It is called after every step, for a progress bar."""

@@ -5,6 +5,7 @@ from typing import Any
 
 from rich.progress import Progress, TaskID
 
+from kdcache.progress import say
 from kdcache.tasks import DEPTH, SEGMENTATION
 from kdcache.training import Observer
 from kdcache.training.run.checkpointing import FEATURES
@@ -39,8 +40,8 @@ class TrainingProgress(Observer):
         )
 
     def note(self, text: str) -> None:
-        """Print a note above the bar."""
-        self._bar.console.print(f"note: {text}", markup=False)
+        """Print a note above the bar, or a warning if the text begins with `warning: `, also without a bar."""
+        say(text, shown=not self._bar.console.quiet)
 
     def advanced(self, step: int) -> None:
         """Show on the progress bar that `step` steps are done."""

@@ -59,8 +59,13 @@ class Source:
 
     def note(self, note: Callable[[str], None]) -> Callable[[str], None]:
         """Return a function that calls `note` with the stream's name before the text."""
-        name = self.stream.name
-        return (lambda text: note(f"stream {name}: {text}")) if name else note
+        lead = f"stream {self.stream.name}: " if self.stream.name else ""
+
+        def named(text: str) -> None:
+            warned = "warning: " if text.startswith("warning: ") else ""
+            note(f"{warned}{lead}{text.removeprefix(warned)}")
+
+        return named
 
 
 def open_sources(config: TrainConfig, parts: int, note: Callable[[str], None]) -> list[Source]:

@@ -36,9 +36,9 @@ def judged_by_its_own(samples: RunSamples) -> str | None:
     if samples.validation is None or not shared:
         return None
     return (
-        f"{len(shared)} of {len(samples.validation.ids)} validation images are also trained on, such as {shared[0]!r}: "
-        "the score says little about other images. Fix: take them out of one of the two. If you validate on a fold "
-        "with --val-fold I/K, leave this fold out of the training with --fold I/K"
+        f"warning: {len(shared)} of {len(samples.validation.ids)} validation images are also trained on, such as "
+        f"{shared[0]!r}: the score says little about other images. Fix: take them out of one of the two. If you "
+        "validate on a fold with --val-fold I/K, leave this fold out of the training with --fold I/K"
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any, cast
 
+import pytest
 from rich.console import Console
 from rich.progress import Progress
 
@@ -32,3 +33,15 @@ def test_scores_stand_first_and_are_those_of_the_last_validation() -> None:
         watched.validated(3, "segmentation", score(miou=0.6), best=True, ema=True)
         watched.stepped(4, STEP)
         assert bar.tasks[0].fields["note"].startswith("depth rmse 3 m, mIoU 50.00, EMA 60.00 loss 1.500")
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_a_quiet_bar_still_warns(quiet: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress(console=Console(stderr=True, quiet=quiet)) as bar:
+        watched = TrainingProgress(bar, "train")
+        watched.note("the cache has 4 views")
+        watched.note("warning: training shares sequences")
+    shown = capsys.readouterr().err
+    assert "warning: training shares sequences" in shown
+    assert "note: warning" not in shown
+    assert ("note: the cache has 4 views" in shown) != quiet

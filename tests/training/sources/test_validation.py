@@ -56,7 +56,7 @@ def test_sequences_that_judge_and_training_share(
     ("changes", "shared"),
     [
         ({}, None),
-        ({"val_split": "train"}, "8 of 8 validation images are also trained on, such as 'bus_0000'"),
+        ({"val_split": "train"}, "warning: 8 of 8 validation images are also trained on, such as 'bus_0000'"),
         ({"val_split": "train", "val_fold": "0/2"}, "leave this fold out of the training with --fold I/K"),
         ({"val_split": "train", "val_fold": "0/2", "fold": "0/2"}, None),
         ({"val_split": "train", "val": "segmentation:"}, "8 of 8 validation images"),
