@@ -346,16 +346,18 @@ def reaches(plain: dict[int, list[float]], score: float) -> str:
 
 
 def sentence(rows: Rows) -> str:
-    """Return how many labels without kdcache reach the score of 46 with it: of all blocks, and of nested ones."""
+    """Return how many labels without kdcache reach the score of 46 with it: all blocks, nested ones, with ClassMix."""
     said = []
-    for blocks in ((), NESTED):
-        plain, distilled = (curve(rows, family, blocks) for family in ("labels only", "distilled"))
-        if 46 not in distilled or len(plain) < 2:
+    for blocks, family in (((), "labels only"), (NESTED, "labels only"), ((), CLASSMIX)):
+        plain, distilled = (curve(rows, name, blocks) for name in (family, "distilled"))
+        if 46 in distilled and len(plain) > 1:
+            said.append(reaches(plain, float(np.mean(distilled[46]))))
+        elif family != CLASSMIX:
             return "The curve lacks rows: nothing can be said of 46 labels."
-        said.append(reaches(plain, float(np.mean(distilled[46]))))
+    mixed = f" With ClassMix: {said[2]}." if said[2:] else ""
     return (
         f"46 labels with kdcache reach what {said[0]} labels reach without (mean of all blocks, judge 0006R0). "
-        f"For nested blocks: {said[1]}."
+        f"For nested blocks: {said[1]}.{mixed}"
     )
 
 

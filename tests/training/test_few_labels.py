@@ -61,6 +61,10 @@ def test_nested_blocks_have_a_number_of_their_own(few: ModuleType) -> None:
     said = few.sentence([*rows, row("F1", "distilled, 46-a", 20), row("F1", "distilled, 46-b", 30)])
     assert "what 61 labels reach without (mean of all blocks" in said
     assert "For nested blocks: 65." in said
+    mixed = [row("F1", f"labels only with ClassMix, {block}", miou) for block, miou in (("46-a", 20), ("92-a", 30))]
+    assert said.replace("65.", "65. With ClassMix: 65.") == few.sentence(
+        [*rows, *mixed, row("F1", "distilled, 46-a", 20), row("F1", "distilled, 46-b", 30)]
+    )
     frames = importlib.import_module("arms")
     spans = [{**frames.BLOCKS, **frames.MORE_BLOCKS}[block][1:] for block in few.NESTED[:-1]]
     assert all(low >= wide_low and high <= wide_high
