@@ -3,13 +3,14 @@
 import os
 import shlex
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from kdcache.bounded import MOST_BYTES, parse_json, read_bytes
-from kdcache.errors import RecipeError
+from kdcache.bounded import MOST_BYTES, parse_json, read_bytes, read_text
+from kdcache.errors import RecipeError, suggest
 
 _PARTIAL = ".partial"
 
@@ -142,3 +143,28 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def read_ids(path: Path, ids: Sequence[str]) -> frozenset[str]:
+    """Return the ids that the file at `path` lists, one id a line. `ids` are all ids that exist.
+
+    Raises: RecipeError for a file that cannot be read or lists nothing, and for unknown or repeated ids.
+    """
+    try:
+        lines = [line.strip() for line in read_text(path).splitlines()]
+    except (OSError, ValueError) as error:
+        raise RecipeError(
+            f"Cannot read --labels-from {path}", fix="Give a text file, one id a line.", rule=str(error)
+        ) from error
+    listed = Counter(line for line in lines if line)
+    if not listed:
+        raise RecipeError(f"--labels-from {path} lists no id", fix="Write an id into each line.")
+    if twice := [name for name, times in listed.items() if times > 1]:
+        raise RecipeError(f"--labels-from {path} lists {twice[0]!r} twice", fix="Write each id once.")
+    if missing := sorted(listed.keys() - set(ids)):
+        more = f", and {len(missing) - 1} more" if missing[1:] else ""
+        raise RecipeError(
+            f"Unknown id {missing[0]!r} in --labels-from {path}{more}",
+            fix=suggest(missing[0], ids, f"Correct the list. An id is {ids[0]!r}, for example."),
+        )
+    return frozenset(listed)

@@ -44,7 +44,7 @@ ALLOWED = {
     "progress": {"errors"},
     "display": set[str](),
     "ray_cluster": {"errors"},
-    "settings": {"bounded", "errors", "heads", "model_table", "tasks"},
+    "settings": {"errors", "heads", "model_table", "tasks"},
     "data": {"errors", "files", "locks", "tasks"},
     "run_samples": {"data", "files"},
     "run_folder": {"bounded", "display", "heads", "errors", "files", "settings"},

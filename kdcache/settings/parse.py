@@ -1,15 +1,13 @@
 """Values that are written as text: their types, each with its parser."""
 
 import re
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from math import inf, isfinite
 from pathlib import Path
 from typing import Annotated, Any
 
 from annotated_types import Ge, Gt, Lt, Predicate
 
-from kdcache.bounded import read_text
 from kdcache.errors import RecipeError, suggest
 from kdcache.settings.setting import Spelling
 from kdcache.tasks import TASKS
@@ -348,31 +346,6 @@ def count_of(flag: str, limit: float | None, available: int) -> int:
             fix=f"Give a number of samples from 1 to {available}, or a share between 0 and 1.",
         )
     return count
-
-
-def read_ids(path: Path, ids: Sequence[str]) -> frozenset[str]:
-    """Return the ids that the file at `path` lists, one id a line. `ids` are all ids that exist.
-
-    Raises: RecipeError for a file that cannot be read or lists nothing, and for unknown or repeated ids.
-    """
-    try:
-        lines = [line.strip() for line in read_text(path).splitlines()]
-    except (OSError, ValueError) as error:
-        raise RecipeError(
-            f"Cannot read --labels-from {path}", fix="Give a text file, one id a line.", rule=str(error)
-        ) from error
-    listed = Counter(line for line in lines if line)
-    if not listed:
-        raise RecipeError(f"--labels-from {path} lists no id", fix="Write an id into each line.")
-    if twice := [name for name, times in listed.items() if times > 1]:
-        raise RecipeError(f"--labels-from {path} lists {twice[0]!r} twice", fix="Write each id once.")
-    if missing := sorted(listed.keys() - set(ids)):
-        more = f", and {len(missing) - 1} more" if missing[1:] else ""
-        raise RecipeError(
-            f"Unknown id {missing[0]!r} in --labels-from {path}{more}",
-            fix=suggest(missing[0], ids, f"Correct the list. An id is {ids[0]!r}, for example."),
-        )
-    return frozenset(listed)
 
 
 def all_listed(path: Path, samples: int) -> RecipeError:

@@ -7,7 +7,8 @@ from typing import Any
 
 from kdcache.data import Split, open_split
 from kdcache.errors import DataError, MismatchError, RecipeError
-from kdcache.settings.parse import all_listed, count_of, read_ids
+from kdcache.files import read_ids
+from kdcache.settings.parse import all_listed, count_of
 from kdcache.settings.shared import ImageSettings
 from kdcache.settings.streams import parse_stream
 from kdcache.settings.training import Data

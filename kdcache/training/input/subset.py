@@ -13,7 +13,8 @@ import numpy as np
 
 from kdcache.data import Fold, id_hash
 from kdcache.errors import RecipeError
-from kdcache.settings.parse import count_of, read_ids
+from kdcache.files import read_ids
+from kdcache.settings.parse import count_of
 
 
 class Selection(NamedTuple):
